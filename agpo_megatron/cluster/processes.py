@@ -1,0 +1,100 @@
+"""Child processes that never outlive their owner."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when its parent dies, however the parent dies (Linux prctl)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago on the loopback interface."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class Role:
+    """One process to start. ``log``: file that takes stdout and stderr; None inherits the terminal."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    log: Path | None
+
+
+@dataclass
+class RunningRole:
+    role: Role
+    process: subprocess.Popen[bytes]
+    restarts: int = 0
+
+
+def start(role: Role) -> RunningRole:
+    """Start a role in a process group of its own, tied to this process's life."""
+    output = open(role.log, "ab") if role.log else None
+    try:
+        process = subprocess.Popen(
+            list(role.argv),
+            env={**os.environ, **role.env},
+            stdin=subprocess.DEVNULL,
+            stdout=output or None,
+            stderr=output or None,
+            preexec_fn=become_own_group,
+        )
+    finally:
+        if output:
+            output.close()
+    return RunningRole(role, process)
+
+
+def become_own_group() -> None:
+    os.setpgid(0, 0)
+    die_with_parent()
+
+
+def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
+    """SIGTERM to every process group, SIGKILL after ``grace`` seconds; returns when all are gone."""
+    for role in running:
+        signal_group(role, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    while time.monotonic() < deadline and any(r.process.poll() is None for r in running):
+        time.sleep(0.05)
+    for role in running:
+        signal_group(role, signal.SIGKILL)  # also what a dead leader left behind in its group
+        role.process.wait()
+
+
+def signal_group(role: RunningRole, number: signal.Signals) -> None:
+    try:
+        os.killpg(role.process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def log_tail(path: Path | None, lines: int = 15) -> str:
+    """The last lines of a log, for the message that names the culprit."""
+    if path is None or not path.exists():
+        return ""
+    text = path.read_bytes()[-16384:].decode(errors="replace")
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]

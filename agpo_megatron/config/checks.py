@@ -1,0 +1,305 @@
+"""Checks across keys, with the arithmetic in the message. They need neither torch nor megatron nor a GPU.
+
+``check_config`` looks at the configuration (and at the model's config.json where it exists already);
+``check_inputs`` at the files a command is about to read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+from .schema import Config, PolicyConfig
+
+
+@dataclass
+class _Findings:
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def divides(self, name: str, size: int, what: str, count: int) -> None:
+        if count % size:
+            self.errors.append(f"policy: {name} {size} does not divide {what} {count}")
+
+
+def check_config(config: Config) -> list[str]:
+    """Raise ConfigError with every contradiction between keys; return the warnings."""
+    found = _Findings()
+    _check_layout(config.policy, found)
+    _check_model_layout(config, found)
+    _check_precision(config, found)
+    _check_cluster(config, found)
+    _check_algorithm(config, found)
+    _check_rollout(config, found)
+    _check_train(config, found)
+    if found.errors:
+        raise ConfigError(found.errors)
+    return found.warnings
+
+
+def _check_layout(policy: PolicyConfig, found: _Findings) -> None:
+    if policy.sequence_parallel and policy.tensor_parallel == 1:
+        found.errors.append(
+            "policy: sequence_parallel shards activations over the tensor parallel ranks, but tensor_parallel is 1; "
+            "set tensor_parallel > 1 or sequence_parallel false"
+        )
+    if policy.virtual_pipeline > 1 and policy.pipeline_parallel == 1:
+        found.errors.append(
+            f"policy: virtual_pipeline {policy.virtual_pipeline} interleaves the chunks of several stages, but "
+            "pipeline_parallel is 1; set pipeline_parallel > 1 or virtual_pipeline 1"
+        )
+    if policy.expert_parallel > 1:
+        found.errors.append(
+            f"policy: expert_parallel {policy.expert_parallel} needs a model with experts; the supported "
+            "architectures (Llama, Qwen2) are dense; set expert_parallel 1"
+        )
+    if policy.context_parallel > 1:
+        found.errors.append(
+            f"policy: context_parallel {policy.context_parallel} would split packed sequences over ranks, which needs "
+            "an attention that exchanges their parts; this release has none, on CPU or GPU; set context_parallel 1"
+        )
+
+
+def _check_model_layout(config: Config, found: _Findings) -> None:
+    shape = _model_shape(config, found)
+    policy, tp = config.policy, config.policy.tensor_parallel
+    heads, groups = shape.get("num_attention_heads", 0), shape.get("num_key_value_heads", 0)
+    if heads % tp:
+        found.divides("tensor_parallel", tp, "num_attention_heads", heads)
+    elif groups and groups % tp and tp % groups:
+        found.errors.append(
+            f"policy: tensor_parallel {tp} neither divides num_key_value_heads {groups} (split) nor is a multiple "
+            "of it (replicated)"
+        )
+    if width := shape.get("intermediate_size"):
+        found.divides("tensor_parallel", tp, "intermediate_size", width)
+    if layers := shape.get("num_hidden_layers"):
+        pp, vpp = policy.pipeline_parallel, policy.virtual_pipeline
+        if layers % (pp * vpp):
+            product = f"pipeline_parallel {pp}" + (f" x virtual_pipeline {vpp}" if vpp > 1 else "")
+            equals = f" = {pp * vpp}" if vpp > 1 else ""
+            found.errors.append(
+                f"policy: {product}{equals} does not divide num_hidden_layers {layers}"
+            )
+    if window := shape.get("max_position_embeddings"):
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        if longest > window:
+            found.warnings.append(
+                f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
+                f"{config.rollout.max_response_tokens} = {longest} exceeds the model's max_position_embeddings {window}"
+            )
+
+
+def _model_shape(config: Config, found: _Findings) -> dict[str, int]:
+    """The integers of the model's config.json; empty while there is no such file yet (``prepare`` may write it)."""
+    folders = [config.model.path] + ([config.sft.base] if config.sft else [])
+    for folder in folders:
+        path = Path(folder) / "config.json"
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                return {k: v for k, v in values.items() if type(v) is int}
+            except (OSError, ValueError, AttributeError) as error:
+                found.errors.append(
+                    f"{path}: not a Hugging Face config.json ({error}); restore the checkpoint"
+                )
+                return {}
+    return {}
+
+
+def _check_precision(config: Config, found: _Findings) -> None:
+    recipe = config.policy.fp8.recipe
+    if recipe == "none":
+        return
+    # Without Transformer Engine megatron-core ignores fp8 silently and trains in the base precision.
+    if config.cluster.device == "cpu":
+        found.errors.append(
+            f"policy.fp8: recipe {recipe} runs on a GPU only, but cluster.device is cpu; set recipe none"
+        )
+    elif problem := _transformer_engine_problem():
+        found.errors.append(
+            f"policy.fp8: recipe {recipe} needs Transformer Engine, which {problem}; install transformer-engine for "
+            "this CUDA version or set recipe none"
+        )
+
+
+def _transformer_engine_problem() -> str | None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another CUDA or torch
+        return f"cannot be imported ({error})"
+    return None
+
+
+def _check_cluster(config: Config, found: _Findings) -> None:
+    cluster, policy = config.cluster, config.policy
+    if cluster.device != "cuda":
+        return
+    world = policy.world_size
+    layout = (
+        f"tensor_parallel {policy.tensor_parallel} x pipeline_parallel {policy.pipeline_parallel} x context_parallel "
+        f"{policy.context_parallel} x data_parallel {policy.data_parallel} = {world} ranks"
+    )
+    servers = config.rollout.servers * config.rollout.tensor_parallel
+    fleet = f"servers {config.rollout.servers} x tensor_parallel {config.rollout.tensor_parallel} = {servers} GPUs"
+    for room, need, what, nodes, key in (
+        ("policy", world, layout, cluster.trainer_nodes, "trainer_nodes"),
+        ("rollout", servers, fleet, cluster.rollout_nodes, "rollout_nodes"),
+    ):
+        have = nodes * cluster.gpus_per_node
+        there = f"cluster.{key} {nodes} x gpus_per_node {cluster.gpus_per_node} = {have}"
+        if need > have:
+            found.errors.append(f"{room}: {what}, more than {there}")
+        elif need < have:
+            found.warnings.append(f"{room}: {what}, fewer than {there}: {have - need} stay idle")
+
+
+def _check_algorithm(config: Config, found: _Findings) -> None:
+    advantage, loss = config.algorithm.advantage, config.algorithm.loss
+    if loss.aggregation == "seq_mean_token_sum_norm" and loss.norm_length is None:
+        found.errors.append(
+            "algorithm.loss: aggregation seq_mean_token_sum_norm divides by a constant length; set norm_length "
+            f"(for instance {config.rollout.max_response_tokens}, rollout.max_response_tokens)"
+        )
+    if config.reward.correct <= config.reward.wrong:
+        found.errors.append(
+            f"reward: correct {config.reward.correct:g} must be above wrong {config.reward.wrong:g}"
+        )
+    if advantage.zero_variance == "constant" and loss.mask.zero_variance:
+        found.warnings.append(
+            "algorithm: advantage.zero_variance constant gives zero-variance groups a signal that "
+            "loss.mask.zero_variance removes again; choose one"
+        )
+    if advantage.zero_variance == "constant" and loss.clip.enabled:
+        found.warnings.append(
+            "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
+            "on most steps"
+        )
+    if loss.clip.enabled and loss.aggregation == "seq_mean_token_mean":
+        found.warnings.append(
+            "algorithm: with aggregation seq_mean_token_mean the on-policy loss of complete groups is identically 0, "
+            "so loss.clip acts on rounding noise; use token_mean"
+        )
+
+
+def _check_rollout(config: Config, found: _Findings) -> None:
+    rollout = config.rollout
+    if rollout.max_in_flight < rollout.group_size:
+        found.errors.append(
+            f"rollout: max_in_flight {rollout.max_in_flight} is below group_size {rollout.group_size}, but the samples "
+            "of a group run together on one server; raise max_in_flight"
+        )
+    if rollout.port and rollout.port + rollout.servers - 1 > 65535:
+        found.errors.append(
+            f"rollout: port {rollout.port} + servers {rollout.servers} - 1 = "
+            f"{rollout.port + rollout.servers - 1} is beyond 65535"
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if rollout.max_total_tokens is not None and rollout.max_total_tokens < longest:
+        found.errors.append(
+            f"rollout: max_total_tokens {rollout.max_total_tokens} cannot hold one sample of data.max_prompt_tokens "
+            f"{config.data.max_prompt_tokens} + max_response_tokens {rollout.max_response_tokens} = {longest} tokens"
+        )
+
+
+def _check_train(config: Config, found: _Findings) -> None:
+    train = config.train
+    if train.min_lr > train.lr:
+        found.errors.append(f"train: min_lr {train.min_lr:g} is above lr {train.lr:g}")
+    if train.steps and train.warmup_steps >= train.steps:
+        found.warnings.append(
+            f"train: warmup_steps {train.warmup_steps} leaves none of the {train.steps} steps at lr {train.lr:g}"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if train.micro_batch_tokens < longest:
+        found.warnings.append(
+            f"train: micro_batch_tokens {train.micro_batch_tokens} is below data.max_prompt_tokens "
+            f"{config.data.max_prompt_tokens} + rollout.max_response_tokens {config.rollout.max_response_tokens} = "
+            f"{longest}; sequences beyond the budget become micro-batches of their own"
+        )
+
+
+def check_inputs(config: Config, command: str = "train") -> None:
+    """Raise ConfigError with every file that ``command`` (sft, train, replay, eval) needs and cannot use.
+
+    Looks at the checkpoint, its tokenizer and the first problem of each data file; reading everything is data/'s part.
+    """
+    prepare = config.prepare.recipe != "none"
+    fix = "run `agpo-megatron prepare CONFIG` first" if prepare else "correct the path"
+    problems: list[str] = []
+    data = config.data
+    fields = (data.prompt_key, data.answer_key)
+    if command == "sft":
+        if config.sft is None:
+            raise ConfigError(
+                "sft: the configuration has no sft section; add one or skip this step"
+            )
+        problems += _checkpoint_problems("sft.base", config.sft.base, fix)
+        problems += _jsonl_problems("sft.path", config.sft.path, ("prompt", "response"), fix)
+    else:
+        fix_model = "run `agpo-megatron sft CONFIG` first" if config.sft else fix
+        problems += _checkpoint_problems("model.path", config.model.path, fix_model)
+        if command == "train":
+            problems += _jsonl_problems("data.path", data.path, fields, fix)
+        if config.eval.path or command == "eval":
+            problems += _jsonl_problems("eval.path", config.eval.path, fields, fix)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _checkpoint_problems(key: str, folder: str, fix: str) -> Iterator[str]:
+    path = Path(folder)
+    if not path.is_dir():
+        yield f"{key}: no checkpoint folder {folder}; {fix}"
+        return
+    for what, patterns in (
+        ("config.json", ["config.json"]),
+        ("weights (*.safetensors)", ["*.safetensors"]),
+        ("tokenizer (tokenizer.json or tokenizer.model)", ["tokenizer.json", "tokenizer.model"]),
+    ):
+        if not any(next(path.glob(pattern), None) for pattern in patterns):
+            yield f"{key}: {folder} has no {what}; {fix}"
+
+
+def _jsonl_problems(key: str, path: str, fields: tuple[str, ...], fix: str) -> Iterator[str]:
+    if not path:
+        yield f"{key}: is not set; give a JSONL file"
+        return
+    if not Path(path).is_file():
+        yield f"{key}: no data file {path}; {fix}"
+        return
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            number, line = next(((n, t) for n, t in enumerate(file, 1) if t.strip()), (0, ""))
+    except (OSError, UnicodeDecodeError) as error:
+        yield f"{key}: {path} cannot be read as UTF-8 text: {error}"
+        return
+    if not line:
+        yield f"{key}: {path} holds no problem (the file is empty); {fix}"
+        return
+    row = _json_object(line)
+    if row is None:
+        yield f"{key}: {path}:{number}: not a JSON object; the file must hold one per line"
+        return
+    missing = [name for name in fields if name not in row]
+    if missing:
+        yield (
+            f"{key}: {path}:{number}: has no field {', '.join(map(repr, missing))} (it has "
+            f"{', '.join(map(repr, row))}); set data.prompt_key and data.answer_key, or correct the file"
+        )
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,61 @@
+"""What the run folder keeps about a run's configuration: the resolved YAML and the versions of the packages."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from .schema import Config
+from .yaml_core import yaml_line
+
+_PACKAGES = [
+    "agpo_megatron",
+    "torch",
+    "megatron-core",
+    "sglang",
+    "transformer-engine",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "pydantic",
+    "aiohttp",
+    "triton",
+]
+
+
+def resolved_yaml(config: Config, provenance: Mapping[str, str] | None = None) -> str:
+    """The whole configuration as YAML that ``load_config`` reads back to an equal Config.
+
+    With ``provenance`` (of ``resolve_config``) each value that is not a default carries a comment saying what set it.
+    """
+    return "\n".join(_lines(config.model_dump(), "", 0, provenance or {})) + "\n"
+
+
+def package_versions() -> dict[str, str]:
+    """Version of Python and of every installed package that can change a run's numbers."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _lines(
+    tree: Mapping[str, Any], prefix: str, depth: int, provenance: Mapping[str, str]
+) -> Iterator[str]:
+    indent = "  " * depth
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}:"
+            yield from _lines(value, f"{prefix}{key}.", depth + 1, provenance)
+            continue
+        origin = provenance.get(prefix + key, "default")
+        comment = "" if origin == "default" else f"  # {origin}"
+        yield f"{indent}{yaml_line(key, value)}{comment}"

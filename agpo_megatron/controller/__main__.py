@@ -1,0 +1,62 @@
+"""``python -m agpo_megatron.controller CONFIG MODE [--replay RUN_DIR]``: the controller role of one run.
+
+Started by the supervisor (or by Slurm), not by hand. Environment: AGPO_CONTROLLER_URL (where to listen), AGPO_TOKEN,
+AGPO_SERVERS (JSON list of rollout server URLs), AGPO_STARTED (label of this start).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from agpo_megatron.config import load_config
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.controller import assembly
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="agpo_megatron.controller")
+    parser.add_argument("config")
+    parser.add_argument("mode", choices=["train", "sft", "eval", "replay"])
+    parser.add_argument("--replay", type=Path)
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, [], None)
+    folder = RunFolder(Path(config.run.dir))
+    surroundings = assembly.Surroundings(
+        url=os.environ["AGPO_CONTROLLER_URL"],
+        token=os.environ["AGPO_TOKEN"],
+        servers=json.loads(os.environ["AGPO_SERVERS"]),
+        started=os.environ["AGPO_STARTED"],
+    )
+    logging.basicConfig(
+        filename=folder.logs / f"controller.{surroundings.started}",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        asyncio.run(
+            assembly.carry_out(arguments.mode, config, folder, surroundings, arguments.replay)
+        )
+    except BaseException as error:
+        log.exception("the controller ends")
+        sys.stderr.write(f"agpo-megatron: {root_cause(error)}\n")
+        return 1
+    return 0
+
+
+def root_cause(error: BaseException) -> str:
+    """The first real error inside the groups that asyncio task groups raise."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Puts one run together: which parts each mode needs, in which order they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from agpo_megatron.cluster.supervisor import serving_marker
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.schema import Config
+from agpo_megatron.controller import loop, replay, sft
+from agpo_megatron.controller.publishing import make_publisher
+from agpo_megatron.controller.run import Recipe, Run
+from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.conversion.hf_checkpoint import read_config
+from agpo_megatron.data.problems import load_problems
+from agpo_megatron.data.sft_examples import load_sft_examples
+from agpo_megatron.data.stream import PromptStream, prompts_in_order
+from agpo_megatron.data.tokenizer import load_tokenizer
+from agpo_megatron.journal import Journal, JournalReader
+from agpo_megatron.journal.records import write_durably
+from agpo_megatron.observe.curves import draw_curves
+from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
+from agpo_megatron.observe.progress import Progress
+from agpo_megatron.observe.summary import read_summary, summary_path
+from agpo_megatron.reward.workers import RewardPool
+from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.types import Prompt
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the supervisor tells the controller. ``url``: where it listens. ``started``: label of this start."""
+
+    url: str
+    token: str
+    servers: list[str]
+    started: str
+
+
+async def carry_out(
+    mode: str, config: Config, folder: RunFolder, surroundings: Surroundings, recorded: Path | None
+) -> None:
+    """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
+    if mode == "eval":
+        async with rollouts_of(config, folder, surroundings) as rollouts:
+            result = await loop.measure(rollouts.pool, rollouts.rewards, rollouts.held_out)
+            write_durably(folder.path / "eval.json", json.dumps(result, indent=1).encode())
+        return
+    steps = config.sft.steps if mode == "sft" and config.sft else config.train.steps
+    recipe = (
+        sft.sft_recipe(config.sft) if mode == "sft" and config.sft else loop.agpo_recipe(config)
+    )
+    async with run_of(mode, config, folder, surroundings, recipe, steps) as run:
+        if mode == "sft" and config.sft:
+            examples = await asyncio.to_thread(
+                load_sft_examples, config.sft.path, config.data, load_tokenizer(config.sft.base)
+            )
+            await sft.cold_start(run, examples, config.sft, Path(config.model.path))
+        elif mode == "replay" and recorded:
+            await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
+        else:
+            async with rollouts_of(config, folder, surroundings) as rollouts:
+                hf_config = read_config(config.model.path)
+                publisher = make_publisher(config, hf_config, rollouts.pool, run.trainers)
+                await loop.train(run, rollouts, publisher)
+        await run.trainers.call("stop")
+    summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
+    draw_curves(
+        read_metrics(folder.path),
+        folder.curves,
+        title=f"{folder.path.name} ({mode})",
+        summary=summary,
+    )
+    write_durably(folder.path / "done.json", json.dumps({"mode": mode, "steps": steps}).encode())
+
+
+@asynccontextmanager
+async def run_of(
+    mode: str,
+    config: Config,
+    folder: RunFolder,
+    surroundings: Surroundings,
+    recipe: Recipe,
+    steps: int,
+) -> AsyncIterator[Run]:
+    journal = await asyncio.to_thread(Journal, folder.journal)
+    trainers = TrainerClient(
+        config.policy.world_size,
+        surroundings.token,
+        journal.attempt,
+        config.cluster.heartbeat_timeout,
+        config.cluster.command_timeout,
+    )
+    address = urlsplit(surroundings.url)
+    await trainers.start(address.hostname or "127.0.0.1", address.port or 0)
+    metrics = MetricsWriter(folder.path)
+    title = {"sft": "cold start", "replay": "replay"}.get(mode, config.algorithm.preset)
+    base = config.sft.base if mode == "sft" and config.sft else config.model.path
+    hidden = int(read_config(base)["hidden_size"])
+    try:
+        with Progress(steps, title) as progress:
+            yield Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
+    finally:
+        metrics.close()
+        await trainers.close()
+
+
+@asynccontextmanager
+async def rollouts_of(
+    config: Config, folder: RunFolder, surroundings: Surroundings
+) -> AsyncIterator[loop.Rollouts]:
+    """Pool, rewards and prompts; on entry every server has generated once."""
+    tokenizer = load_tokenizer(config.model.path)
+    problems = await asyncio.to_thread(load_problems, config.data.path, config.data, tokenizer)
+    held_out: list[Prompt] = []
+    if config.eval.path:
+        listed = await asyncio.to_thread(load_problems, config.eval.path, config.data, tokenizer)
+        held_out = prompts_in_order(listed[: config.eval.max_prompts])
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    connector = aiohttp.TCPConnector(limit=0)  # the pool bounds what is in flight
+    async with aiohttp.ClientSession(connector=connector) as session:
+        clients = [
+            ServerClient(url, session, config.rollout.request_timeout)
+            for url in surroundings.servers
+        ]
+        async with (
+            RolloutPool(clients, config.rollout, decode) as pool,
+            RewardPool(config.reward) as rewards,
+        ):
+            await pool.wait_alive()
+            serving_marker(folder, surroundings.started).touch()
+            yield loop.Rollouts(pool, rewards, PromptStream(problems, config.seed), held_out)

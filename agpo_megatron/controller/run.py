@@ -1,0 +1,194 @@
+"""What the controller's loops share: one run's journal, trainer, metrics and progress, and its steps of work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.schema import Config
+from agpo_megatron.controller.batching import plan_micro_batches
+from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.journal import Journal, StepRecord
+from agpo_megatron.journal.records import write_durably
+from agpo_megatron.observe.metrics import MetricsWriter
+from agpo_megatron.observe.progress import Progress
+from agpo_megatron.types import WeightVersion
+from agpo_megatron.wait import waiting
+
+log = logging.getLogger(__name__)
+COMPLETE = "complete.json"  # the file that makes a folder a checkpoint (policy/checkpoint.py)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one kind of run turns a step record into an update: token loss, learning rate, adaptive clip."""
+
+    loss: str
+    lr: float
+    warmup_steps: int
+    steps: int
+    schedule: str = "constant"
+    min_lr: float = 0.0
+    gate_min: float | None = None
+    when_clipped: str = "step"
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to ``min_lr``."""
+        if step <= self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        shape = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_lr + (self.lr - self.min_lr) * shape
+
+
+@dataclass
+class Run:
+    """One start (attempt) of a run. ``version`` is the identity of the weights the trainer holds now."""
+
+    config: Config
+    folder: RunFolder
+    journal: Journal
+    trainers: TrainerClient
+    metrics: MetricsWriter
+    progress: Progress
+    recipe: Recipe
+    version: WeightVersion = field(init=False)
+    hidden_size: int = 4096
+
+    def __post_init__(self) -> None:
+        self.version = WeightVersion(0, self.journal.attempt)
+
+    @contextmanager
+    def phase(self, name: str, timings: dict[str, float], key: str) -> Iterator[None]:
+        """Show what the run is doing and add the seconds it took to ``timings[key]``."""
+        self.progress.phase(name)
+        log.info("phase %s", name)
+        with waiting(name), seconds_into(timings, key):
+            yield
+
+    async def load(self) -> int:
+        """Load the newest complete checkpoint, or the initial weights; returns the step it holds."""
+        step, path = latest_checkpoint(self.folder)
+        with self.phase("load weights", {}, ""):
+            await self.trainers.call("load", checkpoint=path and str(path))
+        self.version = WeightVersion(step, self.journal.attempt)
+        return step
+
+    async def update(self, record: StepRecord, journal: Path) -> dict[str, float]:
+        """One optimizer step on a committed record; afterwards ``version`` is one step further."""
+        policy = self.config.policy
+        with_weight = [i for i, row in enumerate(record.rows) if any(row.loss_weights)]
+        plan = plan_micro_batches(
+            [record.rows[i].tokens for i in with_weight],
+            data_parallel=policy.data_parallel,
+            token_budget=self.config.train.micro_batch_tokens,
+            multiple_of=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
+            hidden_size=self.hidden_size,
+        )
+        numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
+        lr = self.recipe.lr_at(record.step)
+        clip = self.config.algorithm.loss
+        results = await self.trainers.call(
+            "update",
+            journal=str(journal),
+            step=record.step,
+            plan=numbered,
+            loss=self.recipe.loss,
+            clip_low=clip.clip_low,
+            clip_high=clip.clip_high,
+            gate_min=self.recipe.gate_min,
+            when_clipped=self.recipe.when_clipped,
+            lr=lr,
+        )
+        self.version = WeightVersion(record.step, self.journal.attempt)
+        return {**results[0], "lr": lr}
+
+    async def save(self) -> None:
+        """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
+        step = self.version.step
+        with self.phase(f"save step {step}", {}, ""):
+            await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
+        checkpoints = complete_checkpoints(self.folder)
+        for old in checkpoints[: -self.config.run.keep_checkpoints]:
+            (old / COMPLETE).unlink()  # first: a half-removed folder is no checkpoint
+            shutil.rmtree(old)
+        if self.config.journal.keep == "checkpoints":
+            kept = checkpoints[-self.config.run.keep_checkpoints :]
+            self.journal.prune(before_step=step_of(kept[0]) + 1)
+
+    async def export(self, path: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint."""
+        with self.phase("export the policy", {}, ""):
+            await self.trainers.call("export", path=str(path))
+
+    async def replay(self, done: int) -> None:
+        """Train again on the committed steps that the checkpoint does not contain; nothing is generated."""
+        for step in self.journal.committed_steps():
+            if step <= done:
+                continue
+            timings: dict[str, float] = {}
+            record = self.journal.reader.record(step)
+            with (
+                seconds_into(timings, "time/step"),
+                self.phase(f"replay step {step}", timings, "time/update"),
+            ):
+                stats = await self.update(record, self.folder.journal)
+            self.report(record, stats, timings)
+
+    def report(
+        self, record: StepRecord, stats: dict[str, float], timings: dict[str, float]
+    ) -> None:
+        """Write the step's metrics, once: a replayed step that was already reported is not reported again."""
+        if self.metrics.has(record.step):
+            return
+        metrics: dict[str, Any] = {**record.metrics, **stats, **timings, "step": record.step}
+        if metrics.get("time/step"):
+            tokens = sum(row.tokens for row in record.rows)
+            metrics["throughput/tokens_per_s"] = tokens / metrics["time/step"]
+        self.metrics.write(metrics)
+        self.progress.step(metrics)
+
+    def saved_evaluation(self, step: int) -> dict[str, float] | None:
+        path = self.folder.evaluations / f"step-{step:08d}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def save_evaluation(self, step: int, result: dict[str, float]) -> None:
+        self.folder.evaluations.mkdir(parents=True, exist_ok=True)
+        path = self.folder.evaluations / f"step-{step:08d}.json"
+        write_durably(path, json.dumps(result, indent=1).encode())
+
+
+@contextmanager
+def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
+    """Add the wall seconds of the block to ``timings[key]``."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        timings[key] = timings.get(key, 0.0) + time.monotonic() - started
+
+
+def complete_checkpoints(folder: RunFolder) -> list[Path]:
+    """Checkpoints of a run, oldest first; half-written folders do not count."""
+    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / COMPLETE).exists())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def latest_checkpoint(folder: RunFolder) -> tuple[int, Path | None]:
+    """Newest complete checkpoint and its step; (0, None) when there is none."""
+    found = complete_checkpoints(folder)
+    return (step_of(found[-1]), found[-1]) if found else (0, None)

@@ -1,0 +1,207 @@
+"""metrics.jsonl: one JSON object per step, durable, never twice; TensorBoard files from the same numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+# Never renamed: dashboards and scripts of users read them. A step writes those that apply to it.
+METRIC_KEYS = (
+    "step",
+    "reward/mean",
+    "reward/accuracy",
+    "reward/length",
+    "response/tokens_mean",
+    "response/tokens_correct_mean",
+    "response/truncated_frac",
+    "group/zero_variance_frac",
+    "group/all_correct_frac",
+    "group/all_wrong_frac",
+    "group/cov_length_advantage",
+    "mask/kept_tokens",
+    "mask/kept_groups",
+    "loss/policy",
+    "loss/unclipped",
+    "loss/clip_gate",
+    "loss/kl",
+    "policy/entropy",
+    "policy/ratio_mean",
+    "policy/clip_frac",
+    "grad_norm",
+    "lr",
+    "rollout/logprob_abs_diff_mean",
+    "rollout/logprob_abs_diff_max",
+    "rollout/staleness_mean",
+    "tokens/trained",
+    "tokens/skipped",
+    "time/rollout",
+    "time/reward",
+    "time/score",
+    "time/update",
+    "time/publish",
+    "time/step",
+    "throughput/tokens_per_s",
+)
+_KNOWN = frozenset(METRIC_KEYS)
+
+
+def metrics_path(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "metrics.jsonl"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """Every recorded step, in file order; values that were not finite come back as NaN.
+
+    A last line without its newline was being written when the process died and does not count. Raises ValueError,
+    naming file and line, where another line is damaged; returns [] where there is no file.
+    """
+    path = metrics_path(run_dir)
+    return _parse(path, path.read_bytes()) if path.exists() else []
+
+
+class MetricsWriter:
+    """Appends steps to ``run_dir/metrics.jsonl`` and to a TensorBoard event file in ``run_dir/tensorboard``.
+
+    Opening it continues an earlier file: a torn last line is cut, recorded steps are not written again, and the
+    event file is rebuilt from the lines, so that both always hold the same numbers. One process writes.
+    """
+
+    def __init__(self, run_dir: str | Path, tensorboard: bool = True) -> None:
+        self._path = metrics_path(run_dir)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        recorded = self._recover()
+        self._steps = {int(row["step"]) for row in recorded}
+        self._file = self._path.open("ab", buffering=0)
+        self._board = _Board(Path(run_dir) / "tensorboard", recorded) if tensorboard else None
+
+    def has(self, step: int) -> bool:
+        return step in self._steps
+
+    def write(self, metrics: Mapping[str, float]) -> bool:
+        """Append one step; False, and nothing written, if that step is recorded already (a replay after a crash).
+
+        Durable when it returns. Raises ValueError on an unknown key, a missing step or a value that is no number,
+        OSError naming the file and the fix when it cannot be written (a full disk); the file then ends at the last
+        whole line.
+        """
+        row = _checked(metrics)
+        if row["step"] in self._steps:
+            return False
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while line:  # a disk that fills up takes a part first and says why at the next call
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            raise OSError(
+                f"{self._path}: cannot record step {row['step']}: {error}; free space on that disk and start the "
+                "same command again: it continues"
+            ) from error
+        self._steps.add(row["step"])
+        if self._board:
+            self._board.add(row, time.time())
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def _recover(self) -> list[dict[str, float]]:
+        """Cut a torn last line; return the recorded steps."""
+        if not self._path.exists():
+            return []
+        content = self._path.read_bytes()
+        rows = _parse(self._path, content)
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with self._path.open("rb+") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
+        return rows
+
+
+def _parse(path: Path, content: bytes) -> list[dict[str, float]]:
+    rows: list[dict[str, float]] = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            row["step"]  # every line has one
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a line of metrics ({error}); the file was damaged: restore or remove it"
+            ) from error
+    return rows
+
+
+def _checked(metrics: Mapping[str, float]) -> dict[str, Any]:
+    unknown = sorted(set(metrics) - _KNOWN)
+    if unknown:
+        raise ValueError(f"unknown metric keys {unknown}: METRIC_KEYS lists those there are")
+    if type(metrics.get("step")) is not int:
+        raise ValueError(f"metrics need an integer step, not {metrics.get('step')!r}")
+    row: dict[str, Any] = {}
+    for key in METRIC_KEYS:
+        if key in metrics:
+            value = metrics[key]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"metric {key} must be a number, not {value!r}")
+            # JSON knows no NaN or infinity; null keeps the line readable everywhere.
+            row[key] = value if math.isfinite(value) else None
+    return row
+
+
+class _Board:
+    """One TensorBoard event file, one event per step. TensorBoard is imported here only."""
+
+    def __init__(self, folder: Path, recorded: list[dict[str, float]]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = Event, Summary
+        earlier = list(folder.glob("events.out.tfevents.*")) if folder.exists() else []
+        # A suffix that no earlier file has: the writer's own name repeats within one second and process.
+        self._writer = EventFileWriter(
+            str(folder), filename_suffix=f".{time.time_ns()}", flush_secs=10
+        )
+        for row in recorded:
+            self._add(row, None)
+        self._writer.flush()
+        for file in earlier:
+            file.unlink()
+
+    def add(self, row: Mapping[str, Any], wall_time: float) -> None:
+        try:
+            self._add(row, wall_time)
+            self._writer.flush()
+        except OSError as error:  # metrics.jsonl has the step, and the next start rebuilds from it
+            _log.warning("TensorBoard file not written for step %s: %s", row["step"], error)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, row: Mapping[str, Any], wall_time: float | None) -> None:
+        values = [
+            self._summary.Value(tag=key, simple_value=math.nan if value is None else value)
+            for key, value in row.items()
+            if key != "step"
+        ]
+        self._writer.add_event(
+            self._event(
+                step=int(row["step"]),
+                wall_time=wall_time if wall_time is not None else time.time(),
+                summary=self._summary(value=values),
+            )
+        )

@@ -1,0 +1,158 @@
+"""Live progress of a run for the person watching: a rich display on a terminal, plain single lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_TREND = 40  # steps shown in a trend line
+
+
+class Progress:
+    """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
+
+    ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
+    but a terminal each step is one line and phases are silent. Usable as a context manager.
+    """
+
+    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+        self._total, self._title = total_steps, title
+        self._console = console or Console()
+        self._history: list[Mapping[str, float]] = []
+        self._phase, self._since = "start", time.monotonic()
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            # Live redraws from __rich__ twice a second, so the phase's clock runs between calls.
+            self._live = Live(
+                self, console=self._console, refresh_per_second=2, redirect_stderr=True
+            )
+            self._live.start()
+        else:
+            self._line(f"{title}: {total_steps} steps")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def phase(self, name: str) -> None:
+        """What the run is doing now ("rollout", "update", ...)."""
+        self._phase, self._since = name, time.monotonic()
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
+        self._history.append(dict(metrics))
+        if self._live:
+            self._live.refresh()
+        else:
+            self._line(plain_line(metrics, self._total))
+
+    def close(self) -> None:
+        """Leave the last state on the screen. Harmless when closed already."""
+        if self._live:
+            self._phase, self._since = "done", time.monotonic()
+            self._live.stop()
+            self._live = None
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __rich__(self) -> RenderableType:
+        last = self._history[-1] if self._history else {}
+        done = int(last.get("step", 0))
+        head = Table.grid(padding=(0, 1), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        head.add_row(
+            f"step [bold]{done}[/]/{self._total}",
+            ProgressBar(total=max(self._total, 1), completed=done),
+            self._remaining(done),
+        )
+        phase = Text.assemble(
+            (f"{self._phase} ", "cyan"), (f"{time.monotonic() - self._since:.0f} s", "dim")
+        )
+        return Panel(
+            Group(head, "", self._numbers(last), "", phase),
+            title=f"[bold]{self._title}[/]",
+            title_align="left",
+            box=box.ROUNDED,
+            border_style="blue",
+        )
+
+    def _numbers(self, last: Mapping[str, float]) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column(justify="right", style="bold")
+        table.add_column(style="green")
+        for label, key, form in (
+            ("accuracy", "reward/accuracy", ".1%"),
+            ("response tokens", "response/tokens_mean", ".1f"),
+            ("tokens, correct", "response/tokens_correct_mean", ".1f"),
+            ("entropy", "policy/entropy", ".3f"),
+        ):
+            values = [row.get(key, math.nan) for row in self._history[-_TREND:]]
+            table.add_row(label, _number(last.get(key), form), sparkline(values))
+        gate = _gate(last)
+        style = {"closed": "yellow", "open": "green"}.get(gate, "dim")
+        table.add_row("loss", _number(last.get("loss/policy"), "+.4f"), Text(gate, style=style))
+        table.add_row("tokens/s", _number(last.get("throughput/tokens_per_s"), ".0f"), "")
+        return table
+
+    def _remaining(self, done: int) -> str:
+        times = [
+            t for row in self._history[-10:] if not math.isnan(t := row.get("time/step", math.nan))
+        ]
+        if not times or done >= self._total:
+            return ""
+        seconds = int((self._total - done) * sum(times) / len(times))
+        clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return f"{sum(times) / len(times):.1f} s/step, {clock} left"
+
+
+def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
+    """One step in one line, as a log shows it."""
+    width = len(str(total_steps))
+    get = metrics.get
+    return (
+        f"step {int(metrics['step']):>{width}}/{total_steps}"
+        f"  accuracy {_number(get('reward/accuracy'), '.3f')}"
+        f"  tokens {_number(get('response/tokens_mean'), '.1f')}"
+        f" (correct {_number(get('response/tokens_correct_mean'), '.1f')})"
+        f"  loss {_number(get('loss/policy'), '+.4f')} gate {_gate(metrics)}"
+        f"  {_number(get('throughput/tokens_per_s'), '.0f')} tok/s"
+        f"  {_number(get('time/step'), '.1f')} s"
+    )
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A trend in block characters, scaled to its own range; NaN is a space."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    top = len(_BLOCKS) - 1
+    return "".join(
+        _BLOCKS[round((v - low) / span * top) if span else top // 2] if math.isfinite(v) else " "
+        for v in values
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _gate(metrics: Mapping[str, float]) -> str:
+    gate = metrics.get("loss/clip_gate")
+    return "-" if gate is None or math.isnan(gate) else ("open" if gate > 0 else "closed")

@@ -1,0 +1,346 @@
+"""All Megatron checkpoint I/O: model, optimizer and random state, saved in one parallel layout, loaded in any other.
+
+A checkpoint is a folder that appears complete or not at all: written beside its place under a temporary name, every
+file digested and synced, a marker with the list of files last, then renamed. Without a marker that matches the files
+it is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+
+from agpo_megatron.policy import backend
+from agpo_megatron.policy.model import unwrap
+from agpo_megatron.policy.parallel import Layout
+from agpo_megatron.policy.policy import Policy
+
+MARKER = "complete.json"
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete, damaged or of another model, or that could not be written."""
+
+
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` is a checkpoint that was written to its end (its files are not looked at)."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:
+    """Write a checkpoint of ``policy`` after optimizer step ``step``. Every rank calls it; all return together.
+
+    ``extra``: JSON values to keep with it. A complete checkpoint already there is replaced.
+    Raises CheckpointError on every rank when any rank fails (a full disk, for instance); the folder is then untouched.
+    """
+    facts = {"content": "training", "step": step, "extra": extra}
+    _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
+
+
+def save_weights(
+    folder: str | os.PathLike[str], chunks: Sequence[Any], layout: Layout, extra: dict[str, Any]
+) -> None:
+    """As ``save``, of the weights alone: what converting needs. ``chunks``: of ``model.build_chunks``."""
+    facts = {"content": "weights", "step": 0, "extra": extra}
+    _write(Path(folder).absolute(), layout, lambda: _weights(chunks), facts)
+
+
+def _write(
+    target: Path, layout: Layout, state_of: Callable[[], dict[str, Any]], facts: dict[str, Any]
+) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    _together(
+        layout,
+        f"preparing {partial}",
+        lambda: _fresh_folder(partial) if layout.rank == 0 else None,
+    )
+    # Megatron would start a manager process (importing the whole program again) to carry results between threads of
+    # this very process; a synchronous save needs no more than a queue.
+    filesystem_async._results_queue = queue.Queue()
+    with backend.current().scope():
+        state = state_of()
+        _together(
+            layout,
+            f"writing {partial}",
+            lambda: dist_checkpointing.save(
+                state, str(partial), content_metadata={"format": FORMAT}
+            ),
+        )
+    digests = _together(layout, f"syncing {partial}", lambda: _digest_share(partial, layout))
+    marker = {
+        "format": FORMAT,
+        "layout": layout.sizes(),
+        "megatron_core": backend.MEGATRON_VERSION,
+        "files": {name: value for part in digests for name, value in part.items()},
+        **facts,
+    }
+    _together(
+        layout,
+        f"completing {target}",
+        lambda: _publish(partial, target, marker) if layout.rank == 0 else None,
+    )
+
+
+def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str, Any]]:
+    """Restore ``policy`` from a checkpoint saved in any layout; returns (step, extra). Every rank calls it.
+
+    The random state is restored where tensor and pipeline sizes are those of the save; in another layout it stays as
+    seeded. Raises CheckpointError on every rank when the checkpoint is missing, incomplete, damaged, of another shape
+    or without optimizer state.
+    """
+    source = Path(folder).absolute()
+    layout = policy.layout
+    marker = _checked_marker(source, layout)
+    if marker["content"] != "training":
+        raise CheckpointError(
+            f"checkpoint {source} holds weights only, no optimizer state: training cannot continue from it; "
+            "convert it (tools/convert_hf_checkpoint.py to-hf) and begin a run from the result"
+        )
+    saved = marker["layout"]
+    with_rng = saved["tp"] == layout.tp and saved["pp"] == layout.pp
+    with backend.current().scope():
+        state = _state(policy, loading=True, rng=with_rng)
+        loaded = _together(
+            layout,
+            f"loading {source}",
+            lambda: dist_checkpointing.load(state, str(source)),
+            share=False,
+        )[0]
+        for key, chunk in _chunk_keys(policy.chunks):
+            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        if with_rng:
+            _set_rng(loaded["rng"])
+    return int(marker["step"]), dict(marker["extra"])
+
+
+def load_weights(
+    folder: str | os.PathLike[str], chunks: Sequence[Any], layout: Layout
+) -> dict[str, Any]:
+    """Fill ``chunks`` (of ``model.build_chunks``) from a checkpoint of either kind, saved in any layout; a parameter
+    takes its stored value in its own dtype. Returns ``extra``. Every rank calls it. Raises as ``load``."""
+    source = Path(folder).absolute()
+    marker = _checked_marker(source, layout)
+    with backend.current().scope():
+        state = _weights(chunks)
+        _check_all_read(source, state, layout)
+        loaded = _together(
+            layout,
+            f"loading {source}",
+            lambda: dist_checkpointing.load(state, str(source)),
+            share=False,
+        )[0]
+        for key, chunk in _chunk_keys(chunks):
+            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+    return dict(marker["extra"])
+
+
+def _check_all_read(source: Path, state: dict[str, Any], layout: Layout) -> None:
+    """Refuse a checkpoint with weights that no rank reads: they belong to another model than was built."""
+
+    def read() -> tuple[set[str], set[str]]:
+        stored = dist_checkpointing.load_tensors_metadata(str(source))
+        mine = {part.key for chunk in state.values() for part in chunk.values()}
+        return {key for key in stored if not key.startswith("optimizer.")}, mine
+
+    answers = _together(layout, f"reading {source}", read)
+    unread = sorted(answers[0][0].difference(*(mine for _, mine in answers)))
+    if unread:
+        raise CheckpointError(
+            f"checkpoint {source} holds {', '.join(unread[:3])}, which the model at hand has no place for: "
+            "it was saved from another model"
+        )
+
+
+# ---------------------------------------------------------------- what is saved
+
+
+def _weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+    metadata = metadata or {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
+    }
+    return {
+        key: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for key, chunk in _chunk_keys(chunks)
+    }
+
+
+def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
+    """The sharded state: fully reshardable, in terms of whole tensors and not of ranks."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = _weights(policy.chunks, metadata)
+    models = dict(state)
+    if len(policy.chunks) == 1:
+        models = models["model"]
+    state["optimizer"] = policy.optimizer.sharded_state_dict(
+        models, is_loading=loading, metadata=metadata
+    )
+    if rng:
+        state["rng"] = _rng(policy.layout)
+    return state
+
+
+def _chunk_keys(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _rng(layout: Layout) -> ShardedObject:
+    """Random states of this (stage, tensor) position; replicas draw the same."""
+    states = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "accelerator": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        states,
+        (layout.pp, layout.tp),
+        (layout.pp_rank, layout.tp_rank),
+        replica_id=(layout.dp_rank, layout.cp_rank, 0),
+    )
+
+
+def _set_rng(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["accelerator"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+# ---------------------------------------------------------------- files
+
+
+def _fresh_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _share(files: Sequence[str], layout: Layout) -> list[str]:
+    """Each rank looks after every world-th file."""
+    return sorted(files)[layout.rank :: layout.world]
+
+
+def _digest_share(folder: Path, layout: Layout) -> dict[str, list[int]]:
+    """Size and CRC-32 of this rank's share of the files, which are also synced to disk."""
+    digests = {}
+    for name in _share([p.name for p in folder.iterdir() if p.is_file()], layout):
+        digests[name] = _digest(folder / name)
+        _sync(folder / name)
+    return digests
+
+
+def _digest(path: Path) -> list[int]:
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
+    temporary = partial / f".{MARKER}"
+    temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.rename(partial / MARKER)
+    _sync(partial)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checked_marker(source: Path, layout: Layout) -> dict[str, Any]:
+    """The marker, after the ranks together have compared every file with it."""
+    marker = _together(layout, f"reading {source}", lambda: _read_marker(source))[layout.rank]
+    _together(layout, f"checking {source}", lambda: _check_share(source, marker, layout))
+    return dict(marker)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if marker["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder} has format {marker['format']}, this release reads {FORMAT}"
+            )
+        _ = [marker[key] for key in ("files", "layout", "content", "step", "extra")]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MARKER}: it was never written to its end; use an earlier checkpoint"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MARKER} is damaged ({error})") from error
+    return dict(marker)
+
+
+def _check_share(folder: Path, marker: dict[str, Any], layout: Layout) -> None:
+    for name in _share(list(marker["files"]), layout):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        if _digest(path) != marker["files"][name]:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} is not what was written; use an earlier checkpoint"
+            )
+
+
+def _together(
+    layout: Layout, what: str, action: Callable[[], Any], *, share: bool = True
+) -> list[Any]:
+    """Run ``action`` on every rank; if it fails on any, raise the same CheckpointError on all instead of leaving the
+    others waiting. Returns all ranks' results in rank order, or (``share=False``) only this rank's own."""
+    result, failure = None, ""
+    try:
+        result = action()
+    except CheckpointError as error:
+        failure = str(error)
+    except CheckpointException as error:  # not an Exception; its text is every rank's traceback
+        causes = {str(cause) for cause, _ in error.failures.values()}
+        failure = f"{what}: {'; '.join(sorted(causes))}"
+    except Exception as error:
+        failure = f"{what}: {type(error).__name__}: {error}"
+    reports: list[Any] = [None] * layout.world
+    dist.all_gather_object(
+        reports, (failure, result if share else None), group=layout.control_group
+    )
+    failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]
+    if failed:
+        rank, text = failed[0]
+        raise CheckpointError(text if rank == layout.rank else f"{text} (on rank {rank})")
+    return [value for _, value in reports] if share else [result]

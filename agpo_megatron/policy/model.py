@@ -1,0 +1,225 @@
+"""GPTModel from a Hugging Face configuration: the only module that knows GPTModel, so that moving to another Megatron
+model class stays a small change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.conversion.shape import ModelShape
+from agpo_megatron.policy import backend
+from agpo_megatron.policy.attention import (
+    PackedAttention,
+    PackedRotary,
+    SequenceParallelRMSNorm,
+)
+from agpo_megatron.policy.parallel import Layout
+
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this (and of TP), so that checkpoints of all usual TP sizes agree on it."""
+
+
+class ModelError(ValueError):
+    """A model that this layout or this machine cannot hold."""
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of embedding and head over all TP ranks."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
+    return -(-vocab_size // multiple) * multiple
+
+
+def parameter_dtype(policy: PolicyConfig) -> torch.dtype:
+    return torch.bfloat16 if policy.dtype == "bf16" else torch.float32
+
+
+def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerConfig:
+    """Megatron's configuration for ``shape`` in the layout of ``policy``.
+
+    ``calculate_per_token_loss`` makes Megatron sum: no 1/micro-batches, no 1/dp, no x cp (design, idea 1).
+    Raises ModelError for sizes that the layout does not divide, and for FP8 without Transformer Engine, which
+    megatron-core would ignore silently.
+    """
+    _check_divides(shape, policy)
+    device = backend.current()
+    dtype = parameter_dtype(policy)
+    interleaved = policy.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=policy.tensor_parallel,
+        pipeline_model_parallel_size=policy.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=policy.virtual_pipeline if interleaved else None,
+        context_parallel_size=policy.context_parallel,
+        sequence_parallel=policy.sequence_parallel,
+        params_dtype=dtype,
+        bf16=policy.dtype == "bf16",
+        pipeline_dtype=dtype,
+        perform_initialization=False,  # every parameter is loaded before it is used
+        calculate_per_token_loss=True,
+        # 1F1B exchanges the shape of each micro-batch. Interleaved, with two stages, next and previous are the same
+        # rank, and messages of one batch of sends would be mixed up: single sends, all packs of one length.
+        variable_seq_lengths=policy.pipeline_parallel > 1 and not interleaved,
+        moe_token_dispatcher_type="alltoall",  # checked although there are no experts: the default refuses the above
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=device.transformer_engine,
+        **_recompute(policy),
+        **_fp8(policy, device),
+    )
+
+
+def _check_divides(shape: ModelShape, policy: PolicyConfig) -> None:
+    tp, stages = policy.tensor_parallel, policy.pipeline_parallel * policy.virtual_pipeline
+    for name, size in (("num_attention_heads", shape.heads), ("intermediate_size", shape.ffn)):
+        if size % tp:
+            raise ModelError(f"tensor_parallel {tp} does not divide {name} {size}")
+    if shape.kv_heads % tp and tp % shape.kv_heads:
+        raise ModelError(
+            f"tensor_parallel {tp} and num_key_value_heads {shape.kv_heads}: one must divide the other"
+        )
+    if shape.layers % stages:
+        raise ModelError(
+            f"pipeline_parallel {policy.pipeline_parallel} x virtual_pipeline {policy.virtual_pipeline} "
+            f"= {stages} does not divide num_hidden_layers {shape.layers}"
+        )
+
+
+def _recompute(policy: PolicyConfig) -> dict[str, Any]:
+    if policy.recompute == "none":
+        return {}
+    if policy.recompute == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+
+
+def _fp8(policy: PolicyConfig, device: backend.Backend) -> dict[str, Any]:
+    if policy.fp8.recipe == "none":
+        return {}
+    if not device.transformer_engine:
+        raise ModelError(
+            f"policy.fp8.recipe {policy.fp8.recipe} needs Transformer Engine on a GPU, which is not importable here; "
+            "install it or set policy.fp8.recipe to none (megatron-core would silently train without FP8)"
+        )
+    return {"fp8": policy.fp8.format, "fp8_recipe": policy.fp8.recipe}
+
+
+def build_chunks(
+    shape: ModelShape, config: TransformerConfig, layout: Layout
+) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or one per virtual stage), parameters not initialised."""
+    chunks: list[torch.nn.Module] = []
+    for stage in range(layout.vpp):
+        virtual = stage if layout.vpp > 1 else None
+        first = layout.first_stage and stage == 0
+        last = layout.last_stage and stage == layout.vpp - 1
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, virtual),
+            vocab_size=padded_vocabulary(shape.vocab_size, layout.tp),
+            max_sequence_length=shape.max_positions,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+            parallel_output=True,
+            vp_stage=virtual,
+        )
+        _rotary(chunk, shape)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def wrap_chunks(
+    chunks: list[torch.nn.Module], config: TransformerConfig, policy: PolicyConfig
+) -> list[DistributedDataParallel]:
+    """Chunks with gradient buffers, gradients in fp32, summed (not averaged) over DP x CP."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=policy.distributed_optimizer,
+        average_in_collective=False,
+    )
+    return [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(module: torch.nn.Module) -> Any:
+    """The GPTModel inside its wrappers."""
+    while not isinstance(module, GPTModel):
+        module = module.module  # type: ignore[assignment]
+    return module
+
+
+def _layer_spec(config: TransformerConfig, virtual: int | None) -> Any:
+    if backend.current().transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
+    layer.self_attention.submodules.core_attention = PackedAttention
+    layers = get_num_layers_to_build(config, vp_stage=virtual)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * layers, layer_norm=SequenceParallelRMSNorm
+    )
+
+
+def _rotary(chunk: Any, shape: ModelShape) -> None:
+    """Rotary frequencies as the checkpoint's config asks, llama3 scaling with all four of its numbers (GPTModel takes
+    only the factor)."""
+    rotary = chunk.rotary_pos_emb
+    if not backend.current().transformer_engine:
+        packed = PackedRotary(
+            kv_channels=shape.head_dim,
+            rotary_percent=1.0,
+            rotary_base=shape.rope_theta,
+            cp_group=rotary.cp_group,
+        )
+        chunk.rotary_pos_emb = rotary = packed
+    scaling = shape.rope_scaling
+    if scaling is not None:
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling["factor"],
+            low_freq_factor=scaling["low_freq_factor"],
+            high_freq_factor=scaling["high_freq_factor"],
+            original_max_position_embeddings=scaling["original_max_position_embeddings"],
+        )

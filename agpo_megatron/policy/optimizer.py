@@ -1,0 +1,39 @@
+"""Megatron's optimizer: AdamW, Transformer Engine's or apex's fused one where importable (megatron-core chooses)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from agpo_megatron.config.schema import PolicyConfig, TrainConfig
+from agpo_megatron.policy.model import parameter_dtype
+
+
+def build_optimizer(chunks: Sequence[Any], policy: PolicyConfig, train: TrainConfig) -> Any:
+    """AdamW over ``chunks`` with fp32 state, sharded over DP x CP if ``policy.distributed_optimizer``.
+
+    The learning rate is set before every step (``set_rates``); weight decay spares norms and biases.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=0.0,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.grad_clip,
+        bf16=policy.dtype == "bf16",
+        params_dtype=parameter_dtype(policy),
+        use_distributed_optimizer=policy.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """What Megatron's parameter scheduler would do: ``lr`` for all groups, weight decay times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

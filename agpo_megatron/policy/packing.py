@@ -1,0 +1,187 @@
+"""Packed sequences: a micro-batch is one row of tokens, its sequences end to end, and the few positions that train.
+
+Row selection comes first: position t of a sequence predicts token t + 1, and only positions whose next token has a
+non-zero loss weight become rows. Their indices are host integers, so later stages never wait for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agpo_megatron.types import TrainSequence
+
+PAD_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """Rows ``[start, stop)`` of the pack predict tokens of ``sample_id``; the full sequence has ``length`` tokens."""
+
+    sample_id: str
+    start: int
+    stop: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch on the host (CPU). T tokens, N rows.
+
+    ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
+    longest first, padding as trailing sequences of their own (``sum(lengths) == T``).
+    ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
+    ``weights`` [N] fp32: w of L = sum w l; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and
+    ``has_rollout`` [N] bool; ``old_logprobs`` [N] fp32 or None (then the current policy is its own old policy).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    has_rollout: Tensor
+    old_logprobs: Tensor | None
+    spans: tuple[RowSpan, ...]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(
+    sequences: Sequence[TrainSequence],
+    multiple: int,
+    *,
+    every_token: bool = False,
+    old_logprobs: Mapping[str, Sequence[float]] | None = None,
+    total: int | None = None,
+) -> PackedBatch:
+    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens).
+
+    ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
+    ``old_logprobs``: per sample id, aligned with its tokens; absent means on-policy.
+    An empty list gives a filler: ``multiple`` padding tokens and no rows.
+    Raises ValueError naming the sample whose lists do not fit, and for an old log-prob that is missing.
+    """
+    # Longest first: sequences of similar length are then neighbours, which the attention core batches as slices.
+    ordered = sorted(sequences, key=lambda s: -len(s.tokens))
+    for sequence in ordered:
+        _check(sequence)
+    tokens = list(itertools.chain.from_iterable(s.tokens for s in ordered))
+    lengths = [len(s.tokens) for s in ordered]
+    _pad(tokens, lengths, multiple, total)
+
+    rows: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    advantages: list[float] = []
+    rollout: list[float] = []
+    known: list[bool] = []
+    old: list[float] = []
+    spans: list[RowSpan] = []
+    offset = 0
+    for s in ordered:
+        n = len(s.tokens)
+        chosen = [t for t in range(1, n) if every_token or s.loss_weights[t] != 0.0]
+        spans.append(RowSpan(s.sample_id, len(rows), len(rows) + len(chosen), n))
+        rows += [offset + t - 1 for t in chosen]
+        targets += [s.tokens[t] for t in chosen]
+        weights += [s.loss_weights[t] for t in chosen]
+        advantages += [s.advantage] * len(chosen)
+        rollout += [s.rollout_logprobs[t] if s.rollout_logprobs else 0.0 for t in chosen]
+        known += [bool(s.rollout_logprobs)] * len(chosen)
+        if old_logprobs is not None:
+            old += _old_of(s, old_logprobs, chosen)
+        offset += n
+    return PackedBatch(
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        positions=torch.cat([torch.arange(n) for n in lengths]),
+        lengths=tuple(lengths),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        advantages=torch.tensor(advantages, dtype=torch.float32),
+        rollout_logprobs=torch.tensor(rollout, dtype=torch.float32),
+        has_rollout=torch.tensor(known, dtype=torch.bool),
+        old_logprobs=None if old_logprobs is None else torch.tensor(old, dtype=torch.float32),
+        spans=tuple(spans),
+    )
+
+
+def pack_all(
+    micro_batches: Sequence[Sequence[TrainSequence]],
+    multiple: int,
+    count: int,
+    *,
+    same_length: bool,
+    every_token: bool = False,
+    old_logprobs: Mapping[str, Sequence[float]] | None = None,
+) -> list[PackedBatch]:
+    """``count`` packs: one per micro-batch, then fillers of weight 0 for a rank with less work than others.
+
+    ``same_length``: pad all to the longest (the interleaved pipeline exchanges tensors of one shape).
+    """
+    work = [*micro_batches, *([[]] * (count - len(micro_batches)))]
+    total = None
+    if same_length:
+        total = max(_round_up(sum(len(s.tokens) for s in batch) or 1, multiple) for batch in work)
+    return [
+        pack(batch, multiple, every_token=every_token, old_logprobs=old_logprobs, total=total)
+        for batch in work
+    ]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _pad(tokens: list[int], lengths: list[int], multiple: int, total: int | None) -> None:
+    """Append padding tokens in place, as sequences no longer than the longest real one."""
+    pad = (total or _round_up(max(len(tokens), 1), multiple)) - len(tokens)
+    longest = lengths[0] if lengths else pad
+    while pad > 0:
+        part = min(pad, longest)
+        tokens += [PAD_TOKEN] * part
+        lengths.append(part)
+        pad -= part
+
+
+def _check(s: TrainSequence) -> None:
+    n = len(s.tokens)
+    if n == 0:
+        raise ValueError(f"sample {s.sample_id} has no tokens; leave it out of the batch")
+    if len(s.loss_weights) != n or len(s.rollout_logprobs) not in (0, n):
+        raise ValueError(
+            f"sample {s.sample_id}: {n} tokens but {len(s.loss_weights)} loss weights and "
+            f"{len(s.rollout_logprobs)} rollout log-probs; all are aligned with the tokens"
+        )
+
+
+def _old_of(
+    s: TrainSequence, old: Mapping[str, Sequence[float]], chosen: Sequence[int]
+) -> list[float]:
+    if not chosen:
+        return []
+    values = old.get(s.sample_id)
+    if values is None or len(values) != len(s.tokens):
+        raise ValueError(
+            f"sample {s.sample_id}: {len(s.tokens)} tokens but "
+            f"{'no' if values is None else len(values)} old log-probs; score the batch first"
+        )
+    return [values[t] for t in chosen]

@@ -1,0 +1,216 @@
+"""One pass of all micro-batches through Megatron's pipeline schedule, with the loss at its end.
+
+The LM head is not the model's: GPTModel hands its final hidden states to ``output_processor``, here ``_Head``, which
+keeps the rows that train and computes their log-probs without ever holding the logits. Token losses are summed with
+the weights of the batch; nothing divides afterwards (design, idea 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from agpo_megatron.algorithm.policy_loss import negative_log_likelihood, ppo_clip
+from agpo_megatron.logprob.fused import selected_logprobs
+from agpo_megatron.policy import backend
+from agpo_megatron.policy.attention import PackedSequences, transformer_engine_params
+from agpo_megatron.policy.packing import PackedBatch
+from agpo_megatron.policy.parallel import Layout
+
+SUMS = (
+    "loss",
+    "entropy",
+    "ratio",
+    "clipped",
+    "tokens",
+    "rollout_diff",
+    "rollout_tokens",
+)
+"""What each micro-batch adds to; ``rollout_diff_max`` is a maximum."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """``kind``: "ppo" (clipped ratio) or "nll" (supervised). ``clip_low``/``clip_high``: bounds of the ratio."""
+
+    kind: Literal["ppo", "nll"]
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Of the log-prob computation. ``vocab_size``: real vocabulary; ``chunk``: rows of logits held at once."""
+
+    vocab_size: int
+    temperature: float
+    chunk: int
+
+
+def sum_only_gradients(model: list[Any], num_tokens: Tensor | None, **keywords: Any) -> None:
+    """Megatron's gradient synchronisation without its division by a token count (whose clamp to 1 would leave ours
+    unchanged, for two collectives and a pass over all gradients)."""
+    finalize_model_grads(model, None, **keywords)
+
+
+def run_training(
+    chunks: Sequence[Any],
+    layout: Layout,
+    batches: Sequence[PackedBatch],
+    head: HeadSettings,
+    loss: LossSettings,
+) -> list[dict[str, Tensor]]:
+    """Forward and backward of all ``batches``; gradients are summed into the buffers and over DP and CP.
+
+    Returns, on the last pipeline stage, per micro-batch the ``SUMS`` and ``rollout_diff_max`` (fp64 scalars); elsewhere
+    nothing.
+    """
+    return _run(chunks, layout, batches, _Head(layout, head, loss), forward_only=False)
+
+
+def run_scoring(
+    chunks: Sequence[Any], layout: Layout, batches: Sequence[PackedBatch], head: HeadSettings
+) -> list[dict[str, Tensor]]:
+    """Forward only, no autograd state. Returns, on the last stage, per micro-batch ``logprob``, ``entropy`` [N]."""
+    with torch.no_grad():
+        return _run(chunks, layout, batches, _Head(layout, head, None), forward_only=True)
+
+
+def _run(
+    chunks: Sequence[Any],
+    layout: Layout,
+    batches: Sequence[PackedBatch],
+    head: _Head,
+    *,
+    forward_only: bool,
+) -> list[dict[str, Tensor]]:
+    device = backend.current().device
+    on_device = [batch.to(device) for batch in batches]
+    packs = [_packed_params(batch) for batch in on_device]
+
+    def forward(data: Iterator[int], model: Any) -> tuple[Tensor, Any]:
+        index = next(data)
+        batch = on_device[index]
+        output = model(
+            batch.tokens[None],
+            batch.positions[None],
+            None,
+            packed_seq_params=packs[index],
+            output_processor=head,
+            output_processor_context=batch,
+        )
+        return output, head.result
+
+    iterators = [iter(range(len(batches))) for _ in chunks]
+    single = len(chunks) == 1
+    results: list[dict[str, Tensor]] = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators[0] if single else iterators,
+        model=chunks[0] if single else list(chunks),
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.numel(),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _packed_params(batch: PackedBatch) -> Any:
+    if backend.current().transformer_engine:
+        return transformer_engine_params(batch.lengths, batch.tokens.device)
+    return PackedSequences.of(batch.positions, batch.lengths)
+
+
+class _Head:
+    """The ``output_processor``: hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
+
+    def __init__(self, layout: Layout, head: HeadSettings, loss: LossSettings | None):
+        self.layout, self.head, self.loss = layout, head, loss
+        self.stats: dict[str, Tensor] = {}
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: PackedBatch,
+        **_: Any,
+    ) -> Tensor:
+        """``hidden_states`` [T, 1, H] ([T / TP, 1, H] under sequence parallelism); returns a scalar."""
+        weight = output_layer.weight if output_weight is None else output_weight
+        rows = self._select(hidden_states, context.rows, output_layer.sequence_parallel)
+        result = selected_logprobs(
+            rows,
+            weight,
+            context.targets,
+            group=self.layout.tp_group if self.layout.tp > 1 else None,
+            vocab_size=self.head.vocab_size,
+            temperature=self.head.temperature,
+            chunk=self.head.chunk,
+        )
+        if self.loss is None:
+            self.stats = {"logprob": result.logprob, "entropy": result.entropy}
+            return result.logprob.sum()
+        loss, self.stats = _weighted_loss(self.loss, result.logprob, result.entropy, context)
+        return loss
+
+    def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Megatron's loss function: (sum of w l, 0 tokens, statistics): with a token count of 0 nothing divides."""
+        stats, self.stats = self.stats, {}
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), stats
+
+    def _select(self, hidden: Tensor, rows: Tensor, sequence_parallel: bool) -> Tensor:
+        """The rows that train, [N, H]. Their gradient comes back as partial sums of TP shards, which the mapping's
+        backward adds up: over all T rows under sequence parallelism, over the N selected ones without."""
+        group = self.layout.tp_group
+        if self.layout.tp == 1:
+            return hidden.squeeze(1).index_select(0, rows)
+        if sequence_parallel:
+            full = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
+            return full.squeeze(1).index_select(0, rows)
+        return copy_to_tensor_model_parallel_region(
+            hidden.squeeze(1).index_select(0, rows), group=group
+        )
+
+
+def _weighted_loss(
+    loss: LossSettings, logprob: Tensor, entropy: Tensor, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = sum w l over the rows, and what it adds to the statistics. A pack without rows gives a 0 that backward can
+    still run through: every rank takes part in every collective."""
+    current = logprob.detach()
+    if loss.kind == "nll":
+        tokens = negative_log_likelihood(logprob)
+        ratio, clipped = torch.ones_like(current), torch.zeros_like(current, dtype=torch.bool)
+    else:
+        old = current if batch.old_logprobs is None else batch.old_logprobs
+        tokens, clipped, ratio = ppo_clip(
+            logprob, old, batch.advantages, loss.clip_low, loss.clip_high
+        )
+    weighted = batch.weights * tokens
+    diff = (current - batch.rollout_logprobs).abs() * batch.has_rollout
+    values = {
+        "loss": weighted.detach(),
+        "entropy": entropy.detach(),
+        "ratio": ratio,
+        "clipped": clipped,
+        "tokens": torch.ones_like(current),
+        "rollout_diff": diff,
+        "rollout_tokens": batch.has_rollout,
+    }
+    stats = {name: value.double().sum() for name, value in values.items()}
+    stats["rollout_diff_max"] = diff.double().amax() if len(diff) else diff.double().sum()
+    return weighted.sum(), stats

@@ -1,0 +1,89 @@
+"""Parameters of this rank's chunks <-> Hugging Face tensors, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from agpo_megatron.conversion.cutting import hf_from_shards, shard_to_megatron
+from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
+from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.policy.model import padded_vocabulary, unwrap
+from agpo_megatron.policy.parallel import Layout
+
+
+def global_parameters(chunks: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by Megatron name with global layer numbers, over all its chunks."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for chunk in chunks:
+        model = unwrap(chunk)
+        for name, parameter in model.named_parameters():
+            found[_global_name(name, model)] = parameter
+    return found
+
+
+def layer_numbers(chunks: Sequence[Any]) -> list[int]:
+    """Global numbers, from 0, of this rank's layers in ascending order."""
+    return sorted(layer.layer_number - 1 for c in chunks for layer in unwrap(c).decoder.layers)
+
+
+@torch.no_grad()
+def load_hf(
+    chunks: Sequence[Any], weights: WeightMap, source: HfCheckpoint, layout: Layout
+) -> None:
+    """Fill this rank's parameters from a checkpoint folder; each reads only the tensors it holds a part of.
+
+    Raises ConversionError as ``conversion`` does.
+    """
+    shape = weights.shape
+    rows = padded_vocabulary(shape.vocab_size, layout.tp)
+    for name, parameter in global_parameters(chunks).items():
+        rule = weights.for_megatron(name)
+        tensors = [source.load(t.name) for t in rule.hf]
+        shard = shard_to_megatron(rule, tensors, shape, layout.tp, layout.tp_rank, rows)
+        parameter.copy_(shard)
+
+
+@torch.no_grad()
+def named_hf_tensors(
+    chunks: Sequence[Any], weights: WeightMap, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors of this pipeline stage, in the order of ``WeightMap.stage_rules``, on its TP0 rank of DP0.
+
+    Every TP rank of that replica must exhaust the iterator, for it takes part in the gathers; only TP0 gets anything.
+    Holds one parameter at a time. A yielded tensor may be a view of the live parameter: copy it to keep it.
+    """
+    if layout.dp_rank != 0 or layout.cp_rank != 0:
+        return
+    parameters = global_parameters(chunks)
+    rules = weights.stage_rules(layer_numbers(chunks), layout.first_stage, layout.last_stage)
+    for rule in rules:
+        parameter = parameters.get(rule.megatron_name())
+        if parameter is None:
+            parameter = parameters[rule.megatron_name(transformer_engine=True)]
+        shards = _gather(parameter.detach(), layout)
+        if layout.tp_rank == 0:
+            yield from hf_from_shards(rule, shards, weights.shape).items()
+
+
+def _gather(shard: Tensor, layout: Layout) -> list[Tensor]:
+    """All TP ranks' shards on TP0; nothing elsewhere."""
+    if layout.tp == 1:
+        return [shard]
+    shard = shard.contiguous()
+    parts = [torch.empty_like(shard) for _ in range(layout.tp)] if layout.tp_rank == 0 else None
+    dist.gather(shard, parts, dst=dist.get_global_rank(layout.tp_group, 0), group=layout.tp_group)
+    return parts or []
+
+
+def _global_name(name: str, model: Any) -> str:
+    """``decoder.layers.0.x`` of a stage that begins at global layer 12 -> ``decoder.layers.12.x``."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    local, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"

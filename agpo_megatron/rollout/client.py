@@ -1,0 +1,265 @@
+"""One SGLang server over its public HTTP API (0.5.23): token ids in, token ids with log-probs out, weight updates.
+
+Log-probs of generated tokens are those of ``softmax(logits / temperature)``; those of prompt tokens (``score``) are at
+temperature 1 whatever the request says. All methods raise ``ServerError``; ``status`` 0 means that no answer came
+(refused, reset, timed out).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from agpo_megatron.types import VersionSpan
+from agpo_megatron.wait import waiting
+
+
+class ServerError(RuntimeError):
+    """A rollout server refused a request or could not be reached."""
+
+    def __init__(self, url: str, endpoint: str, status: int, message: str) -> None:
+        self.url, self.endpoint, self.status, self.message = url, endpoint, status, message
+        what = f"HTTP {status}" if status else "no answer"
+        super().__init__(f"rollout server {url}: {endpoint}: {what}: {message}")
+
+    @property
+    def retryable(self) -> bool:
+        """Whether another server, or this one later, may do better: not after a 4xx, which blames the request."""
+        return not 400 <= self.status < 500
+
+
+class NonFiniteLogprob(ServerError):
+    """A generated token has a NaN or infinite log-prob: the server's weights or numerics are broken."""
+
+    def __init__(self, url: str, position: int, value: object, version: str) -> None:
+        super().__init__(
+            url,
+            "/generate",
+            200,
+            f"log-prob of response token {position} is {value!r} under weight version {version}; "
+            "the published weights, or the server's precision, are broken",
+        )
+
+    @property
+    def retryable(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One response. ``logprobs`` has one finite float per token; ``finish_reason``: stop, length or abort."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    versions: list[VersionSpan]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    ignore_eos: bool = False
+
+
+class ServerClient:
+    """``url``: http://host:port. ``session`` is shared and owned by the caller; it needs no connection limit."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, timeout: float = 600.0) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+        self._timeout = timeout
+
+    async def generate(
+        self, prompt_tokens: Sequence[int], sampling: Sampling, n: int = 1
+    ) -> list[Generation]:
+        """``n`` samples of one prompt, which is prefilled once."""
+        body = {
+            "input_ids": list(prompt_tokens),
+            "sampling_params": {
+                "n": n,
+                "max_new_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "ignore_eos": sampling.ignore_eos,
+                "skip_special_tokens": False,
+            },
+            "return_logprob": True,
+        }
+        answer = await self._call("/generate", body)
+        outputs = answer if isinstance(answer, list) else [answer]
+        if len(outputs) != n:
+            raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
+        return [self._generation(output) for output in outputs]
+
+    def _generation(self, output: Mapping[str, Any]) -> Generation:
+        meta, tokens = output["meta_info"], output["output_ids"]
+        entries = meta["output_token_logprobs"]
+        finish = (meta.get("finish_reason") or {}).get("type", "unknown")
+        spans = [
+            VersionSpan(s["version"], s["start"], s["end"]) for s in meta.get("weight_versions", [])
+        ]
+        if finish not in ("stop", "length", "abort"):
+            raise ServerError(self.url, "/generate", 200, f"unexpected finish_reason {finish!r}")
+        if finish != "abort":
+            if [entry[1] for entry in entries] != tokens:
+                raise ServerError(
+                    self.url, "/generate", 200, "log-probs are not of the output tokens"
+                )
+            for position, entry in enumerate(entries):
+                # JSON has no NaN: the server writes null.
+                if entry[0] is None or not math.isfinite(entry[0]):
+                    raise NonFiniteLogprob(self.url, position, entry[0], meta["weight_version"])
+        return Generation(tokens, [entry[0] for entry in entries], finish, spans)
+
+    async def score(
+        self,
+        tokens: Sequence[int],
+        start: int = 1,
+        timeout: float | None = None,
+    ) -> list[float]:
+        """Log-probs at temperature 1 of ``tokens[start:]``, each given all before it; nothing is generated."""
+        if not 1 <= start < len(tokens):
+            raise ValueError(f"score: start {start} is outside 1..{len(tokens) - 1}")
+        body = {
+            "input_ids": list(tokens),
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": start - 1,  # whose own entry is always null
+        }
+        answer = await self._call("/generate", body, timeout)
+        entries = answer["meta_info"]["input_token_logprobs"][1:]
+        # The echoed id of the vocabulary's last token is 0 (SGLang 0.5.23, logprob_result_processor.py:54).
+        echoed = [entry[1] or token for entry, token in zip(entries, tokens[start:], strict=False)]
+        if echoed != list(tokens[start:]):
+            raise ServerError(self.url, "/generate", 200, "scores are not of the given tokens")
+        return [math.nan if entry[0] is None else entry[0] for entry in entries]
+
+    async def ready(self, timeout: float = 30.0) -> None:
+        """Return after a real generation; also un-pauses a server that an earlier controller left paused."""
+        await self.continue_generation(timeout=timeout)
+        body = {
+            "input_ids": [0],
+            "sampling_params": {"max_new_tokens": 1, "ignore_eos": True},
+        }
+        await self._call("/generate", body, timeout)
+
+    async def abort_all(self) -> None:
+        """Running requests return what they have, with finish_reason abort."""
+        await self._call("/abort_request", {"abort_all": True}, 30.0)
+
+    async def model_info(self, timeout: float = 30.0) -> dict[str, Any]:
+        """Holds ``weight_version`` and ``model_path`` among others."""
+        info: dict[str, Any] = await self._call("/model_info", None, timeout)
+        return info
+
+    async def weight_version(self, timeout: float = 30.0) -> str:
+        return str((await self.model_info(timeout))["weight_version"])
+
+    # Weights: the order of these calls is the sync room's.
+
+    async def init_group(
+        self,
+        name: str,
+        address: tuple[str, int],
+        rank_offset: int,
+        world_size: int,
+        backend: str,
+        timeout: float,
+    ) -> None:
+        """Join an update group; returns when all members have joined. ``backend``: gloo or nccl."""
+        body = {
+            "master_address": address[0],
+            "master_port": address[1],
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        await self._call("/init_weights_update_group", body, timeout)
+
+    async def destroy_group(self, name: str, timeout: float = 30.0) -> None:
+        await self._call("/destroy_weights_update_group", {"group_name": name}, timeout)
+
+    async def pause(self, mode: str, timeout: float) -> None:
+        """``abort`` ends what runs, polling once a second while something does; ``retract`` sets it aside."""
+        await self._call("/pause_generation", {"mode": mode}, timeout)
+
+    async def continue_generation(self, timeout: float = 30.0) -> None:
+        await self._call("/continue_generation", {}, timeout)
+
+    async def begin_update(self, timeout: float) -> None:
+        """Open a weight-update session. One left open by a broken transfer is closed first."""
+        try:
+            await self._call("/begin_weight_update", {}, timeout)
+        except ServerError as error:
+            if "already open" not in error.message:
+                raise
+            await self.end_update(timeout)
+            await self._call("/begin_weight_update", {}, timeout)
+
+    async def receive_bucket(
+        self,
+        group: str,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        timeout: float,
+    ) -> None:
+        """Take part in one broadcast of the concatenated bytes of these tensors and load them, in place."""
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        await self._call("/update_weights_from_distributed", body, timeout)
+
+    async def end_update(self, timeout: float) -> None:
+        await self._call("/end_weight_update", {}, timeout)
+
+    async def checksums(self, timeout: float) -> list[dict[str, str]]:
+        """Hash of every weight, by SGLang's name, per tensor-parallel rank of the server."""
+        answer = await self._call("/weights_checker", {"action": "checksum"}, timeout)
+        return [rank["checksums"] for rank in answer["ranks"]]
+
+    async def flush_cache(self, timeout: float) -> None:
+        """Drop the prefix cache. Refused while requests run."""
+        await self._call("/flush_cache", {}, timeout)
+
+    async def set_weight_version(self, version: str, timeout: float) -> None:
+        body = {"new_version": version, "abort_all_requests": False}
+        await self._call("/update_weight_version", body, timeout)
+
+    async def _call(
+        self, endpoint: str, body: Mapping[str, Any] | None, timeout: float | None = None
+    ) -> Any:
+        """POST ``body`` (GET when None); the parsed JSON answer, or None when it is not JSON."""
+        seconds = timeout or self._timeout
+        method = "GET" if body is None else "POST"
+        limit = aiohttp.ClientTimeout(total=seconds)
+        try:
+            with waiting(f"{endpoint} of {self.url}", seconds):
+                async with self._session.request(
+                    method, self.url + endpoint, json=body, timeout=limit
+                ) as response:
+                    text = await response.text()
+                    if response.status != 200:
+                        raise ServerError(self.url, endpoint, response.status, text[:1000])
+                    is_json = response.content_type == "application/json"
+                    answer = await response.json() if is_json and text else None
+        except TimeoutError as error:
+            message = f"nothing within {seconds:.0f} s"
+            raise ServerError(self.url, endpoint, 0, message) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerError(self.url, endpoint, 0, repr(error)) from error
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ServerError(self.url, endpoint, 400, str(answer.get("message")))
+        return answer

@@ -1,0 +1,310 @@
+"""All rollout servers of a run: who may serve, who gets the next group, what happens when one fails.
+
+Life of a server::
+
+    STARTING ──generated once──► QUARANTINED ──full publish──► READY
+       ▲                            ▲   │                       │
+       │                 new weights│   │no answer              │publish begins (weights are written in place),
+       │                  are needed│   ▼                       │or it came back with other weights
+       └── (new process)          DEAD ◄──no answer─────────────┘──► QUARANTINED
+
+* STARTING: launched, has not generated yet.
+* QUARANTINED: alive, but its weights are not known to be those of the current version. It serves nothing until it has
+  received all of them.
+* READY: serves.
+* DEAD: a request got no answer. It is probed with a real generation; it comes back as READY if it still reports the
+  weight version it had, else as QUARANTINED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Self
+
+from agpo_megatron.config.schema import RolloutConfig
+from agpo_megatron.rollout.client import Generation, Sampling, ServerClient, ServerError
+from agpo_megatron.types import Group, Prompt, Sample
+from agpo_megatron.wait import WaitExpired, waiting, waiting_async
+
+log = logging.getLogger(__name__)
+PROBE_SECONDS = 0.5
+PROBE_SECONDS_MAX = 5.0
+
+
+class RolloutError(RuntimeError):
+    """A group could not be generated; the message holds what every attempt met."""
+
+
+class State(Enum):
+    """See the module's docstring."""
+
+    STARTING = "starting"
+    READY = "ready"
+    QUARANTINED = "quarantined"
+    DEAD = "dead"
+
+
+@dataclass(eq=False)
+class Server:
+    """What the pool knows of a server. ``in_flight``: samples. ``version``: last complete publish, "" if none."""
+
+    client: ServerClient
+    state: State = State.STARTING
+    in_flight: int = 0
+    version: str = ""
+    reason: str = "has not generated yet"
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
+    def alive(self) -> bool:
+        return self.state in (State.READY, State.QUARANTINED)
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self.since
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.url} {self.state.value} for {seconds:.0f} s{why}"
+
+
+class RolloutPool:
+    """Dispatches groups to the servers; ``async with`` starts and ends its probing of servers.
+
+    ``decode`` turns response tokens into the sample's text ("" without it). ``refresh`` (set by the publisher) brings a
+    quarantined server up to date between publishes, e.g. after its restart.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[ServerClient],
+        config: RolloutConfig,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        self.servers = [Server(client) for client in clients]
+        self.refresh: Callable[[Server], Awaitable[None]] | None = None
+        self._config = config
+        self._decode = decode or (lambda tokens: "")
+        self._changed = asyncio.Condition()
+        self._open = True
+        self._none_ready_since = time.monotonic()
+        self._probes: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._probes = [asyncio.create_task(self._probe(server)) for server in self.servers]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._probes:
+            task.cancel()
+        await asyncio.gather(*self._probes, return_exceptions=True)
+
+    def report(self) -> str:
+        """One line: the state of every server and why."""
+        return "; ".join(str(server) for server in self.servers)
+
+    async def wait_alive(self, at_least: int | None = None, seconds: float | None = None) -> None:
+        """Return when ``at_least`` servers (all by default) have generated something; WaitExpired says who has not."""
+        wanted = len(self.servers) if at_least is None else at_least
+        seconds = self._config.start_timeout if seconds is None else seconds
+        name = f"{wanted} of {len(self.servers)} rollout server(s) to generate"
+        try:
+            async with waiting_async(name, seconds), self._changed:
+                await self._changed.wait_for(lambda: sum(s.alive for s in self.servers) >= wanted)
+        except WaitExpired:
+            raise WaitExpired(name, seconds, self.report()) from None
+
+    # Generation
+
+    async def generate_group(self, prompt: Prompt) -> Group:
+        """``group_size`` samples at the configured temperature.
+
+        Raises RolloutError after ``attempts`` failures, ServerError for a request that no server would take (4xx),
+        NonFiniteLogprob, WaitExpired when no server becomes ready.
+        """
+        config = self._config
+        sampling = Sampling(config.max_response_tokens, config.temperature)
+        return await self._group(prompt, sampling, config.group_size)
+
+    async def generate_greedy(self, prompt: Prompt) -> Group:
+        """One greedy sample, for evaluation."""
+        return await self._group(prompt, Sampling(self._config.max_response_tokens, 0.0), 1)
+
+    async def _group(self, prompt: Prompt, sampling: Sampling, n: int) -> Group:
+        outputs = await self._generate(prompt, sampling, n)
+        samples = [
+            Sample(
+                group_id=prompt.group_id,
+                index=index,
+                prompt_tokens=prompt.tokens,
+                response_tokens=output.tokens,
+                rollout_logprobs=output.logprobs,
+                loss_mask=[1] * len(output.tokens),
+                versions=output.versions,
+                finish_reason=output.finish_reason,
+                text=self._decode(output.tokens),
+            )
+            for index, output in enumerate(outputs)
+        ]
+        return Group(prompt, samples)
+
+    async def _generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Generation]:
+        """All ``n`` samples in one request, so that they share the prompt's prefix; elsewhere again if it fails."""
+        failures: list[ServerError] = []
+        while True:
+            async with self._slot(n, avoid=[error.url for error in failures]) as server:
+                try:
+                    outputs = await server.client.generate(prompt.tokens, sampling, n)
+                except ServerError as error:
+                    if not error.retryable:
+                        raise
+                    failures.append(error)
+                    if error.status == 0:
+                        await self.mark_dead(server, str(error))
+                    log.warning("group %s: %s", prompt.group_id, error)
+                else:
+                    # All again if one was aborted (a publish): the finished ones are the short ones, and keeping only
+                    # those would bias the group towards short responses.
+                    if all(output.finish_reason != "abort" for output in outputs):
+                        return outputs
+                    log.info("group %s was aborted; generating it again", prompt.group_id)
+            if len(failures) >= self._config.attempts:
+                met = "; ".join(str(error) for error in failures)
+                raise RolloutError(
+                    f"group {prompt.group_id} failed {len(failures)} times "
+                    f"(rollout.attempts={self._config.attempts}): {met}"
+                )
+
+    @asynccontextmanager
+    async def _slot(self, n: int, avoid: Sequence[str]) -> AsyncIterator[Server]:
+        """Room for ``n`` samples on the least loaded READY server, rather not one of ``avoid``, once dispatch is open."""
+        server = await self._acquire(n, avoid)
+        try:
+            yield server
+        finally:
+            async with self._changed:
+                server.in_flight -= n
+                self._changed.notify_all()
+
+    async def _acquire(self, n: int, avoid: Sequence[str]) -> Server:
+        limit = self._config.max_in_flight
+        async with self._changed:
+            while True:
+                ready = [s for s in self.servers if s.state is State.READY]
+                candidates = [s for s in ready if s.url not in avoid] or ready
+                best = min(candidates, key=lambda s: s.in_flight, default=None)
+                # A group larger than the limit goes to an idle server.
+                if self._open and best and (best.in_flight + n <= limit or not best.in_flight):
+                    best.in_flight += n
+                    return best
+                await self._wait_for_change(anyone_ready=bool(ready))
+
+    async def _wait_for_change(self, anyone_ready: bool) -> None:
+        """Wait for a slot, the gate or a server. Only the last has a deadline here: the others end with requests and
+        publishes, which have their own."""
+        seconds = None
+        name = "room on a rollout server"
+        if self._open and not anyone_ready:
+            name = "a rollout server to become ready"
+            seconds = self._none_ready_since + self._config.start_timeout - time.monotonic()
+            if seconds <= 0:
+                raise WaitExpired(name, self._config.start_timeout, self.report())
+        with waiting(name, seconds):
+            await self._within(seconds)  # then the caller looks again, and raises with the report
+
+    async def _within(self, seconds: float | None) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+    # The gate that publishing closes
+
+    async def close_dispatch(self) -> None:
+        """No request goes out until ``open_dispatch``; those in flight go on."""
+        await self._set_open(False)
+
+    async def open_dispatch(self) -> None:
+        await self._set_open(True)
+
+    async def _set_open(self, value: bool) -> None:
+        async with self._changed:
+            self._open = value
+            self._none_ready_since = max(self._none_ready_since, time.monotonic())
+            self._changed.notify_all()
+
+    async def drain(self, servers: Sequence[Server], seconds: float, abort: bool = True) -> None:
+        """Return when nothing is in flight on ``servers``; with ``abort`` running samples end now (and are made again).
+
+        Aborting repeatedly catches requests that were on their way when the first abort arrived.
+        """
+        async with waiting_async("samples in flight to end before a publish", seconds):
+            while busy := [s for s in servers if s.in_flight]:
+                if abort:
+                    for server in busy:
+                        await self._abort(server)
+                async with self._changed:
+                    await self._within(0.1)
+
+    async def _abort(self, server: Server) -> None:
+        try:
+            await server.client.abort_all()
+        except ServerError as error:
+            if error.status == 0:
+                await self.mark_dead(server, str(error))
+
+    # States
+
+    async def quarantine(self, server: Server, reason: str) -> None:
+        await self._move(server, State.QUARANTINED, reason, version="")
+
+    async def mark_ready(self, server: Server, version: str) -> None:
+        """All weights of ``version`` are in place."""
+        await self._move(server, State.READY, "", version=version)
+
+    async def mark_dead(self, server: Server, reason: str) -> None:
+        await self._move(server, State.DEAD, reason, version=server.version)
+
+    async def _move(self, server: Server, state: State, reason: str, version: str) -> None:
+        async with self._changed:
+            if server.state is not state:
+                log.info("rollout server %s -> %s (%s)", server, state.value, reason)
+                server.since = time.monotonic()
+                lost = server.state is State.READY
+                if lost and sum(s.state is State.READY for s in self.servers) == 1:
+                    self._none_ready_since = time.monotonic()
+            server.state, server.reason, server.version = state, reason, version
+            self._changed.notify_all()
+
+    async def _probe(self, server: Server) -> None:
+        """Forever: bring a server that is not READY one state further when it allows."""
+        pause = PROBE_SECONDS
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: server.state is not State.READY)
+            try:
+                if server.alive:
+                    pause = min(2 * pause, PROBE_SECONDS_MAX)
+                    if self.refresh is not None:
+                        await self.refresh(server)
+                else:
+                    pause = PROBE_SECONDS
+                    await self._revive(server)
+            except ServerError as error:
+                if server.alive and error.status == 0:
+                    await self.mark_dead(server, str(error))
+            await asyncio.sleep(pause)
+
+    async def _revive(self, server: Server) -> None:
+        await server.client.ready()
+        held = await server.client.weight_version()
+        if server.version and held == server.version:
+            await self.mark_ready(server, server.version)
+        else:
+            await self.quarantine(server, f"holds weights {held!r}, awaits a publish")

@@ -1,0 +1,106 @@
+"""The command line and environment of one stock SGLang server (0.5.23); starting it is the cluster room's work.
+
+A GPU server runs SGLang as it is. A CPU server gets, through PYTHONPATH and two of SGLang's own hooks, what the
+published wheels lack there (``stand_ins/``): import stand-ins, an attention that is not one call per sequence, and a
+short list of models to import.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from agpo_megatron.config.schema import Config
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+PROMPT_ALLOWANCE = 128
+"""Tokens of KV pool per sample on a CPU beside its response: prompts are short there, and G samples share one."""
+MIN_CPU_POOL = 4096
+
+
+@dataclass(frozen=True)
+class ServerLaunch:
+    """What to execute. ``env`` holds only what differs from the parent's environment."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+def server_command(
+    config: Config,
+    model_path: str,
+    *,
+    port: int,
+    host: str = "127.0.0.1",
+    index: int = 0,
+) -> ServerLaunch:
+    """Command of rollout server number ``index`` for the Hugging Face folder ``model_path``.
+
+    Pure, but for looking whether this machine has a GPU when ``cluster.device`` is ``auto``.
+    """
+    rollout = config.rollout
+    device = config.cluster.device
+    if device == "auto":
+        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    dtype = rollout.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.policy.dtype == "fp32" else "bfloat16"
+    flags: dict[str, object] = {
+        "model-path": model_path,
+        "host": host,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+        "tp-size": rollout.tensor_parallel,
+        "random-seed": config.seed + index,
+        "max-running-requests": rollout.max_in_flight,
+        "mem-fraction-static": rollout.mem_fraction,
+        "weight-version": "initial",
+        "grammar-backend": "none",
+        "log-level-http": "warning",
+    }
+    switches = ["skip-server-warmup"]  # ready() is a real generation
+    env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    pool = rollout.max_total_tokens
+    if device == "cpu":
+        flags |= {"attention-backend": "torch_native", "sampling-backend": "pytorch"}
+        # An idle scheduler otherwise spins, on a core that the trainer needs.
+        switches.append("sleep-on-idle")
+        # SGLang would size the pool to the machine's memory and fill it.
+        per_sample = rollout.max_response_tokens + PROMPT_ALLOWANCE
+        pool = pool or max(MIN_CPU_POOL, rollout.max_in_flight * per_sample)
+        env |= cpu_environment()
+    if pool:
+        flags["max-total-tokens"] = pool
+    argv = [sys.executable, "-m", "sglang.launch_server"]
+    for name, value in flags.items():
+        argv += [f"--{name}", str(value)]
+    return ServerLaunch(argv + [f"--{name}" for name in switches], env)
+
+
+def cpu_environment() -> dict[str, str]:
+    """What makes the published SGLang wheel serve on a CPU without AMX."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "agpo_cpu_models",
+        "PYTHONPATH": os.pathsep.join([str(STAND_INS), *([inherited] if inherited else [])]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def refuse_port_in_use(host: str, port: int) -> None:
+    """Raise OSError with cause and fix when something listens on, or has bound, ``host:port``."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"rollout server port {port} on {host} is in use; stop what listens there, "
+                "or set rollout.port to a free one (0 picks free ports)",
+            ) from error

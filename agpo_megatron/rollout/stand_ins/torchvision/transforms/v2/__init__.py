@@ -1,0 +1,1 @@
+"""Package of the second-generation transforms; only ``functional`` is imported."""

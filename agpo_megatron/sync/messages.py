@@ -1,0 +1,59 @@
+"""What trainer and controller tell each other about a publish. Plain data: it crosses the command channel as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from agpo_megatron.types import WeightVersion
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What one pipeline stage sent. ``error`` is "" when all of it was sent; then ``digest`` identifies it.
+
+    ``checksums``: what a CPU server must report for these weights, by its own names; None where the server's hash is
+    not reproduced. ``bytes``: sent per server.
+    """
+
+    digest: str
+    bytes: int = 0
+    seconds: float = 0.0
+    checksums: Mapping[str, str] | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """All stages' reports by stage number. ``step``: the optimizer step whose weights the trainer holds."""
+
+    step: int
+    stages: Mapping[int, StageReport]
+
+
+class TrainerPublishing(Protocol):
+    """What publishing needs of the trainer; the controller's trainer client implements it.
+
+    A failed transfer comes back in ``StageReport.error``, so that the trainer lives on; a failed trainer raises.
+    """
+
+    async def publish_open(self, epoch: str, world_size: int) -> Mapping[int, tuple[str, int]]:
+        """Each stage's source opens a fresh group of ``world_size`` (itself and the servers' ranks), named
+        ``group_name(epoch, stage)``, closing the one before; returns (host, port) by stage without waiting for members.
+        """
+        ...
+
+    async def publish_send(self, version: WeightVersion) -> PublishReport:
+        """Broadcast all buckets of all stages through the open groups; a trainer that holds another step than
+        ``version.step`` sends nothing and says so in ``error``."""
+        ...
+
+    async def score_tokens(self, tokens: list[int]) -> list[float]:
+        """Log-probs of ``tokens[1:]`` at temperature 1 under the current weights."""
+        ...
+
+
+def group_name(epoch: str, stage: int) -> str:
+    """Name of a stage's update group; both ends derive it, since it is part of the rendezvous keys."""
+    return f"{epoch}-stage{stage}"

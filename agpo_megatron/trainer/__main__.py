@@ -1,0 +1,80 @@
+"""``python -m agpo_megatron.trainer CONFIG MODE``: one trainer rank.
+
+Started by the supervisor or by Slurm. Environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT as for
+torch.distributed; AGPO_CONTROLLER_URL, AGPO_TOKEN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from agpo_megatron.config import Config, load_config
+from agpo_megatron.policy import backend
+from agpo_megatron.trainer.channel import Channel, ControllerLost
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="agpo_megatron.trainer")
+    parser.add_argument("config")
+    parser.add_argument("mode", choices=["train", "sft", "replay"])
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = load_config(arguments.config)
+    rank = int(os.environ["RANK"])
+    channel = Channel(
+        os.environ["AGPO_CONTROLLER_URL"],
+        os.environ["AGPO_TOKEN"],
+        rank,
+        patience=config.cluster.heartbeat_timeout,
+    )
+    channel.start_heartbeat()
+    try:
+        serve(config, arguments.mode, channel)
+    except ControllerLost as error:
+        log.error("%s", error)
+        return 3
+    except Exception as error:
+        channel.report_failure("start or command", f"{type(error).__name__}: {error}")
+        log.exception("rank %d ends", rank)
+        return 1
+    return 0
+
+
+def serve(config: Config, mode: str, channel: Channel) -> None:
+    """Build the policy and carry out commands until ``stop``."""
+    warnings.filterwarnings(
+        "ignore", module="megatron"
+    )  # "TE is not installed" and its like, at every start
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    backend.activate(config.cluster.device)
+    random.seed(config.seed)
+    # Only after activate(): these import megatron.
+    from agpo_megatron.policy.policy import Policy
+    from agpo_megatron.trainer.publishing import PolicyPublisher
+    from agpo_megatron.trainer.service import TrainerService
+
+    initial = Path(config.sft.base if mode == "sft" and config.sft else config.model.path)
+    policy = Policy.build(
+        initial,
+        config.policy,
+        config.train,
+        temperature=1.0 if mode == "sft" else config.rollout.temperature,
+        seed=config.seed,
+    )
+    TrainerService(policy, PolicyPublisher(policy, config), channel, initial).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""One rank's part in publishing: sources of a stage broadcast to the servers, the other ranks help to gather."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import asdict
+from typing import Any
+
+from agpo_megatron.config.schema import Config
+from agpo_megatron.conversion.shape import TensorSpec
+from agpo_megatron.policy.policy import Policy
+from agpo_megatron.sync.messages import StageReport, group_name
+from agpo_megatron.sync.source import WeightSource, bucketed
+
+
+class PolicyPublisher:
+    """Handlers of ``publish_open`` and ``publish_send``; their answers name the stage on its source, None elsewhere."""
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self._policy = policy
+        self._timeout = config.cluster.command_timeout
+        device = policy.backend.device_type
+        checks = device == "cpu" and config.rollout.tensor_parallel == 1
+        self._source = (
+            WeightSource(device, server_checksums=checks) if policy.layout.publishes else None
+        )
+
+    def open(self, epoch: str, world_size: int) -> dict[str, Any]:
+        """Offer this stage's update group; the servers join it at (host, port)."""
+        if self._source is None:
+            return {"stage": None}
+        stage = self._policy.layout.pp_rank
+        host = own_address()
+        port = self._source.open(host, group_name(epoch, stage), world_size, self._timeout)
+        return {"stage": stage, "host": host, "port": port}
+
+    def send(self, plan: list[list[list[dict[str, Any]]]], seconds: float) -> dict[str, Any]:
+        """Broadcast this stage's buckets; ``plan[stage][bucket]`` lists the tensors as the servers expect them."""
+        tensors = self._policy.named_hf_tensors()
+        if self._source is None:
+            for _ in tensors:
+                pass  # take part in the gathers
+            return {"stage": None}
+        stage = self._policy.layout.pp_rank
+        specs = [[tensor_spec(entry) for entry in bucket] for bucket in plan[stage]]
+        report: StageReport = self._source.broadcast(bucketed(tensors, specs), seconds)
+        return {"stage": stage, **asdict(report)}
+
+
+def tensor_spec(entry: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"])
+
+
+def own_address() -> str:
+    """Address under which the rollout servers reach this rank: that of the interface towards the master rank."""
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master, 9))  # sends nothing: only chooses the route
+        address: str = probe.getsockname()[0]
+        return address

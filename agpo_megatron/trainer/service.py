@@ -1,0 +1,120 @@
+"""The policy as a service: one handler per command, the same on every rank.
+
+A command is idempotent: rank 0 remembers the last sequence number it carried out. A handler that raises ends the
+rank: the others are in the middle of a collective and cannot go on; the controller and the supervisor name the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from agpo_megatron.journal import JournalReader
+from agpo_megatron.policy import checkpoint as policy_checkpoint
+from agpo_megatron.policy.policy import Policy
+from agpo_megatron.trainer.channel import Channel, Command
+from agpo_megatron.trainer.control_group import ControlGroup
+from agpo_megatron.trainer.export import export_hf
+from agpo_megatron.trainer.publishing import PolicyPublisher
+from agpo_megatron.types import TrainSequence
+from agpo_megatron.wait import waiting
+
+log = logging.getLogger(__name__)
+
+
+class TrainerService:
+    """Carries out the controller's commands until ``stop``."""
+
+    def __init__(
+        self, policy: Policy, publisher: PolicyPublisher, channel: Channel, initial_weights: Path
+    ) -> None:
+        self._policy, self._channel = policy, channel
+        self._control = ControlGroup(policy.layout.control_group)
+        self._initial_weights = initial_weights
+        self._readers: dict[str, JournalReader] = {}
+        self._handlers: dict[str, Callable[..., dict[str, Any]]] = {
+            "load": self.load,
+            "update": self.update,
+            "score": self.score,
+            "save": self.save,
+            "export": self.export,
+            "publish_open": publisher.open,
+            "publish_send": publisher.send,
+        }
+
+    def run(self) -> None:
+        """Fetch (rank 0), hand on, carry out, collect, deliver; returns after ``stop``."""
+        last = 0
+        while True:
+            command = self._next(last)
+            if command is None:
+                continue
+            if command.name == "stop":
+                if self._control.rank == 0:
+                    self._channel.deliver(command, [])
+                return
+            started = time.monotonic()
+            try:
+                with waiting(f"{command.name} (command {command.seq})"):
+                    result = self._handlers[command.name](**command.args)
+            except Exception as error:
+                self._channel.report_failure(command.name, f"{type(error).__name__}: {error}")
+                raise
+            log.info("%s took %.3f s", command.name, time.monotonic() - started)
+            results = self._control.gather(result)
+            if results is not None:
+                self._channel.deliver(command, results)
+            last = command.seq
+
+    def _next(self, last: int) -> Command | None:
+        """One long poll of rank 0, handed to all ranks; None when it brought nothing new."""
+        message: dict[str, Any] | None = None
+        if self._control.rank == 0:
+            with waiting("the next command"):
+                command = self._channel.next_command(last)
+            message = {"command": vars(command) if command else None}
+        with waiting("the next command, from rank 0"):
+            handed = self._control.broadcast(message)["command"]
+        return Command(**handed) if handed else None
+
+    def load(self, checkpoint: str | None) -> dict[str, Any]:
+        """A checkpoint with optimizer and RNG state, or the initial Hugging Face weights."""
+        if checkpoint is None:
+            self._policy.load_hf(self._initial_weights)
+            return {"step": 0}
+        step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+        return {"step": step}
+
+    def update(
+        self, journal: str, step: int, plan: list[list[list[int]]], **loss: Any
+    ) -> dict[str, Any]:
+        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows."""
+        reader = self._reader(journal)
+        record = reader.record(step)
+        batches = plan[self._policy.layout.dp_rank]
+        return self._policy.update([reader.sequences(record, rows) for rows in batches], **loss)
+
+    def score(self, tokens: list[int]) -> dict[str, Any]:
+        """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
+        weights = [0.0] + [1.0] * (len(tokens) - 1)
+        sequence = TrainSequence("probe", tokens, weights, 1.0, [0.0] * len(tokens))
+        scores = self._policy.score([[sequence]])
+        return {"logprobs": scores["probe"].logprobs if "probe" in scores else None}
+
+    def save(self, path: str, step: int) -> dict[str, Any]:
+        """Complete and durable when acknowledged."""
+        policy_checkpoint.save(Path(path), self._policy, step, {})
+        return {}
+
+    def export(self, path: str) -> dict[str, Any]:
+        """The policy as a Hugging Face checkpoint, with the tokenizer of the initial weights."""
+        export_hf(self._policy, Path(path), self._initial_weights)
+        return {}
+
+    def _reader(self, journal: str) -> JournalReader:
+        if journal not in self._readers:
+            self._readers[journal] = JournalReader(Path(journal))
+        return self._readers[journal]

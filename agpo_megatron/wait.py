@@ -1,0 +1,68 @@
+"""No unexplained wait: every blocking call runs under a name and a deadline.
+
+``with waiting("publish: broadcast of stage 0", 60):`` records the current phase of this process (read by heartbeats
+and reports) and, for asyncio code, ``async with waiting_async(...)`` also enforces the deadline. Synchronous code
+passes ``seconds`` on to the call that blocks and turns its timeout into ``WaitExpired`` by raising inside the block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+
+class WaitExpired(TimeoutError):
+    """A named wait passed its deadline."""
+
+    def __init__(self, name: str, seconds: float, detail: str = "") -> None:
+        self.name, self.seconds = name, seconds
+        super().__init__(f"waited {seconds:.1f} s for {name}" + (f" ({detail})" if detail else ""))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What this process is waiting for or doing, and since when (``time.time()``)."""
+
+    name: str
+    since: float
+    deadline: float | None = None
+
+
+_lock = threading.Lock()
+_stack: list[Phase] = []
+
+
+def current_phase() -> Phase:
+    """The innermost open phase of this process; "idle" when there is none."""
+    with _lock:
+        return _stack[-1] if _stack else Phase("idle", time.time())
+
+
+@contextmanager
+def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
+    """Record ``name`` as the current phase. A ``TimeoutError`` from inside becomes ``WaitExpired`` with the name."""
+    now = time.time()
+    phase = Phase(name, now, None if seconds is None else now + seconds)
+    with _lock:
+        _stack.append(phase)
+    try:
+        yield phase
+    except WaitExpired:
+        raise
+    except TimeoutError as error:
+        raise WaitExpired(name, time.time() - now, str(error)) from error
+    finally:
+        with _lock:
+            _stack.remove(phase)
+
+
+@asynccontextmanager
+async def waiting_async(name: str, seconds: float) -> AsyncIterator[Phase]:
+    """As ``waiting``; the block is cancelled after ``seconds`` and ``WaitExpired`` raised."""
+    with waiting(name, seconds) as phase:
+        async with asyncio.timeout(seconds):
+            yield phase

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Makes the virtual environment with the pinned CPU stack. Does nothing, quickly, when it is complete.
+#
+#   bash launch/install.sh [--dev]        --dev: also what the tests and checks need
+#
+#   AGPO_VENV  where the environment lies   (default: .venv in the repository)
+#   PYTHON     interpreter to make it with  (default: the first of python3, python3.11 ... that is >= 3.11)
+#
+# PyTorch: requirements-cpu.txt pins torch==2.13.0. Which build of it pip finds (CPU or CUDA) depends on the indexes
+# that pip is configured with. On a machine without a GPU point pip at PyTorch's index of CPU wheels with
+# PIP_EXTRA_INDEX_URL (or PIP_INDEX_URL, or pip.conf) before running this; a CUDA build works too, it is only large.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${AGPO_VENV:-$repo/.venv}
+sglang=sglang==0.5.23
+megatron=megatron-core==0.19.2
+
+fail() { echo "install: $*" >&2; exit 1; }
+
+dev=false
+for argument in "$@"; do
+    case $argument in
+        --dev) dev=true ;;
+        *) fail "unknown option $argument; usage: bash launch/install.sh [--dev]" ;;
+    esac
+done
+
+usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        usable "$PYTHON" || fail "PYTHON=$PYTHON is not a Python >= 3.11 with the venv module; set PYTHON to one"
+        echo "$PYTHON"
+        return
+    fi
+    local candidate
+    for candidate in python3 python3.11 python3.12 python3.13 python3.14; do
+        if usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python >= 3.11 with the venv module found (on Debian: apt-get install python3-venv); set PYTHON"
+}
+
+if ! [ -x "$venv/bin/python" ]; then
+    python=$(find_python)
+    echo "install: $venv from $("$python" --version)"
+    "$python" -m venv "$venv"
+fi
+python=$venv/bin/python
+usable "$python" || fail "$venv is not a Python >= 3.11 environment; remove it or set AGPO_VENV to another place"
+
+# A stamp says what an environment was made from; it is written last, so an interrupted install is repeated.
+fingerprint() { (cd "$repo" && echo "$repo" && "$python" --version && cat setup.py "$@") | sha256sum | cut -d' ' -f1; }
+complete() { [ "$(cat "$venv/.$1.stamp" 2>/dev/null)" = "$2" ]; }
+
+pip_install() { # NAME ARGUMENTS...: one pip run, timed; its output is shown when it fails
+    local name=$1 log start=$SECONDS
+    shift
+    log=$(mktemp)
+    # --no-compile: Python compiles what is imported when it is imported; compiling all of it takes a minute.
+    if ! "$python" -m pip install --no-compile --disable-pip-version-check --no-input "$@" >"$log" 2>&1; then
+        cat "$log" >&2
+        rm -f "$log"
+        fail "could not install $name (pip's messages are above)"
+    fi
+    rm -f "$log"
+    echo "install: $name, $((SECONDS - start)) s"
+}
+
+base=$(fingerprint launch/install.sh launch/requirements-cpu.txt)
+if ! complete base "$base"; then
+    pip_install "CPU stack" -r "$repo/launch/requirements-cpu.txt"
+    # --no-deps: sglang's metadata pins a CUDA build of another torch and CUDA-only kernels; what it really imports
+    # when it serves on a CPU is listed in requirements-cpu.txt.
+    pip_install "$sglang" --no-deps "$sglang"
+    # --no-deps: its dependencies are in the list too. Its metadata asks for Python >= 3.12, but megatron.core
+    # imports and runs on 3.11 (only megatron.training, which is not used here, needs 3.12).
+    if "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
+        pip_install "$megatron" --no-deps --ignore-requires-python "$megatron"
+    else
+        pip_install "$megatron" --no-deps "$megatron"
+    fi
+    # setuptools is there (torch requires it), so nothing is fetched to build an editable install.
+    pip_install "agpo_megatron (editable)" --no-deps --no-build-isolation -e "$repo"
+    echo "$base" >"$venv/.base.stamp"
+fi
+if $dev; then
+    tools=$(fingerprint launch/requirements-dev.txt)
+    if ! complete dev "$tools"; then
+        pip_install "tests and checks" -r "$repo/launch/requirements-dev.txt"
+        echo "$tools" >"$venv/.dev.stamp"
+    fi
+fi

@@ -1,0 +1,29 @@
+"""Package definition. Pinned engines are installed by launch/install.sh, which says why they are not listed here."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="agpo_megatron",
+    version="0.1.0",
+    description="AGPO on a Megatron-Core policy with SGLang rollouts: auditable, Slurm-native, no Ray",
+    python_requires=">=3.11",
+    packages=find_packages(include=["agpo_megatron", "agpo_megatron.*"]),
+    include_package_data=True,
+    package_data={"agpo_megatron.rollout": ["stand_ins/**/*.py"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers",
+        "safetensors",
+        "datasets",
+        "pyarrow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "aiohttp",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "psutil",
+    ],
+    extras_require={"gguf": ["gguf"], "math": ["math-verify"]},
+    entry_points={"console_scripts": ["agpo-megatron=agpo_megatron.cli:main"]},
+)

@@ -1,0 +1,93 @@
+"""A trainer of one process and two pipeline "stages" in plain torch, to publish from without Megatron."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from agpo_megatron.conversion.manifest import buckets, publish_manifest
+from agpo_megatron.conversion.shape import TensorSpec
+from agpo_megatron.sync.messages import PublishReport, StageReport, group_name
+from agpo_megatron.sync.source import WeightSource, bucketed
+from agpo_megatron.types import WeightVersion
+
+BUCKET_BYTES = 100_000
+
+
+class PlainTrainer:
+    """Implements ``TrainerPublishing``. ``spoil``: (name, index) of an element that is flipped on the wire."""
+
+    def __init__(self, model: LlamaForCausalLM, step: int) -> None:
+        self.model, self.step = model, step
+        self.spoil: tuple[str, int] | None = None
+        self.opened: list[str] = []
+        config = model.config.to_dict()
+        half = config["num_hidden_layers"] // 2
+        layers = [range(half), range(half, config["num_hidden_layers"])]
+        manifest = publish_manifest(config, layers, "float32")
+        self.plan: list[list[list[TensorSpec]]] = [buckets(s, BUCKET_BYTES) for s in manifest]
+        self._sources = [SpoilingSource(self) for _ in self.plan]
+
+    async def publish_open(self, epoch: str, world_size: int) -> Mapping[int, tuple[str, int]]:
+        self.opened.append(epoch)
+        return {
+            i: ("127.0.0.1", source.open("127.0.0.1", group_name(epoch, i), world_size, 20.0))
+            for i, source in enumerate(self._sources)
+        }
+
+    async def publish_send(self, version: WeightVersion) -> PublishReport:
+        if version.step != self.step:
+            error = StageReport("", error=f"asked for step {version.step}")
+            return PublishReport(self.step, dict.fromkeys(range(len(self.plan)), error))
+        sends = [asyncio.to_thread(self._send, i) for i in range(len(self.plan))]
+        reports = await asyncio.gather(*sends)
+        return PublishReport(self.step, dict(enumerate(reports)))
+
+    def _send(self, stage: int) -> StageReport:
+        tensors = self.model.state_dict()
+        named = [(s.name, tensors[s.name]) for bucket in self.plan[stage] for s in bucket]
+        return self._sources[stage].broadcast(bucketed(named, self.plan[stage]), 20.0)
+
+    async def score_tokens(self, tokens: list[int]) -> list[float]:
+        return logprobs(self.model, tokens)
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+class SpoilingSource(WeightSource):
+    """A source whose wire may flip one element, after the checksums were taken of the right tensor."""
+
+    def __init__(self, trainer: PlainTrainer) -> None:
+        super().__init__("cpu", server_checksums=True)
+        self._trainer = trainer
+
+    def flatten(self, bucket: list[tuple[str, Tensor]]) -> Tensor:
+        flat = super().flatten(bucket)
+        start = 0
+        for name, tensor in bucket:
+            if self._trainer.spoil and self._trainer.spoil[0] == name:
+                flat[start + 4 * self._trainer.spoil[1]] ^= 1
+            start += tensor.nbytes
+        return flat
+
+
+@torch.no_grad()
+def logprobs(model: LlamaForCausalLM, tokens: list[int], temperature: float = 1.0) -> list[float]:
+    """transformers' log-probs of ``tokens[1:]``."""
+    logits = model(torch.tensor([tokens])).logits[0, :-1].float() / temperature
+    found = logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])
+    return found[:, 0].tolist()
+
+
+def changed(model: LlamaForCausalLM, seed: int) -> None:
+    """Move every weight, norms included, by noise that changes log-probs by tenths."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.03 * torch.randn(p.shape, generator=generator))

@@ -1,0 +1,80 @@
+"""A pool of gloo ranks that lives through many cases: importing Megatron costs seconds, a new layout milliseconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class RankFailed(AssertionError):
+    """A rank raised, or did not answer in time."""
+
+
+class Ranks:
+    """``world`` processes joined over gloo. ``run`` has all of them execute the same function."""
+
+    def __init__(self, world: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """``function(rank, *args)`` on every rank; results in rank order. Raises RankFailed with its traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                self.close()
+                raise RankFailed(
+                    f"rank {rank} did not answer {function.__name__} within {timeout} s"
+                )
+            ok, value = pipe.recv()
+            if not ok:
+                self.close()
+                raise RankFailed(f"rank {rank}:\n{value}")
+            results.append(value)
+        return results
+
+    @property
+    def alive(self) -> bool:
+        return all(p.is_alive() for p in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(rank, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,104 @@
+"""Kill one role of a real run at a named phase, and judge what the run folder holds afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.journal import JournalReader
+from agpo_megatron.observe.metrics import read_metrics
+from agpo_megatron.types import WeightVersion
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    output: str
+
+
+def command(config: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "agpo_megatron",
+        "train",
+        str(config),
+        "--run-dir",
+        str(run_dir),
+        *more,
+    ]
+
+
+def finish(config: Path, run_dir: Path, *more: str, timeout: float = 240) -> Outcome:
+    """Run the command to its end."""
+    result = subprocess.run(
+        command(config, run_dir, *more), capture_output=True, text=True, timeout=timeout
+    )
+    return Outcome(result.returncode, result.stdout + result.stderr)
+
+
+def kill_at(config: Path, run_dir: Path, role: str, phase: str, timeout: float = 240) -> Outcome:
+    """Start the run, SIGKILL ``role`` as soon as the controller enters ``phase`` ("update step 2"), wait for the end.
+
+    Asserts that no process of the run is left.
+    """
+    folder = RunFolder(run_dir)
+    started = time.time()
+    run = subprocess.Popen(
+        command(config, run_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    pattern = re.compile(rf"phase {re.escape(phase)}$", re.MULTILINE)
+    deadline = time.monotonic() + timeout
+    while not any(pattern.search(p.read_text()) for p in logs_since(folder, started)):
+        assert run.poll() is None, f"the run ended before {phase}:\n{run.communicate()[0]}"
+        assert time.monotonic() < deadline, f"{phase} was not reached in {timeout} s"
+        time.sleep(0.005)
+    pids = json.loads(folder.processes.read_text())
+    descendants = psutil.Process(run.pid).children(recursive=True)
+    os.kill(pids[role], signal.SIGKILL)
+    output, _ = run.communicate(timeout=timeout)
+    _, alive = psutil.wait_procs(descendants, timeout=15)
+    assert not alive, f"left behind: {[' '.join(p.cmdline()[:6]) for p in alive]}"
+    return Outcome(run.returncode, output)
+
+
+def logs_since(folder: RunFolder, started: float) -> list[Path]:
+    return [p for p in folder.logs.glob("controller.*") if p.stat().st_mtime >= started - 1]
+
+
+def check_nothing_lost_or_repeated(
+    run_dir: Path, steps: int, prompts: int, group_size: int
+) -> None:
+    """Every step once, every prompt once and in order, every sample once, all of it from the step's own weights."""
+    folder = RunFolder(run_dir)
+    assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, steps + 1))
+    reader = JournalReader(folder.journal)
+    assert reader.steps() == list(range(1, steps + 1))
+    seen: Counter[str] = Counter()
+    for step in range(1, steps + 1):
+        record = reader.record(step)
+        assert record.cursor == step * prompts
+        assert WeightVersion.parse(record.weight_version).step == step - 1
+        expected = [
+            f"g{position:09d}.{i}"
+            for position in range((step - 1) * prompts, step * prompts)
+            for i in range(group_size)
+        ]
+        assert [row.sample_id for row in record.rows] == expected
+        seen.update(expected)
+        for row in record.rows:
+            sample = reader.segment(row.ref.segment).slice(row.ref.row, 1).to_pylist()[0]
+            spans = json.loads(sample["versions"])
+            assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
+    assert set(seen.values()) == {1}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Fresh machine to test result: installs, checks style, types and the rules of the house, runs the tests.
+#
+#   bash tests/run.sh [--full] [pytest arguments]      --full: the slow tier as well
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repo"
+# Several processes share few cores here: more threads each would only fight.
+export OMP_NUM_THREADS=1 PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --full) arguments+=(-m "full or not full") ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+bash launch/install.sh --dev
+bin=${AGPO_VENV:-$repo/.venv}/bin
+step() { printf '== %s\n' "$*"; }
+
+step ruff check
+"$bin/ruff" check .
+step ruff format --check
+"$bin/ruff" format --check .
+step mypy
+"$bin/mypy"
+step lint-imports
+"$bin/lint-imports"
+step pytest
+exec "$bin/python" -m pytest "${arguments[@]}"

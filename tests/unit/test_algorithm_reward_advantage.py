@@ -1,0 +1,196 @@
+"""Length reward (A2), zero variance and advantages (A1): worked numbers and properties."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agpo_megatron.algorithm.advantage import group_advantages, is_zero_variance
+from agpo_megatron.algorithm.length_reward import agpo_length_bonus
+
+TOL = 1e-6
+fast = settings(max_examples=60, deadline=None)
+
+
+def advantages(raw, shaped=None, *, zero_variance="zero", std_eps=1e-6, r_max=1.0, r_min=0.0):
+    return group_advantages(
+        raw,
+        raw if shaped is None else shaped,
+        zero_variance=zero_variance,
+        tol=TOL,
+        std_eps=std_eps,
+        r_max=r_max,
+        r_min=r_min,
+    )
+
+
+def near(values, abs=6e-7):
+    """The worked numbers have six digits."""
+    return pytest.approx(values, abs=abs)
+
+
+# --- advantages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw, std_eps, expected",
+    [
+        (
+            [1, 0, 0, 1, 0, 0, 0, 0],
+            1e-6,
+            [1.620182, -0.540061, -0.540061, 1.620182] + [-0.540061] * 4,
+        ),
+        (
+            [1, 0, 0, 1, 0, 0, 0, 0],
+            1e-4,
+            [1.619835, -0.539945, -0.539945, 1.619835] + [-0.539945] * 4,
+        ),
+        (
+            [1, -1, -1, 1, -1, -1, -1, -1],
+            1e-6,
+            [1.620183, -0.540061, -0.540061, 1.620183] + [-0.540061] * 4,
+        ),
+        ([1, 0, 0, 0], 1e-6, [1.499997, -0.499999, -0.499999, -0.499999]),
+        ([1, 0.5, 0], 1e-6, [0.999998, 0, -0.999998]),
+    ],
+)
+def test_mixed_group_is_normalised_with_the_unbiased_deviation(raw, std_eps, expected):
+    for zero_variance in ("zero", "constant"):
+        assert advantages(raw, zero_variance=zero_variance, std_eps=std_eps) == near(expected)
+
+
+@pytest.mark.parametrize(
+    "raw, r_max, r_min, constant",
+    [
+        ([1.0] * 4, 1.0, 0.0, 1.0),
+        ([0.0] * 4, 1.0, 0.0, -1.0),
+        ([-1.0] * 4, 1.0, -1.0, -1.0),
+        ([0.0] * 4, 1.0, -1.0, 0.0),
+        ([0.5] * 4, 1.0, 0.0, 0.0),
+        ([0.9] * 30, 0.9, 0.1, 1.0),
+        ([0.1 + 0.2, 0.3], 0.3, 0.0, 1.0),
+        ([1.0], 1.0, 0.0, 1.0),
+    ],
+)
+def test_zero_variance_group(raw, r_max, r_min, constant):
+    assert advantages(raw, r_max=r_max, r_min=r_min) == [0.0] * len(raw)
+    v1 = advantages(raw, zero_variance="constant", r_max=r_max, r_min=r_min)
+    assert v1 == [constant] * len(raw)
+
+
+def test_raw_decides_zero_variance_and_shaped_is_normalised():
+    # Shaping alone must not bring a zero-variance group back ...
+    assert advantages([1.0, 1.0], [1.1, 1.0]) == [0.0, 0.0]
+    assert advantages([1.0, 1.0], [1.1, 1.0], zero_variance="constant") == [1.0, 1.0]
+    # ... nor does shaping that cancels all differences divide noise by epsilon.
+    assert advantages([1.0, 0.0, 0.0], [0.05] * 3) == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    "rewards, tol, expected",
+    [
+        ([0.9] * 30, 0.0, True),
+        ([0.1 + 0.2, 0.3], 0.0, False),
+        ([0.1 + 0.2, 0.3], 1e-6, True),
+        ([0.0, 2e-6], 1e-6, False),
+        ([0.0, 0.25], 0.25, True),
+        ([1.0, 0.5, 0.0], 1e-6, False),
+        ([3.0], 0.0, True),
+    ],
+)
+def test_is_zero_variance(rewards, tol, expected):
+    assert is_zero_variance(rewards, tol) is expected
+
+
+def test_bad_rewards_are_refused():
+    with pytest.raises(ValueError, match="without rewards"):
+        is_zero_variance([], TOL)
+    with pytest.raises(ValueError, match="not finite"):
+        is_zero_variance([1.0, math.nan], TOL)
+    with pytest.raises(ValueError, match="2 raw rewards but 1 shaped"):
+        advantages([1.0, 0.0], [1.0])
+    with pytest.raises(ValueError, match="not finite"):
+        advantages([1.0, 0.0], [1.0, math.inf])
+
+
+rewards = st.lists(st.sampled_from([-1.0, 0.0, 0.3, 0.5, 1.0]), min_size=2, max_size=16)
+
+
+@fast
+@given(rewards, st.data())
+def test_advantages_are_centred_scaled_and_order_free(raw, data):
+    bonus = data.draw(st.lists(st.floats(0, 0.1), min_size=len(raw), max_size=len(raw)))
+    shaped = [r + b for r, b in zip(raw, bonus, strict=True)]
+    got = advantages(raw, shaped)
+    if is_zero_variance(raw, TOL):
+        assert got == [0.0] * len(raw)
+        return
+    assert math.fsum(got) == pytest.approx(0, abs=1e-9)
+    assert statistics.stdev(got) == pytest.approx(1, abs=1e-4)  # epsilon takes a little
+    order = data.draw(st.permutations(range(len(raw))))
+    moved = advantages([raw[i] for i in order], [shaped[i] for i in order])
+    assert moved == [got[i] for i in order]  # exactly
+
+
+# --- length reward ---------------------------------------------------------------------------
+
+
+def test_length_bonus_worked_example():
+    correct, lengths = [1, 1, 1, 0, 0, 1], [100, 200, 400, 50, 900, 300]
+    bonus = agpo_length_bonus(correct, lengths, 0.1)
+    assert bonus == near([0.1, 0.066667, 0, 0, 0, 0.033333])
+    signed = [2.0 * c - 1 for c in correct]
+    totals = [r + b for r, b in zip(signed, bonus, strict=True)]
+    assert totals == near([1.1, 1.066667, 1, -1, -1, 1.033333])
+    assert advantages(signed, totals, r_min=-1.0) == near(
+        [0.692385, 0.660913, 0.597969, -1.290354, -1.290354, 0.629441]
+    )
+    assert advantages(signed) == near([0.645497] * 3 + [-1.290993] * 2 + [0.645497])
+    raw = [float(c) for c in correct]
+    assert advantages(raw, [r + b for r, b in zip(raw, bonus, strict=True)]) == near(
+        [0.73632, 0.67496, 0.55224, -1.288559, -1.288559, 0.6136]
+    )
+
+
+@pytest.mark.parametrize(
+    "correct, lengths",
+    [
+        ([1, 1, 1], [10, 20, 30]),  # all right: not mixed
+        ([0, 0, 0], [10, 20, 30]),  # none right
+        ([1, 0, 0], [10, 20, 30]),  # a single one ties with itself
+        ([1, 1, 0], [20, 20, 5]),  # a tie
+        ([], []),
+    ],
+)
+def test_no_length_bonus(correct, lengths):
+    assert agpo_length_bonus(correct, lengths, 0.1) == [0.0] * len(correct)
+
+
+def test_length_bonus_refuses_unequal_lists():
+    with pytest.raises(ValueError, match="2 verdicts but 1 lengths"):
+        agpo_length_bonus([True, False], [3], 0.1)
+
+
+responses = st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12)
+
+
+@fast
+@given(responses, st.floats(0, 2), st.data())
+def test_length_bonus_properties(group, weight, data):
+    correct, lengths = [c for c, _ in group], [n for _, n in group]
+    bonus = agpo_length_bonus(correct, lengths, weight)
+    assert all(0 <= b <= weight for b in bonus)
+    assert all(b == 0 for c, b in zip(correct, bonus, strict=True) if not c)
+    ranked = sorted((n, -b) for c, n, b in zip(correct, lengths, bonus, strict=True) if c)
+    assert [b for _, b in ranked] == sorted(b for _, b in ranked)  # longer never earns more
+    if 0 < sum(correct) < len(correct) and ranked[0][0] < ranked[-1][0]:
+        assert -ranked[0][1] == weight and ranked[-1][1] == 0  # both ends are reached
+    else:
+        assert not any(bonus)
+    order = data.draw(st.permutations(range(len(group))))
+    moved = agpo_length_bonus([correct[i] for i in order], [lengths[i] for i in order], weight)
+    assert moved == [bonus[i] for i in order]

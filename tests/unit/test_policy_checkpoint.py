@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import policy_models
+import pytest
+import torch
+
+from agpo_megatron.config.schema import PolicyConfig
+
+BATCH = policy_models.sequences([20, 9, 14])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return policy_models.save(policy_models.hf_model("tied"), tmp_path_factory.mktemp("m") / "hf")
+
+
+def step(policy: Any) -> dict[str, float]:
+    stats: dict[str, float] = policy.update([BATCH], loss="nll", lr=1e-3)
+    return stats
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_fresh_process_continues_bit_by_bit(
+    folder: Path, tmp_path: Path, dtype: str, distributed: bool
+) -> None:
+    from agpo_megatron.policy import checkpoint
+
+    config = PolicyConfig(dtype=dtype, distributed_optimizer=distributed)  # type: ignore[arg-type]
+    with policy_models.one_rank(folder, config) as policy:
+        step(policy), step(policy)
+        checkpoint.save(tmp_path / "c", policy, 2, {"attempt": 3, "cursor": [1, 2]})
+        draws = [torch.rand(3), random.random()]
+        expected = [step(policy), step(policy)]
+    with policy_models.one_rank(folder, config, seed=99) as policy:
+        assert checkpoint.load(tmp_path / "c", policy) == (2, {"attempt": 3, "cursor": [1, 2]})
+        assert torch.equal(torch.rand(3), draws[0]) and random.random() == draws[1]
+        assert [step(policy), step(policy)] == expected
+
+
+def test_a_checkpoint_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    from agpo_megatron.policy import checkpoint
+
+    with policy_models.one_rank(folder) as policy:
+        checkpoint.save(tmp_path / "c", policy, 0, {})
+        expected = step(policy)
+        checkpoint.load(tmp_path / "c", policy)
+        assert step(policy) == expected
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    from agpo_megatron.policy import checkpoint
+
+    with policy_models.one_rank(folder) as policy:
+        for n in (1, 2):
+            checkpoint.save(tmp_path / "c", policy, n, {})
+        assert checkpoint.load(tmp_path / "c", policy)[0] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from agpo_megatron.policy import checkpoint
+
+    target = tmp_path_factory.mktemp("c") / "saved"
+    with policy_models.one_rank(folder) as policy:
+        checkpoint.save(target, policy, 1, {})
+    return target
+
+
+def _missing(c: Path) -> None:
+    for file in c.iterdir():
+        file.unlink()
+    c.rmdir()
+
+
+def _unfinished(c: Path) -> None:
+    (c / "complete.json").unlink()
+
+
+def _flipped(c: Path) -> None:
+    data = next(c.glob("*.distcp"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+
+def _truncated(c: Path) -> None:
+    data = next(c.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+
+
+def _lost(c: Path) -> None:
+    (c / ".metadata").unlink()
+
+
+def _garbled(c: Path) -> None:
+    (c / "complete.json").write_text("{")
+
+
+def _other_format(c: Path) -> None:
+    marker = json.loads((c / "complete.json").read_text())
+    (c / "complete.json").write_text(json.dumps({**marker, "format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_missing, "does not exist"),
+        (_unfinished, "never written to its end"),
+        (_flipped, "is not what was written"),
+        (_truncated, "is not what was written"),
+        (_lost, ".metadata is missing"),
+        (_garbled, "complete.json is damaged"),
+        (_other_format, "has format 99"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(
+    folder: Path, saved: Path, tmp_path: Path, damage: Any, words: str
+) -> None:
+    import shutil
+
+    from agpo_megatron.policy import checkpoint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    damage(copy)
+    with policy_models.one_rank(folder) as policy:
+        before = {n: t.clone() for n, t in policy.named_hf_tensors()}
+        with pytest.raises(checkpoint.CheckpointError, match=words):
+            checkpoint.load(copy, policy)
+        assert all(torch.equal(before[n], t) for n, t in policy.named_hf_tensors())
+    assert checkpoint.is_complete(saved)
+    assert not checkpoint.is_complete(tmp_path / "nothing")
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """The place of the temporary folder is taken by something that cannot be removed as a folder."""
+    from agpo_megatron.policy import checkpoint
+
+    with policy_models.one_rank(folder) as policy:
+        checkpoint.save(tmp_path / "c", policy, 1, {})
+        (tmp_path / ".c.partial").write_text("in the way")
+        with pytest.raises(checkpoint.CheckpointError, match="preparing .*partial"):
+            checkpoint.save(tmp_path / "c", policy, 2, {})
+        assert checkpoint.load(tmp_path / "c", policy)[0] == 1
+
+
+def test_another_models_checkpoint_is_refused(saved: Path, tmp_path: Path) -> None:
+    from agpo_megatron.policy import checkpoint
+
+    other = policy_models.save(policy_models.hf_model("qwen2"), tmp_path / "hf")
+    with (
+        policy_models.one_rank(other) as policy,
+        pytest.raises(checkpoint.CheckpointError, match="loading"),
+    ):
+        checkpoint.load(saved, policy)

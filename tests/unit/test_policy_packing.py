@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all
+from agpo_megatron.types import TrainSequence
+
+
+def sequence(name: str, tokens: list[int], weights: list[float], **more: object) -> TrainSequence:
+    return TrainSequence(name, tokens, weights, advantage=2.0, **more)  # type: ignore[arg-type]
+
+
+SHORT = sequence("a", [7, 8, 9], [0, 0.5, 0.25], rollout_logprobs=[0, -1.0, -2.0])
+LONG = sequence("b", [1, 2, 3, 4, 5], [0, 0, 0.1, 0, 0.2])
+
+
+def test_rows_are_the_positions_before_weighted_tokens() -> None:
+    batch = pack([SHORT, LONG], 16)
+    assert batch.lengths == (5, 3, 5, 3), (
+        "longest first, padding in pieces no longer than a sequence"
+    )
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 7, 8, 9] + [PAD_TOKEN] * 8
+    assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.rows.tolist() == [1, 3, 5, 6]
+    assert batch.targets.tolist() == [3, 5, 8, 9]
+    assert batch.weights.tolist() == pytest.approx([0.1, 0.2, 0.5, 0.25])
+    assert batch.advantages.tolist() == [2.0] * 4
+    assert batch.has_rollout.tolist() == [False, False, True, True]
+    assert batch.rollout_logprobs.tolist() == [0, 0, -1, -2]
+    assert [(s.sample_id, s.start, s.stop) for s in batch.spans] == [("b", 0, 2), ("a", 2, 4)]
+
+
+def test_scoring_takes_every_token_but_the_first() -> None:
+    batch = pack([SHORT, LONG], 16, every_token=True)
+    assert batch.rows.tolist() == [0, 1, 2, 3, 5, 6]
+    assert batch.targets.tolist() == [2, 3, 4, 5, 8, 9]
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 48])
+def test_length_is_a_multiple(multiple: int) -> None:
+    for batch in (pack([SHORT, LONG], multiple), pack([], multiple)):
+        assert len(batch.tokens) % multiple == 0
+        assert sum(batch.lengths) == len(batch.tokens) == len(batch.positions)
+        assert all(a >= b for a, b in pairwise(batch.lengths[:2]))
+
+
+def test_a_filler_trains_nothing() -> None:
+    filler = pack([], 16)
+    assert len(filler.tokens) == 16
+    assert len(filler.rows) == len(filler.weights) == 0
+    assert filler.rows.dtype == filler.targets.dtype == torch.int64
+
+
+def test_replicas_with_less_work_get_fillers_of_one_length_when_asked() -> None:
+    batches = pack_all([[SHORT], [LONG, SHORT] * 3], 16, 4, same_length=True)
+    assert [len(b.tokens) for b in batches] == [32] * 4
+    assert [len(b.rows) for b in batches] == [2, 12, 0, 0]
+    assert [len(b.tokens) for b in pack_all([[SHORT]], 16, 2, same_length=False)] == [16, 16]
+
+
+def test_old_logprobs_follow_their_tokens() -> None:
+    old = {"a": [0.0, -0.5, -0.6], "b": [0, -1, -2, -3, -4]}
+    batch = pack([SHORT, LONG], 16, old_logprobs=old)
+    assert batch.old_logprobs is not None
+    assert batch.old_logprobs.tolist() == pytest.approx([-2, -4, -0.5, -0.6])
+    assert pack([SHORT], 16).old_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (sequence("c", [], []), "c has no tokens"),
+        (sequence("c", [1, 2], [0.0]), "2 tokens but 1 loss weights"),
+        (sequence("c", [1, 2], [0, 1.0], rollout_logprobs=[0.0]), "1 rollout log-probs"),
+    ],
+)
+def test_lists_that_do_not_fit_are_named(broken: TrainSequence, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pack([broken], 16)
+
+
+def test_a_missing_old_logprob_is_named() -> None:
+    with pytest.raises(ValueError, match="b: 5 tokens but no old log-probs"):
+        pack([SHORT, LONG], 16, old_logprobs={"a": [0.0, -0.5, -0.6]})

@@ -1,0 +1,109 @@
+"""The local supervisor with real processes: nobody outlives the owner, the culprit is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agpo_megatron.cluster.processes import Role
+from agpo_megatron.cluster.supervisor import serving_marker, supervise
+from agpo_megatron.config.run_folder import RunFolder
+
+
+def role(name: str, code: str, log: Path | None = None) -> Role:
+    return Role(name, [sys.executable, "-c", code], {"AGPO_STARTED": "now"}, log)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    (tmp_path / "logs").mkdir()
+    return RunFolder(tmp_path)
+
+
+SLEEP = "import time; time.sleep(60)"
+CHILDREN = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '{SLEEP}']); time.sleep(60)"
+
+
+def alive_children() -> list[psutil.Process]:
+    return [
+        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_the_run_ends_well_with_the_controller_and_leaves_nobody(folder: RunFolder) -> None:
+    roles = [role("trainer rank 0", CHILDREN), role("controller", "import time; time.sleep(0.5)")]
+    assert supervise(roles, folder) is None
+    assert alive_children() == []
+    assert not folder.processes.exists()
+
+
+def test_a_dead_trainer_ends_the_run_and_is_named_with_its_log(folder: RunFolder) -> None:
+    log = folder.logs / "trainer-1"
+    roles = [
+        role("trainer rank 1", "import time; time.sleep(.3); raise SystemExit('bad layout')", log),
+        role("controller", SLEEP),
+    ]
+    culprit = supervise(roles, folder)
+    assert culprit is not None and (culprit.name, culprit.exit_code) == ("trainer rank 1", 1)
+    assert "bad layout" in culprit.message()
+    assert alive_children() == []
+
+
+def test_a_controller_that_fails_because_of_a_trainer_names_the_trainer(folder: RunFolder) -> None:
+    roles = [
+        role("controller", "import time; time.sleep(.3); raise SystemExit(1)"),
+        role("trainer rank 0", "import time; time.sleep(.35); raise SystemExit(9)"),
+    ]
+    culprit = supervise(roles, folder)
+    assert culprit is not None and (culprit.name, culprit.exit_code) == ("trainer rank 0", 9)
+
+
+def test_a_server_that_cannot_start_ends_the_run(folder: RunFolder) -> None:
+    roles = [role("rollout server 0", "raise SystemExit(4)"), role("controller", SLEEP)]
+    culprit = supervise(roles, folder)
+    assert culprit is not None and (culprit.name, culprit.exit_code) == ("rollout server 0", 4)
+
+
+def test_a_server_that_dies_after_serving_is_restarted_a_few_times(folder: RunFolder) -> None:
+    serving_marker(folder, "now").touch()
+    starts = folder.path / "starts"
+    code = f"open({str(starts)!r}, 'a').write('x'); raise SystemExit(5)"
+    culprit = supervise([role("rollout server 0", code), role("controller", SLEEP)], folder)
+    assert culprit is not None and culprit.name == "rollout server 0"
+    assert starts.read_text() == "xxxx"  # one start, three restarts
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, number: int) -> None:
+    (tmp_path / "logs").mkdir()
+    program = f"""
+import sys
+from pathlib import Path
+from agpo_megatron.cluster.processes import Role
+from agpo_megatron.cluster.supervisor import supervise
+from agpo_megatron.config.run_folder import RunFolder
+roles = [Role(name, [sys.executable, "-c", {SLEEP!r}], {{}}, None) for name in ("controller", "trainer rank 0")]
+supervise(roles, RunFolder(Path({str(tmp_path)!r})))
+"""
+    owner = subprocess.Popen([sys.executable, "-c", program])
+    table = tmp_path / "processes.json"
+    deadline = time.monotonic() + 20
+    while not table.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    pids = list(json.loads(table.read_text()).values())
+    assert len(pids) == 3
+    os.kill(owner.pid, number)
+    owner.wait(timeout=20)
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, pids))
