@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -48,19 +49,15 @@ class RunningRole:
 
 def start(role: Role) -> RunningRole:
     """Start a role in a process group of its own, tied to this process's life."""
-    output = open(role.log, "ab") if role.log else None
-    try:
+    with open(role.log, "ab") if role.log else contextlib.nullcontext() as output:
         process = subprocess.Popen(
             list(role.argv),
             env={**os.environ, **role.env},
             stdin=subprocess.DEVNULL,
-            stdout=output or None,
-            stderr=output or None,
+            stdout=output,
+            stderr=output,
             preexec_fn=become_own_group,
         )
-    finally:
-        if output:
-            output.close()
     return RunningRole(role, process)
 
 
@@ -82,10 +79,8 @@ def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
 
 
 def signal_group(role: RunningRole, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(role.process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def log_tail(path: Path | None, lines: int = 15) -> str:

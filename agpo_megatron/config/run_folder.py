@@ -33,10 +33,6 @@ class RunFolder:
         return self.path / "logs"
 
     @property
-    def evaluations(self) -> Path:
-        return self.path / "evaluations"
-
-    @property
     def processes(self) -> Path:
         return self.path / "processes.json"
 
@@ -51,6 +47,10 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
+
+    def evaluation(self, step: int) -> Path:
+        """Greedy answers to the held-out problems after ``step``, with their scores."""
+        return self.path / "evaluations" / f"step-{step:08d}.json"
 
     def sft(self) -> RunFolder:
         """The cold start is a run of its own inside the run's folder."""

@@ -109,6 +109,8 @@ class RolloutConfig(Section):
     """Sampling temperature; the policy's log-probs use the same."""
     max_response_tokens: int = Field(256, ge=1)
     """Response limit; longer ones are truncated."""
+    stop: list[str] = []
+    """Texts that end a response, besides EOS; the token that completes one belongs to the response."""
     max_in_flight: int = Field(64, ge=1)
     """Samples in flight per server."""
     mem_fraction: float = Field(0.8, gt=0, lt=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
+from rich.console import Console
 
 from agpo_megatron.cluster.supervisor import serving_marker
 from agpo_megatron.config.run_folder import RunFolder
@@ -53,8 +54,9 @@ async def carry_out(
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
         async with rollouts_of(config, folder, surroundings) as rollouts:
-            result = await loop.measure(rollouts.pool, rollouts.rewards, rollouts.held_out)
-            write_durably(folder.path / "eval.json", json.dumps(result, indent=1).encode())
+            evaluation = await loop.measure(rollouts)
+        evaluation.write(folder.path / "eval.json")
+        Console().print(evaluation.scores)
         return
     steps = config.sft.steps if mode == "sft" and config.sft else config.train.steps
     recipe = (

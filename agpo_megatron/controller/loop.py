@@ -14,7 +14,7 @@ from statistics import fmean
 
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import build_step
-from agpo_megatron.controller.run import Recipe, Run, seconds_into
+from agpo_megatron.controller.run import Evaluation, Recipe, Run, seconds_into
 from agpo_megatron.data.stream import PromptStream
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.summary import write_summary
@@ -145,24 +145,23 @@ async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] 
         if run.version.step != step:
             return None  # the weights of that step are gone; it was not measured then
         with run.phase(f"evaluate step {step}", {}, ""):
-            saved = await measure(rollouts.pool, rollouts.rewards, rollouts.held_out)
+            saved = await measure(rollouts)
         run.save_evaluation(step, saved)
-    return saved
+    return saved.scores
 
 
-async def measure(
-    pool: RolloutPool, rewards: RewardPool, held_out: Sequence[Prompt]
-) -> dict[str, float]:
-    """accuracy, tokens_mean, tokens_correct_mean of greedy decoding (tokens_correct_mean: 0 if none is right)."""
+async def measure(rollouts: Rollouts) -> Evaluation:
+    """Greedy decoding of every held-out problem."""
 
     async def one(prompt: Prompt) -> Group:
-        return await rewards.score_group(await pool.generate_greedy(prompt))
+        return await rollouts.rewards.score_group(await rollouts.pool.generate_greedy(prompt))
 
-    groups = await asyncio.gather(*(one(prompt) for prompt in held_out))
+    groups = await asyncio.gather(*(one(prompt) for prompt in rollouts.held_out))
     samples = [group.samples[0] for group in groups]
     correct = [len(s.response_tokens) for s in samples if s.accuracy > 0.5]
-    return {
+    scores = {
         "accuracy": len(correct) / len(samples),
         "tokens_mean": fmean(len(s.response_tokens) for s in samples),
         "tokens_correct_mean": fmean(correct) if correct else 0.0,
     }
+    return Evaluation(scores, samples)

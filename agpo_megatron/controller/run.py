@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from agpo_megatron.journal import Journal, StepRecord
 from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.types import WeightVersion
+from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
@@ -159,14 +159,35 @@ class Run:
         self.metrics.write(metrics)
         self.progress.step(metrics)
 
-    def saved_evaluation(self, step: int) -> dict[str, float] | None:
-        path = self.folder.evaluations / f"step-{step:08d}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def saved_evaluation(self, step: int) -> Evaluation | None:
+        path = self.folder.evaluation(step)
+        return Evaluation.read(path) if path.exists() else None
 
-    def save_evaluation(self, step: int, result: dict[str, float]) -> None:
-        self.folder.evaluations.mkdir(parents=True, exist_ok=True)
-        path = self.folder.evaluations / f"step-{step:08d}.json"
-        write_durably(path, json.dumps(result, indent=1).encode())
+    def save_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        path = self.folder.evaluation(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        evaluation.write(path)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``scores``: accuracy, tokens_mean, tokens_correct_mean (0 if none is right). ``samples``: one per problem."""
+
+    scores: dict[str, float]
+    samples: list[Sample]
+
+    def write(self, path: Path) -> None:
+        content = {"scores": self.scores, "samples": [asdict(sample) for sample in self.samples]}
+        write_durably(path, json.dumps(content).encode())
+
+    @staticmethod
+    def read(path: Path) -> Evaluation:
+        content = json.loads(path.read_text())
+        samples = [
+            Sample(**{**s, "versions": [VersionSpan(**v) for v in s["versions"]]})
+            for s in content["samples"]
+        ]
+        return Evaluation(content["scores"], samples)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _vocabulary_piece(tensor: Tensor, tp: int, rank: int, rows: int) -> Tensor:
             f"padded vocabulary {rows} must be a multiple of tensor_parallel {tp} and hold {vocab} tokens"
         )
     size = rows // tp
-    real = tensor[min(rank * size, vocab) : min((rank + 1) * size, vocab)]
+    real = tensor[rank * size : (rank + 1) * size]
     if real.shape[0] == size:
         return real.contiguous()
     return torch.cat([real, real.new_zeros(size - real.shape[0], *tensor.shape[1:])])

@@ -204,7 +204,7 @@ def write_hf_checkpoint(
         _write_json(partial / "config.json", spelled)
         if source_dir is not None:
             copy_side_files(Path(source_dir), partial)
-        pass
+        _readable_as(partial / "config.json", partial)
         _sync_folder(partial)
         _swap_in(partial, target)
     except (OSError, SafetensorError) as error:

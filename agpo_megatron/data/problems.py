@@ -28,7 +28,9 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of a JSONL file that all have ``keys``. Raises DataError with file, line and fix."""
     file = Path(path)
     if not file.exists():
-        raise DataError(f"data file {file} does not exist; correct its path in the config, or prepare the data")
+        raise DataError(
+            f"data file {file} does not exist; correct its path in the config, or prepare the data"
+        )
     if file.stat().st_size == 0:
         raise DataError(f"data file {file} is empty; it needs one JSON object a line")
     from datasets import Dataset, disable_progress_bars
@@ -44,7 +46,8 @@ def read_jsonl(path: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
         missing = [key for key in keys if row.get(key) is None]
         if missing:
             raise DataError(
-                f"{file}, line {number}: no field {missing[0]!r} (it has {sorted(k for k in row if row[k] is not None)}); "
+                f"{file}, line {number}: no field {missing[0]!r} "
+                f"(it has {sorted(k for k in row if row[k] is not None)}); "
                 "name the right fields with data.prompt_key and data.answer_key"
             )
     return rows
@@ -76,7 +79,7 @@ def load_problems(path: str, data: DataConfig, tokenizer: Any) -> list[Problem]:
 
 
 def prompt_tokens(text: str, chat_template: bool, tokenizer: Any) -> list[int]:
-    """Tokens of a prompt: through the chat template as a user message, or BOS (if the tokenizer has one) and the text."""
+    """Tokens of a prompt: a user message through the chat template, or the text, after BOS if the tokenizer adds it."""
     if chat_template:
         rendered: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True

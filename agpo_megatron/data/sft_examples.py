@@ -15,11 +15,15 @@ def load_sft_examples(path: str, data: DataConfig, tokenizer: Any) -> list[Group
     Raises DataError with file and line.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token, so a response could not end; set eos_token")
+        raise DataError(
+            "the tokenizer has no EOS token, so a response could not end; set eos_token"
+        )
     groups = []
     for position, row in enumerate(read_jsonl(path, ("prompt", "response"))):
         text = f"{data.prefix}{row['prompt']}{data.suffix}"
-        prompt = Prompt(position, prompt_tokens(text, data.chat_template, tokenizer), "", row["prompt"])
+        prompt = Prompt(
+            position, prompt_tokens(text, data.chat_template, tokenizer), "", row["prompt"]
+        )
         response = tokenizer.encode(row["response"], add_special_tokens=False)
         response = [*response, tokenizer.eos_token_id]
         sample = Sample(

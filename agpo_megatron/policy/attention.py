@@ -95,7 +95,9 @@ class SequenceParallelRMSNorm(torch.nn.Module):
     """RMSNorm in fp32. megatron-core's own wrapper refuses sequence parallelism, although all that is needed is the
     mark by which ``finalize_model_grads`` sums the weight's gradient over TP."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
@@ -159,7 +161,7 @@ class PackedAttention(torch.nn.Module):
 
     def __init__(
         self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
-    ):
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
 

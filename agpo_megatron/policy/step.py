@@ -134,7 +134,7 @@ def _packed_params(batch: PackedBatch) -> Any:
 class _Head:
     """The ``output_processor``: hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
 
-    def __init__(self, layout: Layout, head: HeadSettings, loss: LossSettings | None):
+    def __init__(self, layout: Layout, head: HeadSettings, loss: LossSettings | None) -> None:
         self.layout, self.head, self.loss = layout, head, loss
         self.stats: dict[str, Tensor] = {}
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+]?\.\d+")
+# A sign belongs to a number unless it stands between two terms: 7-4, x-4, (a)-4.
+NUMBER = re.compile(
+    r"(?:(?<![\w)}.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
+)
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([-+]?\d+)\}\{(\d+)\}")
+LATEX_NOISE = re.compile(
+    r"\\?\$|\\[,!;]|\{,\}|\\ "
+)  # currency and math signs, thin spaces, 1{,}234
 LONGEST = 4096  # characters of a response's end that are looked at
 DIGITS = 256  # longer "numbers" are no answers
 
@@ -15,7 +22,8 @@ def extract_number(text: str) -> Fraction | None:
 
     A box or mark that holds no number gives None: the answer committed itself to something else.
     """
-    text = text[-LONGEST:]
+    text = LATEX_FRACTION.sub(r"\1/\2", text[-LONGEST:])
+    text = LATEX_NOISE.sub("", text)
     boxed = last_boxed(text)
     if boxed is not None:
         return last_number(boxed, whole=True)

@@ -67,18 +67,26 @@ class RewardPool:
             with waiting("reward verification", self._config.timeout):
                 async with asyncio.timeout(self._config.timeout):
                     reply = await self._ask(worker, json.dumps(task))
-        except (TimeoutError, ConnectionError, EOFError) as error:
+        except (TimeoutError, ConnectionError, EOFError, ValueError) as error:
             if worker is not None:
                 await self._kill(worker)
             worker = None
             timed_out = isinstance(error, TimeoutError)
             why = f"no verdict in {self._config.timeout} s" if timed_out else "the worker died"
             reply = {"error": why}
+        except BaseException:
+            # Cancelled half-way: its verdict is still to come, and would be taken for the next answer's.
+            if worker is not None:
+                worker.kill()
+            worker = None
+            raise
         finally:
             self._idle.put_nowait(worker)
         if "error" in reply:
             self.failures += 1
-            log.warning("reward: %s; the answer scores reward.wrong: %.200r", reply["error"], response)
+            log.warning(
+                "reward: %s; the answer scores reward.wrong: %.200r", reply["error"], response
+            )
             return Verdict(False, str(reply["error"]))
         return Verdict(bool(reply["correct"]))
 

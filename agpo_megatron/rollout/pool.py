@@ -121,6 +121,14 @@ class RolloutPool:
         except WaitExpired:
             raise WaitExpired(name, seconds, self.report()) from None
 
+    def serve_as_started(self) -> None:
+        """Without a publisher (evaluation of a checkpoint): servers serve the weights they were started with."""
+
+        async def trust(server: Server) -> None:
+            await self.mark_ready(server, await server.client.weight_version())
+
+        self.refresh = trust
+
     # Generation
 
     async def generate_group(self, prompt: Prompt) -> Group:
@@ -184,7 +192,7 @@ class RolloutPool:
 
     @asynccontextmanager
     async def _slot(self, n: int, avoid: Sequence[str]) -> AsyncIterator[Server]:
-        """Room for ``n`` samples on the least loaded READY server, rather not one of ``avoid``, once dispatch is open."""
+        """Room for ``n`` samples on the least loaded READY server, preferably not in ``avoid``, once dispatch opens."""
         server = await self._acquire(n, avoid)
         try:
             yield server

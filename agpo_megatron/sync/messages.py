@@ -46,7 +46,7 @@ class TrainerPublishing(Protocol):
 
     async def publish_send(self, version: WeightVersion) -> PublishReport:
         """Broadcast all buckets of all stages through the open groups; a trainer that holds another step than
-        ``version.step`` sends nothing and says so in ``error``."""
+        ``version.step`` refuses (``WeightSource.refuse``)."""
         ...
 
     async def score_tokens(self, tokens: list[int]) -> list[float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -113,6 +114,7 @@ class Publisher:
         self._members = Membership("", ())
         self._joined: dict[Server, list[str]] = {}
         self._epochs = 0
+        self._name = f"publish-{secrets.token_hex(4)}"  # a server never takes a group name twice
         self._version: WeightVersion | None = None
         self._one_at_a_time = asyncio.Lock()
         pool.refresh = self._refresh
@@ -228,7 +230,7 @@ class Publisher:
             return
         assert self._version is not None
         self._epochs += 1
-        epoch = f"attempt{self._version.attempt}-epoch{self._epochs}"
+        epoch = f"{self._name}-epoch{self._epochs}"
         self._members = Membership(epoch, servers)
         await self._each(run, lambda s: self._leave_groups(s, run))
         world_size = 1 + len(servers) * self._server_ranks
@@ -271,8 +273,11 @@ class Publisher:
         if run.report.step != self._version.step:
             errors.append(f"the trainer holds step {run.report.step}, not {self._version.step}")
         if errors:
+            reason = f"the trainer did not send: {'; '.join(errors)}"
+            for server, met in run.failed.items():
+                run.failed[server] = f"{reason} ({met})"
             for server in run.left:
-                await self._fail(run, server, f"the trainer did not send: {'; '.join(errors)}")
+                await self._fail(run, server, reason)
 
     async def _receive(self, server: Server, run: _Transfer) -> None:
         try:

@@ -107,6 +107,11 @@ class WeightSource:
         """Leave the group. Members that wait in a broadcast fail at once with a closed connection."""
         self._store = self._group = self._joining = None
 
+    def refuse(self, reason: str) -> StageReport:
+        """Send nothing; closes the group, so that members already waiting for the first bucket fail at once."""
+        self.close()
+        return StageReport("", error=reason)
+
     def broadcast(self, buckets: Iterator[Bucket], seconds: float) -> StageReport:
         """Send all buckets, each as one uint8 broadcast; SGLang: load_format ``flattened_bucket``.
 
@@ -149,10 +154,11 @@ class WeightSource:
 
     def _joined_group(self, seconds: float) -> Any:
         """The group, once all members have joined."""
-        if self._joining is None:
+        joining = self._joining  # close() may forget it meanwhile
+        if joining is None:
             raise RuntimeError("no update group is open")
-        self._joining.join(seconds)
-        if self._joining.is_alive():
+        joining.join(seconds)
+        if joining.is_alive():
             raise WaitExpired("the rollout servers to join the update group", seconds)
         if self._join_error is not None:
             raise self._join_error

@@ -1,4 +1,4 @@
-"""The policy as one Hugging Face checkpoint folder, whatever the layout: every stage streams to rank 0, which writes."""
+"""The policy as one Hugging Face folder, whatever the layout: every stage streams to rank 0, which writes."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class PlainTrainer:
 
     async def publish_send(self, version: WeightVersion) -> PublishReport:
         if version.step != self.step:
-            error = StageReport("", error=f"asked for step {version.step}")
-            return PublishReport(self.step, dict.fromkeys(range(len(self.plan)), error))
+            refused = [source.refuse(f"holds step {self.step}") for source in self._sources]
+            return PublishReport(self.step, dict(enumerate(refused)))
         sends = [asyncio.to_thread(self._send, i) for i in range(len(self.plan))]
         reports = await asyncio.gather(*sends)
         return PublishReport(self.step, dict(enumerate(reports)))

@@ -51,7 +51,7 @@ def write_problems(path: Path, count: int, response: bool = False) -> None:
 
 
 def write_run(folder: Path, **changes: object) -> Path:
-    """Model, data and ``config.yaml`` of a run of 4 short steps; ``changes``: dotted keys. Returns the config's path."""
+    """Model, data and config of a run of 4 short steps; ``changes``: dotted keys. Returns the config's path."""
     write_model(folder / "model")
     write_problems(folder / "train.jsonl", 100)
     write_problems(folder / "eval.jsonl", 10)

@@ -14,7 +14,11 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
+from agpo_megatron.policy import backend
 from agpo_megatron.types import TrainSequence
+
+# Before any test imports a module of the policy that imports megatron.
+backend.activate("cpu")
 
 SMALL = {
     "hidden_size": 48,
@@ -64,9 +68,6 @@ def one_rank(hf_dir: Path, policy: PolicyConfig | None = None, **settings: Any) 
     """A ``Policy`` alone in the world; groups are taken down again afterwards."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    from agpo_megatron.policy import backend
-
-    backend.activate("cpu")
     from agpo_megatron.policy import parallel
     from agpo_megatron.policy.policy import Policy
 

@@ -75,6 +75,9 @@ def test_megatron_names_in_both_spellings():
     assert weights.for_megatron(fused) == norm
     assert norm.megatron_name(transformer_engine=True) == fused
     assert norm.megatron_name() == "decoder.layers.1.input_layernorm.weight"
+    mlp_norm = weights.for_megatron("decoder.layers.0.mlp.linear_fc1.layer_norm_weight")
+    assert mlp_norm.megatron == "decoder.layers.0.pre_mlp_layernorm.weight"
+    assert mlp_norm.hf[0].name == "model.layers.0.post_attention_layernorm.weight"
     bias = weights.for_megatron("decoder.layers.0.self_attention.linear_qkv.bias")
     assert [t.name for t in bias.hf] == [f"model.layers.0.self_attn.{x}_proj.bias" for x in "qkv"]
     with pytest.raises(ConversionError, match=r"no rule covers .*layers\.2\.input_layernorm"):

@@ -24,7 +24,14 @@ from agpo_megatron.types import Group, Prompt, Sample
         ("first 7, then 1,234", "1234"),
         (r"so \boxed{12} and later 99", "12"),
         (r"\boxed{3} no, \boxed{-4.50}", "-9/2"),
-        (r"\boxed{\frac{1}{2}}", None),  # two numbers in the box: no exact numeric answer
+        (r"\boxed{\frac{1}{2}}", "1/2"),
+        (r"-\dfrac{3}{4}", "-3/4"),
+        (r"\boxed{2^{10}}", None),  # two numbers in the box: no exact numeric answer
+        ("so 7-4", "4"),  # an operator is no sign
+        ("x = -4", "-4"),
+        ("it costs -$1,234.50", "-2469/2"),
+        (r"1{,}234\,\text{m}", "1234"),
+        ("1,2345", "2345"),  # not a thousands separator
         (r"\boxed{$1,000$}", "1000"),
         ("work 3+4=7\n#### 8", "8"),
         ("#### 8\nbut then 9", "8"),
@@ -53,7 +60,10 @@ def test_match_is_exact_and_by_value() -> None:
 
 def group(texts: list[str], answer: str = "7") -> Group:
     prompt = Prompt(0, [1], answer)
-    samples = [Sample("g000000000", i, [1], [2], [-1.0], [1], [], "stop", text=t) for i, t in enumerate(texts)]
+    samples = [
+        Sample("g000000000", i, [1], [2], [-1.0], [1], [], "stop", text=t)
+        for i, t in enumerate(texts)
+    ]
     return Group(prompt, samples)
 
 
@@ -90,6 +100,29 @@ def test_a_hanging_or_dying_worker_costs_one_wrong_answer_and_is_replaced() -> N
     assert "died" in scored.samples[3].reward_error
     assert failures == 2 and seconds < 20
     assert not [p for p in psutil.Process().children() if HANGS_ON_SEVEN in " ".join(p.cmdline())]
+
+
+SLOW_ON_SEVEN = """
+import json, sys, time
+for line in sys.stdin:
+    response = json.loads(line)["response"]
+    if response == "7": time.sleep(0.5)
+    print(json.dumps({"correct": response == "7"}), flush=True)
+"""
+
+
+def test_a_cancelled_verification_leaves_no_verdict_for_the_next_answer() -> None:
+    async def body() -> bool:
+        command = [sys.executable, "-c", SLOW_ON_SEVEN]
+        async with RewardPool(RewardConfig(), command, workers=1) as rewards:
+            await rewards.verify("7", "1")
+            cancelled = asyncio.create_task(rewards.verify("7", "7"))
+            await asyncio.sleep(0.1)
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
+            return (await rewards.verify("7", "8")).correct
+
+    assert asyncio.run(body()) is False
 
 
 def test_workers_do_not_outlive_a_killed_owner() -> None:

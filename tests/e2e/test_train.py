@@ -1,0 +1,128 @@
+"""Whole runs with the real Megatron-Core and the real SGLang: what the trainer learns is what the servers generate."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import write_run
+from transformers import AutoModelForCausalLM
+
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.controller.run import Evaluation
+from agpo_megatron.observe.metrics import read_metrics
+from agpo_megatron.observe.summary import read_summary
+
+STEPS = 4
+EXPECTED = {  # every key that applies to on-policy AGPO without KL
+    "step reward/mean reward/accuracy reward/length response/tokens_mean response/truncated_frac",
+    "group/zero_variance_frac group/all_correct_frac group/all_wrong_frac group/cov_length_advantage",
+    "mask/kept_tokens mask/kept_groups loss/policy loss/unclipped loss/clip_gate policy/entropy",
+    "policy/ratio_mean policy/clip_frac grad_norm lr rollout/logprob_abs_diff_mean",
+    "rollout/logprob_abs_diff_max rollout/staleness_mean tokens/trained tokens/skipped time/rollout",
+    "time/reward time/update time/publish time/step throughput/tokens_per_s",
+}
+
+
+def agpo(*arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "agpo_megatron", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def check_run(run_dir: Path) -> None:
+    """Metrics complete; server and trainer agree on every generated token, before and after publishes; the held-out
+    answers are the exported policy's own greedy answers."""
+    metrics = read_metrics(run_dir)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    keys = set(" ".join(EXPECTED).split())
+    for row in metrics:
+        assert keys <= set(row), keys - set(row)
+        assert row["rollout/staleness_mean"] == 0.0
+        assert row["tokens/trained"] == 0 or row["rollout/logprob_abs_diff_max"] < 1e-3
+        assert row["policy/ratio_mean"] == pytest.approx(1.0 if row["tokens/trained"] else 0.0)
+    assert any(row["tokens/trained"] > 0 and row["grad_norm"] > 0 for row in metrics[:-1])
+
+    folder = RunFolder(run_dir)
+    first, last = (Evaluation.read(folder.evaluation(step)) for step in (0, STEPS))
+    model = AutoModelForCausalLM.from_pretrained(folder.exported_model, dtype=torch.float32)
+    for sample in last.samples:
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
+        assert logits.argmax(-1).tolist() == sample.response_tokens
+        logprobs = logits.log_softmax(-1).gather(1, tokens[0, len(sample.prompt_tokens) :, None])[
+            :, 0
+        ]
+        torch.testing.assert_close(
+            logprobs, torch.tensor(sample.rollout_logprobs), atol=1e-3, rtol=0
+        )
+    moved = max(
+        abs(a - b)
+        for one, other in zip(first.samples, last.samples, strict=True)
+        for a, b in zip(one.rollout_logprobs[:1], other.rollout_logprobs[:1], strict=True)
+    )
+    assert moved > 1e-2, "the published weights did not change what the server generates"
+
+    summary = read_summary(run_dir)
+    assert summary["before"] == pytest.approx(first.scores)
+    assert summary["after"] == pytest.approx(last.scores)
+    assert folder.curves.stat().st_size > 10_000
+    assert not any(math.isnan(row["loss/policy"]) for row in metrics)
+
+
+def test_agpo_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+    config = write_run(tmp_path, **{"algorithm.preset": "agpo_v1"})  # +-1: every group has weight
+    run_dir = tmp_path / "run"
+    agpo("train", str(config), "--run-dir", str(run_dir))
+    check_run(run_dir)
+    # The same command on a finished run has nothing to do, and says so.
+    assert "nothing to do" in agpo("train", str(config), "--run-dir", str(run_dir))
+    # eval serves the trained policy: the same scores.
+    agpo("eval", str(config), "--run-dir", str(run_dir))
+    assert Evaluation.read(run_dir / "eval.json").scores == pytest.approx(
+        read_summary(run_dir)["after"]
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"policy.pipeline_parallel": 2},
+        pytest.param({"policy.data_parallel": 2}, marks=pytest.mark.full),
+    ],
+)
+def test_agpo_with_four_trainer_ranks(tmp_path: Path, layout: dict[str, int]) -> None:
+    config = write_run(tmp_path, **{"algorithm.preset": "agpo_v1"}, **layout)
+    agpo("train", str(config), "--run-dir", str(tmp_path / "run"))
+    check_run(tmp_path / "run")
+
+
+def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
+    changes = {
+        "sft.base": str(tmp_path / "model"),
+        "sft.path": str(tmp_path / "sft.jsonl"),
+        "sft.steps": 30,
+        "sft.batch_size": 16,
+        "sft.lr": 5.0e-3,
+        "run.checkpoint_every": 10,
+        "model.path": str(tmp_path / "cold_start"),
+    }
+    config = write_run(tmp_path, **changes)
+    arguments = ("sft", str(config), "--run-dir", str(tmp_path / "run"))
+    agpo(*arguments)
+    losses = [m["loss/policy"] for m in read_metrics(tmp_path / "run" / "sft")]
+    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    assert (tmp_path / "cold_start" / "tokenizer.json").exists()
+    content = json.loads((tmp_path / "cold_start" / "config.json").read_text())
+    assert content["vocab_size"] == 18
+    assert "nothing to do" in agpo(*arguments)

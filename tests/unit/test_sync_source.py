@@ -1,0 +1,158 @@
+"""The trainer's end of a publish against a receiver that joins and receives as SGLang does."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from agpo_megatron.conversion.shape import TensorSpec
+from agpo_megatron.rollout.checksum import ServerChecksums
+from agpo_megatron.sync.messages import StageReport
+from agpo_megatron.sync.source import WeightSource, bucketed, word_sum
+
+
+class Receiver(threading.Thread):
+    """Rank 1 of the group, with the store prefixes of SGLang's init_custom_process_group."""
+
+    def __init__(self, port: int, name: str, sizes: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._port, self._name = port, name
+        self.buckets = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        self.error = ""
+        self.start()
+
+    def run(self) -> None:
+        limit = datetime.timedelta(seconds=20)
+        store = dist.TCPStore("127.0.0.1", self._port, 2, is_master=False, timeout=limit)
+        keys = dist.PrefixStore(f"{self._name}/", dist.PrefixStore(self._name, store))
+        group = dist.ProcessGroupGloo(dist.PrefixStore("cpu/", keys), 1, 2, limit)
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        try:
+            for bucket in self.buckets:
+                group.broadcast([bucket], options).wait()
+        except RuntimeError as error:
+            self.error = str(error)
+
+
+def tensors() -> list[tuple[str, Tensor]]:
+    return [("a", torch.randn(4, 3)), ("b", torch.randn(5)), ("c", torch.randn(2, 2, 2))]
+
+
+def specs(dtype: str = "float32") -> list[list[TensorSpec]]:
+    a, b, c = (TensorSpec(n, tuple(t.shape), dtype) for n, t in tensors())
+    return [[a, b], [c]]
+
+
+def sizes(plan: list[list[TensorSpec]]) -> list[int]:
+    return [sum(spec.nbytes for spec in bucket) for bucket in plan]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_receivers_get_the_bytes_bucket_by_bucket(dtype: str) -> None:
+    source, named, plan = WeightSource("cpu", False), tensors(), specs(dtype)
+    receiver = Receiver(source.open("127.0.0.1", "g", 2, 20), "g", 3 * sizes(plan))
+
+    def send() -> StageReport:
+        report = source.broadcast(iter(bucketed(named, plan)), 20)
+        assert report.error == ""
+        return report
+
+    report = send()
+    assert report.bytes == sum(sizes(plan))
+    cast = [t.to(getattr(torch, dtype)) for _, t in named]
+    # The group stays open for the next publish, and what is sent has an identity.
+    assert send().digest == report.digest
+    named[2][1][1, 0, 1] += 0.5
+    assert send().digest != report.digest
+    receiver.join(20)
+    assert receiver.error == ""
+    first = torch.cat([cast[0].flatten(), cast[1].flatten()])
+    assert torch.equal(receiver.buckets[0].view(first.dtype), first)
+    last = named[2][1].to(first.dtype).flatten()
+    assert torch.equal(receiver.buckets[5].view(first.dtype), last)
+    assert not torch.equal(receiver.buckets[3].view(first.dtype), last)
+    source.close()
+
+
+def test_nobody_joins() -> None:
+    source = WeightSource("cpu", False)
+    source.open("127.0.0.1", "g", 2, 20)
+    drawn = []
+
+    def watched() -> Iterator[list[tuple[str, Tensor]]]:
+        for bucket in bucketed(tensors() * 1, specs()):
+            drawn.append(len(bucket))
+            yield list(bucket)
+
+    started = time.monotonic()
+    report = source.broadcast(watched(), 0.3)
+    assert time.monotonic() - started < 5
+    assert "rollout servers to join" in report.error or "deadline" in report.error
+    assert drawn == [2, 1]  # drawn to the end: other ranks gather for it
+    source.close()
+
+
+def test_a_receiver_that_leaves_is_an_error_not_a_hang() -> None:
+    source, plan = WeightSource("cpu", False), specs()
+    receiver = Receiver(source.open("127.0.0.1", "g", 2, 20), "g", [])
+    receiver.join(20)  # it joined and has gone
+    big = [("x", torch.zeros(4_000_000))]
+    report = source.broadcast(iter([big, big, big]), 10)
+    assert report.error.startswith("broadcast to the rollout servers failed")
+    assert "no update group is open" in source.broadcast(bucketed(tensors(), plan), 5).error
+
+
+def test_closing_releases_a_waiting_receiver() -> None:
+    source = WeightSource("cpu", False)
+    receiver = Receiver(source.open("127.0.0.1", "g", 2, 20), "g", [16])
+    source._joined_group(20)
+    assert source.refuse("holds step 1").error == "holds step 1"
+    receiver.join(10)
+    assert not receiver.is_alive()
+    assert "onnection" in receiver.error  # closed, or reset
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:2], r"expects c \(2, 2, 2\), the policy gives nothing"),
+        (lambda t: [*t, ("d", torch.zeros(1))], "ends before d"),
+        (lambda t: [t[1], t[0], t[2]], r"expects a \(4, 3\), the policy gives b \(5,\)"),
+        (lambda t: [("a", torch.zeros(3, 4)), *t[1:]], r"expects a \(4, 3\)"),
+    ],
+)
+def test_manifest_and_policy_must_agree(
+    change: Callable[[list[tuple[str, Tensor]]], list[tuple[str, Tensor]]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(bucketed(change(tensors()), specs()))
+
+
+def test_word_sum_sees_every_bit_and_the_order() -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 256, (1003,), dtype=torch.uint8, generator=generator)
+    words = [int.from_bytes(bytes(data[i : i + 8].tolist()), "little") for i in range(0, 1003, 8)]
+    assert word_sum(data) == sum((2 * i + 1) * w for i, w in enumerate(words)) % 2**64
+    for position in (0, 500, 1002):
+        flipped = data.clone()
+        flipped[position] ^= 1
+        assert word_sum(flipped) != word_sum(data)
+    swapped = torch.cat([data[8:16], data[:8], data[16:]])
+    assert word_sum(swapped) != word_sum(data)
+
+
+def test_parts_of_a_stack_must_come_in_order() -> None:
+    sums = ServerChecksums()
+    sums.add("model.layers.0.self_attn.q_proj.weight", torch.zeros(2, 2))
+    with pytest.raises(
+        ValueError, match="v_proj.weight came as part 2 of .*qkv_proj.weight, out of order"
+    ):
+        sums.add("model.layers.0.self_attn.v_proj.weight", torch.zeros(2, 2))
