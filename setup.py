@@ -9,7 +9,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["agpo_megatron", "agpo_megatron.*"]),
     include_package_data=True,
-    package_data={"agpo_megatron.rollout": ["stand_ins/**/*.py"]},
+    package_data={"agpo_megatron.rollout": ["stand_ins/**/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers",

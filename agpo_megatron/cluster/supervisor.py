@@ -74,7 +74,9 @@ def local_roles(config: Config, folder: RunFolder, mode: str, extra: Sequence[st
         for index in range(config.rollout.servers):
             port = config.rollout.port + index if config.rollout.port else free_port()
             refuse_port_in_use("127.0.0.1", port)
-            launch = server_command(config, served_model(config, folder, mode), port=port)
+            launch = server_command(
+                config, served_model(config, folder, mode), port=port, index=index
+            )
             path = folder.logs / f"rollout-{index}.{stamp}"
             roles.append(
                 Role(f"rollout server {index}", launch.argv, {**shared, **launch.env}, path)

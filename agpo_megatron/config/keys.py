@@ -75,7 +75,13 @@ def _section_type(annotation: Any) -> type[Section] | None:
     return None
 
 
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
+_NAMES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    list[str]: "list of texts",
+}
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
@@ -87,7 +93,7 @@ def _type_text(field: FieldInfo) -> str:
         return " or ".join(f"`{value}`" for value in args)
     if nullable:
         (annotation,) = (arg for arg in args if arg is not types.NoneType)
-    text = _NAMES[annotation]  # type: ignore[index]
+    text = _NAMES[annotation]
     bounds = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

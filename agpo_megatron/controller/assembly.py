@@ -18,7 +18,6 @@ from agpo_megatron.cluster.supervisor import serving_marker
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
-from agpo_megatron.controller.publishing import make_publisher
 from agpo_megatron.controller.run import Recipe, Run
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
@@ -54,6 +53,7 @@ async def carry_out(
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
         async with rollouts_of(config, folder, surroundings) as rollouts:
+            rollouts.pool.serve_as_started()
             evaluation = await loop.measure(rollouts)
         evaluation.write(folder.path / "eval.json")
         Console().print(evaluation.scores)
@@ -72,9 +72,7 @@ async def carry_out(
             await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
         else:
             async with rollouts_of(config, folder, surroundings) as rollouts:
-                hf_config = read_config(config.model.path)
-                publisher = make_publisher(config, hf_config, rollouts.pool, run.trainers)
-                await loop.train(run, rollouts, publisher)
+                await loop.train(run, rollouts)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
     draw_curves(

@@ -14,6 +14,7 @@ from statistics import fmean
 
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import build_step
+from agpo_megatron.controller.publishing import make_publisher
 from agpo_megatron.controller.run import Evaluation, Recipe, Run, seconds_into
 from agpo_megatron.data.stream import PromptStream
 from agpo_megatron.journal.writer import JournaledGroup
@@ -50,11 +51,12 @@ class Rollouts:
     held_out: Sequence[Prompt]
 
 
-async def train(run: Run, rollouts: Rollouts, publisher: Publisher) -> None:
+async def train(run: Run, rollouts: Rollouts) -> None:
     """Run to ``train.steps``, continuing where the run folder stands."""
     config = run.config
     done = await run.load()
     await run.replay(done)
+    publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend)
     pending = await asyncio.to_thread(run.journal.pending_groups)
     await publish(run, publisher, {})
     before = await evaluate(run, rollouts, step=0)

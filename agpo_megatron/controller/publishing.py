@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from agpo_megatron.config.schema import Config, PolicyConfig
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import ModelShape, TensorSpec
 from agpo_megatron.rollout.pool import RolloutPool
@@ -36,14 +36,15 @@ class PublishingTrainer:
         return {a["stage"]: (a["host"], a["port"]) for a in answers if a["stage"] is not None}
 
     async def publish_send(self, version: WeightVersion) -> PublishReport:
-        answers = await self._trainers.call("publish_send", plan=self._plan, seconds=self._timeout)
-        stages = {a.pop("stage"): a for a in answers}
-        return PublishReport(
-            version.step, {s: StageReport(**a) for s, a in stages.items() if s is not None}
+        answers = await self._trainers.call(
+            "publish_send", plan=self._plan, seconds=self._timeout, step=version.step
         )
+        sources = [a for a in answers if a["stage"] is not None]
+        stages = {a["stage"]: StageReport(**a["report"]) for a in sources}
+        return PublishReport(answers[0]["step"], stages)
 
     async def score_tokens(self, tokens: list[int]) -> list[float]:
-        answers = await self._trainers.call("score", tokens=tokens)
+        answers = await self._trainers.call("score", tokens=tokens, temperature=1.0)
         logprobs: list[float] = answers[0]["logprobs"]
         return logprobs[1:]
 
@@ -66,9 +67,10 @@ def stage_layers(layers: int, policy: PolicyConfig) -> list[list[int]]:
 
 
 def make_publisher(
-    config: Config, hf_config: Mapping[str, Any], pool: RolloutPool, trainers: TrainerClient
+    config: Config, pool: RolloutPool, trainers: TrainerClient, backend: str
 ) -> Publisher:
-    """The publisher of one run."""
+    """The publisher of one run. ``backend``: that of the trainer's device, gloo or nccl."""
+    hf_config = read_config(config.model.path)
     shape = ModelShape.from_hf(hf_config)
     dtype = PUBLISH_DTYPES[config.policy.dtype]
     manifest = publish_manifest(hf_config, stage_layers(shape.layers, config.policy), dtype)
@@ -79,9 +81,8 @@ def make_publisher(
         PublishingTrainer(trainers, plan, timeout),
         plan,
         server_ranks=config.rollout.tensor_parallel,
-        backend="gloo",
-        # SGLang 0.5.23 scores the very last id of the vocabulary as id 0.
-        probe_tokens=[(7 * i + config.seed) % (shape.vocab_size - 1) for i in range(PROBE_LENGTH)],
+        backend=backend,
+        probe_tokens=[(7 * i + config.seed) % shape.vocab_size for i in range(PROBE_LENGTH)],
         probe_tolerance=PROBE_TOLERANCE[config.policy.dtype],
         timeout=timeout,
     )

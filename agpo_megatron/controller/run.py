@@ -54,7 +54,10 @@ class Recipe:
 
 @dataclass
 class Run:
-    """One start (attempt) of a run. ``version`` is the identity of the weights the trainer holds now."""
+    """One start (attempt) of a run.
+
+    ``version``: identity of the weights the trainer holds now. ``backend``: of its collectives, once it has loaded.
+    """
 
     config: Config
     folder: RunFolder
@@ -63,8 +66,9 @@ class Run:
     metrics: MetricsWriter
     progress: Progress
     recipe: Recipe
+    hidden_size: int
     version: WeightVersion = field(init=False)
-    hidden_size: int = 4096
+    backend: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
@@ -81,7 +85,8 @@ class Run:
         """Load the newest complete checkpoint, or the initial weights; returns the step it holds."""
         step, path = latest_checkpoint(self.folder)
         with self.phase("load weights", {}, ""):
-            await self.trainers.call("load", checkpoint=path and str(path))
+            answers = await self.trainers.call("load", checkpoint=path and str(path))
+        self.backend = answers[0]["backend"]
         self.version = WeightVersion(step, self.journal.attempt)
         return step
 

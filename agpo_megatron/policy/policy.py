@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,12 +148,15 @@ class Policy:
             "tokens/trained": totals["tokens"],
         }
 
-    def score(self, micro_batches: MicroBatches) -> dict[str, Score]:
+    def score(
+        self, micro_batches: MicroBatches, *, temperature: float | None = None
+    ) -> dict[str, Score]:
         """Log-probs and entropy of every token under the current weights, of all replicas' sequences, on rank 0 (an
-        empty dict elsewhere). Sample ids must be unique."""
+        empty dict elsewhere). Sample ids must be unique. ``temperature``: that of rollouts by default."""
         batches = self._pack(micro_batches, every_token=True, old_logprobs=None)
         with self.backend.scope():
-            results = step.run_scoring(self.chunks, self.layout, batches, self.head)
+            head = self.head if temperature is None else replace(self.head, temperature=temperature)
+            results = step.run_scoring(self.chunks, self.layout, batches, head)
         local: list[tuple[str, Tensor, float]] = []
         if self.layout.last_stage and self.layout.tp_rank == 0 and self.layout.cp_rank == 0:
             for batch, result in zip(batches, results, strict=True):

@@ -61,11 +61,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy."""
+    """How to sample. ``temperature`` 0 is greedy; ``stop``: texts that end a response (their tokens stay in it)."""
 
     max_new_tokens: int
     temperature: float = 1.0
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
 
 
 class ServerClient:
@@ -88,6 +89,7 @@ class ServerClient:
                 "temperature": sampling.temperature,
                 "ignore_eos": sampling.ignore_eos,
                 "skip_special_tokens": False,
+                "stop": list(sampling.stop),
             },
             "return_logprob": True,
         }

@@ -138,12 +138,14 @@ class RolloutPool:
         NonFiniteLogprob, WaitExpired when no server becomes ready.
         """
         config = self._config
-        sampling = Sampling(config.max_response_tokens, config.temperature)
+        sampling = Sampling(config.max_response_tokens, config.temperature, stop=tuple(config.stop))
         return await self._group(prompt, sampling, config.group_size)
 
     async def generate_greedy(self, prompt: Prompt) -> Group:
         """One greedy sample, for evaluation."""
-        return await self._group(prompt, Sampling(self._config.max_response_tokens, 0.0), 1)
+        config = self._config
+        sampling = Sampling(config.max_response_tokens, 0.0, stop=tuple(config.stop))
+        return await self._group(prompt, sampling, 1)
 
     async def _group(self, prompt: Prompt, sampling: Sampling, n: int) -> Group:
         outputs = await self._generate(prompt, sampling, n)
@@ -307,6 +309,10 @@ class RolloutPool:
             except ServerError as error:
                 if server.alive and error.status == 0:
                     await self.mark_dead(server, str(error))
+            except (
+                Exception
+            ):  # of a refresh: the trainer's failure, say, which ends the run elsewhere
+                log.exception("bringing %s up to date failed; trying again", server.url)
             await asyncio.sleep(pause)
 
     async def _revive(self, server: Server) -> None:

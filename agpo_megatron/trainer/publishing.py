@@ -10,7 +10,7 @@ from typing import Any
 from agpo_megatron.config.schema import Config
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.policy.policy import Policy
-from agpo_megatron.sync.messages import StageReport, group_name
+from agpo_megatron.sync.messages import group_name
 from agpo_megatron.sync.source import WeightSource, bucketed
 
 
@@ -35,17 +35,28 @@ class PolicyPublisher:
         port = self._source.open(host, group_name(epoch, stage), world_size, self._timeout)
         return {"stage": stage, "host": host, "port": port}
 
-    def send(self, plan: list[list[list[dict[str, Any]]]], seconds: float) -> dict[str, Any]:
-        """Broadcast this stage's buckets; ``plan[stage][bucket]`` lists the tensors as the servers expect them."""
+    def send(
+        self, plan: list[list[list[dict[str, Any]]]], seconds: float, step: int, held: int
+    ) -> dict[str, Any]:
+        """Broadcast this stage's buckets; ``plan[stage][bucket]`` lists the tensors as the servers expect them.
+
+        ``step``: whose weights are wanted; ``held``: whose the policy holds. Nothing is sent if they differ.
+        """
+        stage = self._policy.layout.pp_rank if self._source else None
+        if step != held:
+            reason = (
+                f"the weights of step {step} were asked for, the trainer holds those of step {held}"
+            )
+            report = self._source.refuse(reason) if self._source else None
+            return {"stage": stage, "step": held, "report": report and asdict(report)}
         tensors = self._policy.named_hf_tensors()
-        if self._source is None:
+        if self._source is None or stage is None:
             for _ in tensors:
                 pass  # take part in the gathers
-            return {"stage": None}
-        stage = self._policy.layout.pp_rank
+            return {"stage": None, "step": held}
         specs = [[tensor_spec(entry) for entry in bucket] for bucket in plan[stage]]
-        report: StageReport = self._source.broadcast(bucketed(tensors, specs), seconds)
-        return {"stage": stage, **asdict(report)}
+        report = self._source.broadcast(bucketed(tensors, specs), seconds)
+        return {"stage": stage, "step": held, "report": asdict(report)}
 
 
 def tensor_spec(entry: dict[str, Any]) -> TensorSpec:

@@ -32,6 +32,8 @@ class TrainerService:
         self, policy: Policy, publisher: PolicyPublisher, channel: Channel, initial_weights: Path
     ) -> None:
         self._policy, self._channel = policy, channel
+        self._publisher = publisher
+        self._step = 0
         self._control = ControlGroup(policy.layout.control_group)
         self._initial_weights = initial_weights
         self._readers: dict[str, JournalReader] = {}
@@ -42,7 +44,7 @@ class TrainerService:
             "save": self.save,
             "export": self.export,
             "publish_open": publisher.open,
-            "publish_send": publisher.send,
+            "publish_send": self.publish_send,
         }
 
     def run(self) -> None:
@@ -84,9 +86,10 @@ class TrainerService:
         """A checkpoint with optimizer and RNG state, or the initial Hugging Face weights."""
         if checkpoint is None:
             self._policy.load_hf(self._initial_weights)
-            return {"step": 0}
-        step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
-        return {"step": step}
+            self._step = 0
+        else:
+            self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+        return {"step": self._step, "backend": self._policy.backend.dist_backend}
 
     def update(
         self, journal: str, step: int, plan: list[list[list[int]]], **loss: Any
@@ -95,14 +98,20 @@ class TrainerService:
         reader = self._reader(journal)
         record = reader.record(step)
         batches = plan[self._policy.layout.dp_rank]
-        return self._policy.update([reader.sequences(record, rows) for rows in batches], **loss)
+        stats = self._policy.update([reader.sequences(record, rows) for rows in batches], **loss)
+        self._step = step
+        return stats
 
-    def score(self, tokens: list[int]) -> dict[str, Any]:
+    def score(self, tokens: list[int], temperature: float) -> dict[str, Any]:
         """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
         weights = [0.0] + [1.0] * (len(tokens) - 1)
         sequence = TrainSequence("probe", tokens, weights, 1.0, [0.0] * len(tokens))
-        scores = self._policy.score([[sequence]])
+        batches = [[sequence]] if self._policy.layout.dp_rank == 0 else []
+        scores = self._policy.score(batches, temperature=temperature)
         return {"logprobs": scores["probe"].logprobs if "probe" in scores else None}
+
+    def publish_send(self, **request: Any) -> dict[str, Any]:
+        return self._publisher.send(**request, held=self._step)
 
     def save(self, path: str, step: int) -> dict[str, Any]:
         """Complete and durable when acknowledged."""

@@ -137,9 +137,7 @@ def test_a_trainer_at_another_step_sends_nothing(live_server: LiveServer) -> Non
     async def run() -> None:
         async with bench(live_server) as b:
             await b.publisher.publish(WeightVersion(1, 1))
-            with pytest.raises(
-                PublishError, match="did not send: stage 0: holds step 1"
-            ):
+            with pytest.raises(PublishError, match="did not send: stage 0: holds step 1"):
                 await b.publisher.publish(WeightVersion(2, 1))
 
     asyncio.run(run())

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
-
 from kills import check_nothing_lost_or_repeated, finish, kill_at
 from tiny_run import write_run
 

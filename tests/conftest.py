@@ -1,0 +1,9 @@
+"""Shared by all tests: helper modules of tests/ and tests/resume import by their plain names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+for folder in ("", "resume"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))

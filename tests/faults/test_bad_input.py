@@ -1,0 +1,129 @@
+"""Bad input and faults through the command line: one clear message with cause and fix, exit code, nobody left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from kills import check_nothing_lost_or_repeated, command, finish
+from tiny_run import write_run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_run(tmp_path)
+
+
+def refused(config: Path, *options: str) -> str:
+    """Run ``train``; it must end at once with code 2 and a message on stderr, and start nothing."""
+    started = time.monotonic()
+    result = subprocess.run(
+        command(config, config.parent / "run", *options),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - started < 60
+    assert not (config.parent / "run" / "journal").exists()
+    return result.stderr
+
+
+def test_missing_checkpoint(config: Path) -> None:
+    message = refused(config, "--set", "model.path=/nowhere/model")
+    assert "model.path" in message and "/nowhere/model" in message
+
+
+def test_missing_tokenizer(config: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (config.parent / "model" / name).unlink()
+    message = refused(config)
+    assert "tokenizer" in message and "model" in message
+
+
+def test_empty_data(config: Path) -> None:
+    (config.parent / "train.jsonl").write_text("")
+    message = refused(config)
+    assert "train.jsonl" in message and "empty" in message
+
+
+def test_a_layout_that_does_not_divide(config: Path) -> None:
+    message = refused(config, "--set", "policy.tensor_parallel=3")
+    assert "tensor_parallel 3 does not divide num_attention_heads 4" in message
+
+
+def test_an_unknown_key_names_the_nearest(config: Path) -> None:
+    message = refused(config, "--set", "train.stpes=3")
+    assert "train.stpes" in message and "train.steps" in message
+
+
+def test_fp8_without_transformer_engine(config: Path) -> None:
+    message = refused(
+        config, "--set", "policy.fp8.recipe=blockwise", "--set", "cluster.device=cuda"
+    )
+    assert "policy.fp8" in message and "Transformer Engine" in message
+
+
+def test_a_port_in_use(config: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = refused(config, "--set", f"rollout.port={port}")
+    assert str(port) in message and "rollout.port" in message
+
+
+def test_another_run_in_the_folder(config: Path) -> None:
+    run_dir = config.parent / "run"
+    run_dir.mkdir()
+    check = [sys.executable, "-m", "agpo_megatron", "check", str(config), "--run-dir", str(run_dir)]
+    (run_dir / "config.yaml").write_text(subprocess.check_output(check, text=True))
+    message = refused(config, "--set", "seed=2")
+    assert "holds another run" in message and "seed: 1 in the run folder, 2 now" in message
+
+
+def test_a_server_that_dies_while_it_starts(config: Path) -> None:
+    run_dir = config.parent / "run"
+    run = subprocess.Popen(command(config, run_dir), stderr=subprocess.PIPE, text=True)
+    table = run_dir / "processes.json"
+    while not table.exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    children = psutil.Process(run.pid).children(recursive=True)
+    os.kill(json.loads(table.read_text())["rollout server 0"], signal.SIGKILL)
+    _, message = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "rollout server 0 was killed by signal 9" in message
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(config: Path) -> None:
+    run_dir = config.parent / "run"
+    run_dir.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run_dir)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        full = finish(config, run_dir)  # the first checkpoint does not fit
+        assert full.exit_code == 1
+        assert "No space left on device" in full.output, full.output
+        subprocess.run(["mount", "-o", "remount,size=100m", str(run_dir)], check=True)
+        outcome = finish(config, run_dir)
+        assert outcome.exit_code == 0, outcome.output
+        check_nothing_lost_or_repeated(run_dir, steps=4, prompts=4, group_size=4)
+    finally:
+        subprocess.run(["umount", "-l", str(run_dir)], check=True)
+        shutil.rmtree(run_dir, ignore_errors=True)
