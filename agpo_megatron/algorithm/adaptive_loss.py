@@ -23,17 +23,22 @@ import math
 from collections.abc import Sequence
 
 
+TIE = 1e-6
+"""Losses this close are equal: the weights sum to about 1 and advantages are about 1, in float32."""
+
+
 def clip_gate(loss: float, minimum: float) -> float:
     """Factor on the gradient of the policy loss: 1 if ``loss > minimum``, else 0 (eq. A4).
 
-    ``loss``: the policy loss of the whole optimizer step, without KL and entropy terms.
+    ``loss``: the policy loss of the whole optimizer step, without KL and entropy terms. A tie (responses of equal length
+    make L exactly 0) is a closed gate, and is told from an open one by more than rounding: ``TIE``.
     Raises ValueError when the loss is not finite: a closed gate would hide it.
     """
     if not math.isfinite(loss):
         raise ValueError(
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
-    return 1.0 if loss > minimum else 0.0
+    return 1.0 if loss > minimum + TIE else 0.0
 
 
 def clipped_value(loss: float, minimum: float) -> float:

@@ -62,7 +62,7 @@ class SftConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Sequences per optimizer step."""
     lr: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; it falls linearly to 0 at ``sft.steps``."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up."""
 

@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def sft_recipe(sft: SftConfig) -> Recipe:
-    return Recipe(loss="nll", lr=sft.lr, warmup_steps=sft.warmup_steps, steps=sft.steps)
+    return Recipe(
+        loss="nll", lr=sft.lr, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule="linear"
+    )
 
 
 async def cold_start(run: Run, examples: Sequence[Group], sft: SftConfig, output: Path) -> None:

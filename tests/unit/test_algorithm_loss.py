@@ -208,6 +208,12 @@ def test_loss_clip_worked_example(lengths, value, gate):
     assert clip_gate(loss, -1.0) == 1 and clip_gate(loss, loss) == 0
 
 
+@pytest.mark.parametrize("rounding", [1e-9, -1e-9, 5e-8])
+def test_a_tie_is_not_decided_by_rounding(rounding):
+    """Equal lengths give L = 0 up to float32 rounding, of either sign: closed in both cases."""
+    assert clip_gate(rounding, 0.0) == 0 and clip_gate(1e-5, 0.0) == 1
+
+
 def test_loss_clip_acts_on_the_whole_step():
     a, lengths = [1.0, -1.0, 1.0, -1.0], [300, 100, 100, 200]
     micro = [
