@@ -64,6 +64,7 @@ class Sample:
 
     ``rollout_logprobs``: log-prob of each response token as the rollout server sampled it (temperature applied).
     ``loss_mask``: 1 where the policy generated the token, 0 where the environment did.
+    ``versions``: spans that cover the response; empty for a worked solution, which no policy generated.
     ``finish_reason``: "stop" or "length" (truncated).
     """
 
@@ -114,7 +115,7 @@ class TrainSequence:
 
     Entry ``t`` speaks of predicting ``tokens[t]`` from ``tokens[:t]``; entry 0 is therefore never used.
     ``loss_weights``: w of  L = sum w * l  (design, idea 1): computed once from the global masks; 0 off the mask.
-    ``advantage``: A of the sequence (1.0 for supervised tuning). ``rollout_logprobs``: 0 where unknown.
+    ``advantage``: A of the sequence (1.0 for supervised tuning). ``rollout_logprobs``: empty when it was not generated.
     """
 
     sample_id: str
@@ -122,7 +123,3 @@ class TrainSequence:
     loss_weights: list[float]
     advantage: float
     rollout_logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def has_weight(self) -> bool:
-        return any(w != 0.0 for w in self.loss_weights)

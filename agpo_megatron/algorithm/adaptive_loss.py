@@ -22,28 +22,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-
 TIE = 1e-6
-"""Losses this close are equal: the weights sum to about 1 and advantages are about 1, in float32."""
+"""Losses closer than this part of their ``scale`` are equal: about ten roundings of float32."""
 
 
-def clip_gate(loss: float, minimum: float) -> float:
+def clip_gate(loss: float, minimum: float, scale: float = 1.0) -> float:
     """Factor on the gradient of the policy loss: 1 if ``loss > minimum``, else 0 (eq. A4).
 
-    ``loss``: the policy loss of the whole optimizer step, without KL and entropy terms. A tie (responses of equal length
-    make L exactly 0) is a closed gate, and is told from an open one by more than rounding: ``TIE``.
+    ``loss``: the policy loss of the whole optimizer step, without KL and entropy terms. ``scale``: size of the terms
+    it is the sum of, sum |w A| over the whole step (about 1 with token_mean, hundreds with seq_mean_token_sum). A tie
+    (responses of equal length make L exactly 0) is a closed gate, and the rounding of such a sum must not open it: the
+    gate opens above ``minimum + TIE * scale``.
     Raises ValueError when the loss is not finite: a closed gate would hide it.
     """
     if not math.isfinite(loss):
         raise ValueError(
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
-    return 1.0 if loss > minimum + TIE else 0.0
+    return 1.0 if loss > minimum + TIE * scale else 0.0
 
 
-def clipped_value(loss: float, minimum: float) -> float:
-    """The loss as eq. A4 reports it, max(loss, minimum)."""
-    return max(loss, minimum)
+def clipped_value(loss: float, minimum: float, scale: float = 1.0) -> float:
+    """The loss as eq. A4 reports it, max(loss, minimum): ``loss`` where ``clip_gate`` is open, else ``minimum``."""
+    return loss if clip_gate(loss, minimum, scale) == 1.0 else minimum
 
 
 def on_policy_loss(weights: Sequence[Sequence[float]], advantages: Sequence[float]) -> float:

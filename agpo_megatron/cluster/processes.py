@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+KILL_SECONDS = 60.0  # a process in uninterruptible I/O ends late even after SIGKILL
 
 
 def die_with_parent() -> None:
@@ -75,7 +76,7 @@ def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
         time.sleep(0.05)
     for role in running:
         signal_group(role, signal.SIGKILL)  # also what a dead leader left behind in its group
-        role.process.wait()
+        role.process.wait(KILL_SECONDS)
 
 
 def signal_group(role: RunningRole, number: signal.Signals) -> None:

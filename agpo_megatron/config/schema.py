@@ -239,7 +239,7 @@ class RewardConfig(Section):
     wrong: float = 0.0
     """Reward of a wrong answer."""
     timeout: float = Field(10.0, gt=0)
-    """Seconds per answer; then it scores ``wrong`` and is counted."""
+    """Seconds per answer; then it scores ``wrong``, and the journal says why (``reward_error``)."""
 
 
 class EvalConfig(Section):

@@ -65,17 +65,19 @@ async def train(run: Run, rollouts: Rollouts) -> None:
         timings: dict[str, float] = {}
         with seconds_into(timings, "time/step"):
             groups = await collect(run, rollouts, step, pending, timings)
-            record = build_step(
+            record = await asyncio.to_thread(
+                build_step,
                 groups,
                 step=step,
+                attempt=run.journal.attempt,
                 cursor=step * config.train.prompts_per_step,
                 version=run.version,
                 algorithm=config.algorithm,
                 reward=config.reward,
             )
-            record = await asyncio.to_thread(run.journal.commit_step, record)
+            name = await asyncio.to_thread(run.journal.commit_step, record)
             with run.phase(f"update step {step}", timings, "time/update"):
-                stats = await run.update(record, run.folder.journal)
+                stats = await run.update(record, run.folder.journal, name)
             await publish(run, publisher, timings)
         run.report(record, stats, timings)
         if step % config.run.checkpoint_every == 0 or step == config.train.steps:
@@ -103,9 +105,7 @@ async def collect(
 
     async def roll_out(position: int) -> None:
         group = await rollouts.pool.generate_group(rollouts.stream.prompt_at(position))
-        with seconds_into(timings, "time/reward"):  # overlaps with generation, also of other groups
-            scored = await rollouts.rewards.score_group(group)
-        finished.put_nowait(scored)
+        finished.put_nowait(await rollouts.rewards.score_group(group))
 
     async def make_durable() -> None:
         while len(ready) < size:
@@ -120,6 +120,7 @@ async def collect(
             tasks.create_task(make_durable())
             for position in missing:
                 tasks.create_task(roll_out(position))
+    timings["time/reward"] = rollouts.rewards.take_busy_seconds()
     return [ready[p] for p in positions]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
-from agpo_megatron.journal import Journal, StepRecord
+from agpo_megatron.journal import Journal, JournalError, StepRecord
 from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
@@ -25,7 +27,7 @@ from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
-COMPLETE = "complete.json"  # the file that makes a folder a checkpoint (policy/checkpoint.py)
+APPLY_WITHOUT_TOKENS = ("loss/policy", "loss/unclipped", "grad_norm", "lr", "tokens/trained")
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,20 @@ class Run:
         self.version = WeightVersion(step, self.journal.attempt)
         return step
 
-    async def update(self, record: StepRecord, journal: Path) -> dict[str, float]:
-        """One optimizer step on a committed record; afterwards ``version`` is one step further."""
+    async def update(self, record: StepRecord, journal: Path, name: str) -> dict[str, float]:
+        """One optimizer step on the committed record ``name``; afterwards ``version`` is one step further.
+
+        Raises JournalError when it is not the step after the weights'.
+        """
+        if record.step != self.version.step + 1:
+            raise JournalError(
+                f"step {self.version.step + 1} is neither in a checkpoint nor in {journal} "
+                f"(next there: {record.step}); restore a checkpoint, or start in another --run-dir"
+            )
         policy = self.config.policy
         with_weight = [i for i, row in enumerate(record.rows) if any(row.loss_weights)]
-        plan = plan_micro_batches(
+        plan = await asyncio.to_thread(
+            plan_micro_batches,
             [record.rows[i].tokens for i in with_weight],
             data_parallel=policy.data_parallel,
             token_budget=self.config.train.micro_batch_tokens,
@@ -107,6 +118,7 @@ class Run:
         results = await self.trainers.call(
             "update",
             journal=str(journal),
+            record=name,
             step=record.step,
             plan=numbered,
             loss=self.recipe.loss,
@@ -117,19 +129,26 @@ class Run:
             lr=lr,
         )
         self.version = WeightVersion(record.step, self.journal.attempt)
-        return {**results[0], "lr": lr}
+        stats: dict[str, float] = {**results[0], "lr": lr}
+        if stats["tokens/trained"] == 0:  # ratios, entropy and gate of nothing
+            stats = {key: value for key, value in stats.items() if key in APPLY_WITHOUT_TOKENS}
+        return stats
 
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
         step = self.version.step
         with self.phase(f"save step {step}", {}, ""):
             await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
+        await asyncio.to_thread(self._remove_old)
+
+    def _remove_old(self) -> None:
+        """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
         checkpoints = complete_checkpoints(self.folder)
-        for old in checkpoints[: -self.config.run.keep_checkpoints]:
-            (old / COMPLETE).unlink()  # first: a half-removed folder is no checkpoint
+        kept = checkpoints[-self.config.run.keep_checkpoints :]
+        for old in checkpoints[: -len(kept)]:
+            (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint
             shutil.rmtree(old)
         if self.config.journal.keep == "checkpoints":
-            kept = checkpoints[-self.config.run.keep_checkpoints :]
             self.journal.prune(before_step=step_of(kept[0]) + 1)
 
     async def export(self, path: Path) -> None:
@@ -139,16 +158,13 @@ class Run:
 
     async def replay(self, done: int) -> None:
         """Train again on the committed steps that the checkpoint does not contain; nothing is generated."""
-        for step in self.journal.committed_steps():
+        for step, name in sorted(self.journal.reader.step_names().items()):
             if step <= done:
                 continue
             timings: dict[str, float] = {}
-            record = self.journal.reader.record(step)
-            with (
-                seconds_into(timings, "time/step"),
-                self.phase(f"replay step {step}", timings, "time/update"),
-            ):
-                stats = await self.update(record, self.folder.journal)
+            record = self.journal.reader.read_record(name)
+            with self.phase(f"replay step {step}", timings, "time/update"):
+                stats = await self.update(record, self.folder.journal, name)
             self.report(record, stats, timings)
 
     def report(
@@ -169,9 +185,7 @@ class Run:
         return Evaluation.read(path) if path.exists() else None
 
     def save_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        path = self.folder.evaluation(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        evaluation.write(path)
+        evaluation.write(self.folder.evaluation(step))
 
 
 @dataclass(frozen=True)
@@ -182,6 +196,7 @@ class Evaluation:
     samples: list[Sample]
 
     def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"scores": self.scores, "samples": [asdict(sample) for sample in self.samples]}
         write_durably(path, json.dumps(content).encode())
 
@@ -207,7 +222,16 @@ def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
 
 def complete_checkpoints(folder: RunFolder) -> list[Path]:
     """Checkpoints of a run, oldest first; half-written folders do not count."""
-    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / COMPLETE).exists())
+    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / CHECKPOINT_MARKER).exists())
+
+
+def remove_leftovers(folder: RunFolder) -> None:
+    """What a killed attempt left half-done: checkpoints without their marker, and their temporary folders."""
+    if folder.checkpoints.is_dir():
+        complete = set(complete_checkpoints(folder))
+        for path in folder.checkpoints.iterdir():
+            if path not in complete and re.fullmatch(r"\.?step-\d+(\.\w+)?", path.name):
+                shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:

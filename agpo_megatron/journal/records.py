@@ -83,7 +83,7 @@ class StepRecord:
     """A committed step. ``step`` counts from 1. ``cursor``: the prompt position after this step's prompts.
 
     ``weight_version``: the weights the step starts from. ``segments``: digest of every segment it refers to.
-    ``metrics``: what the controller measured before training (rewards, groups, times).
+    ``metrics``: what is known of the step before training (rewards, groups, lengths).
     """
 
     step: int
@@ -160,7 +160,7 @@ def to_train_sequence(sample: Sample, row: StepRow) -> TrainSequence:
         tokens=sample.prompt_tokens + sample.response_tokens,
         loss_weights=prompt + row.loss_weights,
         advantage=row.advantage,
-        rollout_logprobs=prompt + sample.rollout_logprobs,
+        rollout_logprobs=prompt + sample.rollout_logprobs if sample.versions else [],
     )
 
 
@@ -248,14 +248,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def read_file(path: Path, digest: str | None = None, patience: float = 5.0) -> bytes:
-    """Whole file; waits up to ``patience`` seconds for a shared file system to show it (and with the right digest).
+    """Whole file. ``digest``: SHA-256 it must have, or the beginning of it.
 
+    Waits up to ``patience`` seconds for a shared file system to show the file, with that content.
     Raises JournalError when it stays missing or different.
     """
     deadline = time.monotonic() + patience
     while True:
         data = path.read_bytes() if path.exists() else None
-        if data is not None and (digest is None or digest_of(data) == digest):
+        if data is not None and (digest is None or digest_of(data).startswith(digest)):
             return data
         if time.monotonic() > deadline:
             cause = (

@@ -21,7 +21,7 @@ from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
-from agpo_megatron.policy.packing import PackedBatch, pack_all
+from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.types import TrainSequence
 
@@ -68,34 +68,22 @@ class Policy:
         *,
         temperature: float,
         seed: int,
+        timeout: float = 1800.0,
     ) -> Policy:
         """The policy of ``hf_dir``'s architecture with its weights. ``backend.activate()`` must have run;
-        ``parallel.initialize`` runs here unless it has.
+        ``parallel.initialize`` runs here unless it has. ``timeout``: seconds, of every collective.
 
         Raises ConversionError (checkpoint), ModelError (sizes), LayoutError (ranks), each naming cause and fix.
         """
         source = HfCheckpoint(Path(hf_dir))
         weight_map = source.weight_map()
-        layout = parallel.initialize(policy, seed)
+        layout = parallel.initialize(policy, seed, timeout=timeout)
         head = step.HeadSettings(weight_map.shape.vocab_size, temperature, policy.logprob_chunk)
         built = Policy(policy, train, weight_map, head, layout)
-        built._load(source)
+        with built.backend.scope():
+            weights.load_hf(built.chunks, weight_map, source, layout)
+            built.optimizer.reload_model_params()  # its own fp32 copies
         return built
-
-    def load_hf(self, hf_dir: str | os.PathLike[str]) -> None:
-        """Replace the weights by those of a checkpoint of the same shape; the optimizer keeps its moments.
-
-        Raises ConversionError, also for a checkpoint of another shape.
-        """
-        source = HfCheckpoint(Path(hf_dir))
-        if source.weight_map().shape != self.weight_map.shape:
-            raise ValueError(f"{hf_dir} holds a model of another shape than the one in training")
-        self._load(source)
-
-    def _load(self, source: HfCheckpoint) -> None:
-        with self.backend.scope():
-            weights.load_hf(self.chunks, self.weight_map, source, self.layout)
-            self.optimizer.reload_model_params()
 
     def update(
         self,
@@ -117,8 +105,8 @@ class Policy:
         0, and the optimizer steps on it (``step``: moments decay, weights still move) or not (``skip_step``).
 
         Returns global statistics, the same on every rank: loss/policy, loss/unclipped, loss/clip_gate, policy/entropy,
-        policy/ratio_mean, policy/clip_frac, grad_norm, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max,
-        tokens/trained.
+        grad_norm, tokens/trained; for the loss "ppo" policy/ratio_mean, policy/clip_frac; where rollout log-probs of
+        trained tokens are known rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
         process are then unusable.
         """
@@ -130,22 +118,18 @@ class Policy:
             settings = step.LossSettings(loss, clip_low, clip_high)
             results = step.run_training(self.chunks, self.layout, batches, self.head, settings)
             totals = self._reduce(results)
-            gate = 1.0 if gate_min is None else clip_gate(totals["loss"], gate_min)
+            value, gate = totals["loss"], 1.0
+            if gate_min is not None:
+                gate = clip_gate(value, gate_min, totals["scale"])
+                value = clipped_value(value, gate_min, totals["scale"])
             grad_norm = self._step(gate, lr, when_clipped)
-        tokens = max(totals["tokens"], 1.0)
-        known = max(totals["rollout_tokens"], 1.0)
-        unclipped = totals["loss"]
         return {
-            "loss/policy": unclipped if gate_min is None else clipped_value(unclipped, gate_min),
-            "loss/unclipped": unclipped,
+            "loss/policy": value,
+            "loss/unclipped": totals["loss"],
             "loss/clip_gate": gate,
-            "policy/entropy": totals["entropy"] / tokens,
-            "policy/ratio_mean": totals["ratio"] / tokens,
-            "policy/clip_frac": totals["clipped"] / tokens,
             "grad_norm": grad_norm,
-            "rollout/logprob_abs_diff_mean": totals["rollout_diff"] / known,
-            "rollout/logprob_abs_diff_max": totals["rollout_diff_max"],
             "tokens/trained": totals["tokens"],
+            **_token_means(totals, ratios=loss == "ppo"),
         }
 
     def score(
@@ -181,10 +165,6 @@ class Policy:
         # no scope: it would stay open in the consumer between two tensors
         yield from weights.named_hf_tensors(self.chunks, self.weight_map, self.layout)
 
-    def stage_layers(self) -> list[int]:
-        """Global numbers of the layers this rank holds."""
-        return weights.layer_numbers(self.chunks)
-
     def _pack(
         self,
         micro_batches: MicroBatches,
@@ -201,7 +181,7 @@ class Policy:
             total = -(-total // self.layout.pp) * self.layout.pp
         return pack_all(
             micro_batches,
-            math.lcm(self.layout.tp, 16),
+            pack_multiple(self.config),
             total,
             same_length=interleaved,
             every_token=every_token,
@@ -238,3 +218,16 @@ class Policy:
                 f"gradient norm is {norm}; the weights of this process are unusable, resume from the last checkpoint"
             )
         return norm
+
+
+def _token_means(totals: Mapping[str, float], *, ratios: bool) -> dict[str, float]:
+    """Means over the trained tokens of a step; of those with a known rollout log-prob if there are any."""
+    tokens, known = max(totals["tokens"], 1.0), totals["rollout_tokens"]
+    means = {"policy/entropy": totals["entropy"] / tokens}
+    if ratios:
+        means["policy/ratio_mean"] = totals["ratio"] / tokens
+        means["policy/clip_frac"] = totals["clipped"] / tokens
+    if known:
+        means["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
+        means["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
+    return means

@@ -29,6 +29,7 @@ from agpo_megatron.policy.parallel import Layout
 
 SUMS = (
     "loss",
+    "scale",
     "entropy",
     "ratio",
     "clipped",
@@ -36,7 +37,8 @@ SUMS = (
     "rollout_diff",
     "rollout_tokens",
 )
-"""What each micro-batch adds to; ``rollout_diff_max`` is a maximum."""
+"""What each micro-batch adds to (``scale``: sum |w A|, the size of the terms of the loss); ``rollout_diff_max`` is a
+maximum."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,7 @@ def _weighted_loss(
     diff = (current - batch.rollout_logprobs).abs() * batch.has_rollout
     values = {
         "loss": weighted.detach(),
+        "scale": (batch.weights * batch.advantages).abs(),
         "entropy": entropy.detach(),
         "ratio": ratio,
         "clipped": clipped,

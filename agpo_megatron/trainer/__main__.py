@@ -72,6 +72,7 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
         config.train,
         temperature=1.0 if mode == "sft" else config.rollout.temperature,
         seed=config.seed,
+        timeout=config.cluster.command_timeout,
     )
     TrainerService(policy, PolicyPublisher(policy, config), channel, initial).run()
 

@@ -83,22 +83,35 @@ class TrainerService:
         return Command(**handed) if handed else None
 
     def load(self, checkpoint: str | None) -> dict[str, Any]:
-        """A checkpoint with optimizer and RNG state, or the initial Hugging Face weights."""
-        if checkpoint is None:
-            self._policy.load_hf(self._initial_weights)
-            self._step = 0
-        else:
+        """A checkpoint with optimizer and RNG state; None keeps the initial weights that the policy was built with.
+
+        Raises ValueError for None after an update: a run begins anew in a new process.
+        """
+        if checkpoint is not None:
             self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+        elif self._step:
+            raise ValueError(
+                f"the policy is at step {self._step}, no longer at the initial weights"
+            )
         return {"step": self._step, "backend": self._policy.backend.dist_backend}
 
     def update(
-        self, journal: str, step: int, plan: list[list[list[int]]], **loss: Any
+        self, journal: str, record: str, step: int, plan: list[list[list[int]]], **loss: Any
     ) -> dict[str, Any]:
-        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows."""
+        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows.
+
+        Raises ValueError when the policy is not at the step before.
+        """
+        if step != self._step + 1:
+            raise ValueError(
+                f"step {step} was asked for, the weights are those of step {self._step}"
+            )
         reader = self._reader(journal)
-        record = reader.record(step)
+        rows_of_step = reader.read_record(record)
         batches = plan[self._policy.layout.dp_rank]
-        stats = self._policy.update([reader.sequences(record, rows) for rows in batches], **loss)
+        stats = self._policy.update(
+            [reader.sequences(rows_of_step, rows) for rows in batches], **loss
+        )
         self._step = step
         return stats
 
@@ -108,7 +121,8 @@ class TrainerService:
         sequence = TrainSequence("probe", tokens, weights, 1.0, [0.0] * len(tokens))
         batches = [[sequence]] if self._policy.layout.dp_rank == 0 else []
         scores = self._policy.score(batches, temperature=temperature)
-        return {"logprobs": scores["probe"].logprobs if "probe" in scores else None}
+        logprobs = scores["probe"].logprobs if "probe" in scores else None
+        return {"step": self._step, "logprobs": logprobs}
 
     def publish_send(self, **request: Any) -> dict[str, Any]:
         return self._publisher.send(**request, held=self._step)

@@ -208,10 +208,22 @@ def test_loss_clip_worked_example(lengths, value, gate):
     assert clip_gate(loss, -1.0) == 1 and clip_gate(loss, loss) == 0
 
 
-@pytest.mark.parametrize("rounding", [1e-9, -1e-9, 5e-8])
-def test_a_tie_is_not_decided_by_rounding(rounding):
-    """Equal lengths give L = 0 up to float32 rounding, of either sign: closed in both cases."""
-    assert clip_gate(rounding, 0.0) == 0 and clip_gate(1e-5, 0.0) == 1
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 400.0])
+@pytest.mark.parametrize("minimum", [0.0, -0.25])
+@pytest.mark.parametrize(
+    "above, gate", [(1e-9, 0), (-1e-9, 0), (9e-7, 0), (1.1e-6, 1), (1e-5, 1), (-1e-5, 0)]
+)
+def test_a_tie_is_not_decided_by_rounding(above, gate, minimum, scale):
+    """Equal lengths give L = 0 up to float32 rounding of its terms, of either sign: closed in both cases. The value
+    reported follows the gate."""
+    loss = (minimum + above) * scale
+    assert clip_gate(loss, minimum * scale, scale) == gate
+    assert clipped_value(loss, minimum * scale, scale) == (loss if gate else minimum * scale)
+
+
+def test_the_scale_of_a_token_mean_is_1():
+    assert clip_gate(9e-7, 0.0) == clipped_value(9e-7, 0.0) == 0
+    assert clip_gate(2e-6, 0.0) == 1 and clipped_value(2e-6, 0.0) == 2e-6
 
 
 def test_loss_clip_acts_on_the_whole_step():

@@ -44,6 +44,7 @@ def step(groups: list[JournaledGroup], preset: str):
     return build_step(
         groups,
         step=1,
+        attempt=1,
         cursor=len(groups),
         version=WeightVersion(0, 1),
         algorithm=algorithm(preset),

@@ -32,10 +32,18 @@ SLEEP = "import time; time.sleep(60)"
 CHILDREN = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '{SLEEP}']); time.sleep(60)"
 
 
+OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def only_our_own_children() -> None:
+    OTHERS.update(p.pid for p in psutil.Process().children(recursive=True))
+
+
 def alive_children() -> list[psutil.Process]:
-    return [
-        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
-    ]
+    """Of the test that is running; pools of other tests in this process may live on."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.pid not in OTHERS and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_run_ends_well_with_the_controller_and_leaves_nobody(folder: RunFolder) -> None:
@@ -64,6 +72,31 @@ def test_a_controller_that_fails_because_of_a_trainer_names_the_trainer(folder: 
     ]
     culprit = supervise(roles, folder)
     assert culprit is not None and (culprit.name, culprit.exit_code) == ("trainer rank 0", 9)
+
+
+def test_the_rank_that_was_killed_is_named_not_the_one_that_failed_with_it(
+    folder: RunFolder,
+) -> None:
+    roles = [
+        role("trainer rank 0", "import time; time.sleep(.32); raise SystemExit(1)"),
+        role("trainer rank 1", "import os, time; time.sleep(.3); os.kill(os.getpid(), 9)"),
+        role("controller", SLEEP),
+    ]
+    culprit = supervise(roles, folder)
+    assert culprit is not None and (culprit.name, culprit.exit_code) == ("trainer rank 1", -9)
+
+
+def test_a_server_that_ends_without_an_error_ends_the_run_too(folder: RunFolder) -> None:
+    culprit = supervise([role("rollout server 0", "pass"), role("controller", SLEEP)], folder)
+    assert culprit is not None and (culprit.name, culprit.exit_code) == ("rollout server 0", 0)
+
+
+def test_what_has_started_is_stopped_when_the_next_role_cannot_start(folder: RunFolder) -> None:
+    missing = Role("controller", ["/no/such/program"], {}, None)
+    with pytest.raises(FileNotFoundError):
+        supervise([role("trainer rank 0", SLEEP), missing], folder)
+    assert alive_children() == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_server_that_cannot_start_ends_the_run(folder: RunFolder) -> None:
