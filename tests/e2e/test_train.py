@@ -89,9 +89,8 @@ def test_agpo_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
     assert "nothing to do" in agpo("train", str(config), "--run-dir", str(run_dir))
     # eval serves the trained policy: the same scores.
     agpo("eval", str(config), "--run-dir", str(run_dir))
-    assert Evaluation.read(run_dir / "eval.json").scores == pytest.approx(
-        read_summary(run_dir)["after"]
-    )
+    again = Evaluation.read(RunFolder(run_dir / "eval").evaluation(0))
+    assert again.scores == pytest.approx(read_summary(run_dir)["after"])
 
 
 @pytest.mark.parametrize(
