@@ -18,7 +18,7 @@ from agpo_megatron.types import WeightVersion
 
 BUCKET_BYTES = 512 * 1024**2
 # Allowed difference of log-probs by precision, of the coarser of server and policy: a wrong weight shows far above.
-# bf16: improbable tokens carry the rounding of large logits (0.56 nats seen with SmolLM2); a wrong tensor shows as more.
+# bf16: improbable tokens carry the rounding of large logits (0.56 nats seen with SmolLM2).
 PROBE_TOLERANCE = {"float32": 1e-3, "fp32": 1e-3, "bfloat16": 2.0, "bf16": 2.0}
 PROBE_LENGTH = 32
 COMMAND_MARGIN = 30.0
