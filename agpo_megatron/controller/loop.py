@@ -7,6 +7,7 @@ prompts -> rollout pool -> rewards -> journal (durable) -> advantages and loss w
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ async def train(run: Run, rollouts: Rollouts) -> None:
     config = run.config
     done = await run.load()
     await run.replay(done)
-    publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend)
+    prompts = map(rollouts.stream.prompt_at, itertools.count())
+    publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend, prompts)
     pending = await asyncio.to_thread(run.journal.pending_groups)
     await publish(run, publisher, {})
     before = await evaluate(run, rollouts, step=0)

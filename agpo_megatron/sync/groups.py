@@ -39,7 +39,6 @@ class UpdateGroups:
         """A server that does not join leaves the transfer, and the others try again without it."""
         if tuple(run.left) == self._servers:
             return
-        self.forget()
         await run.each(lambda server: self.leave(server, run))
         stuck: dict[asyncio.Task[None], Server] = {}
         tried: list[Server] = []

@@ -232,6 +232,11 @@ def test_without_the_trainers_hashes_the_odd_server_out_is_found() -> None:
             for fake in fakes:  # other weights, other hashes
                 fake.checksums = {"w": "3"}
             assert len((await publisher.publish(WeightVersion(2, 1))).servers) == 3
+            for fake, server in list(zip(fakes, pool.servers, strict=True))[1:]:
+                await fake.stop()
+                await pool.mark_dead(server, "test")
+            fakes[0].checksums = {"w": "4"}  # what the absent ones reported before says nothing
+            assert (await publisher.publish(WeightVersion(3, 1))).servers == [fakes[0].url]
 
     asyncio.run(run())
 
@@ -347,7 +352,11 @@ def test_a_trainer_that_does_not_send_is_named() -> None:
             fake.controls.clear()
             await publisher.publish(WeightVersion(4, 1))
             assert received(fake) == NAMES * 2
-            assert [name for name, _ in fake.controls].count("update_weight_version") == 1
+            names = [name for name, _ in fake.controls]
+            assert names.count("update_weight_version") == 1
+            assert (
+                names.count("init_weights_update_group") == 4
+            )  # after the error, both stages anew
 
     asyncio.run(run())
 
