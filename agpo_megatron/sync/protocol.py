@@ -127,7 +127,12 @@ class Publisher:
                 log.warning("publish: lost every rollout server (%s); waiting for one", why)
 
     async def _refresh(self, server: Server) -> None:
-        """Give one quarantined server the current weights while the others serve."""
+        """Give one quarantined server the current weights while the others serve; not while a publish is under way.
+
+        To wait for its turn here would hold up the server's probe, and with it the revival that the publish may wait for.
+        """
+        if self._one_at_a_time.locked():
+            return
         async with self._turn(f"publish to {server.url} alone") as deadline:
             if self._version is None or server.state is not State.QUARANTINED:
                 return

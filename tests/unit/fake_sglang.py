@@ -24,6 +24,7 @@ class FakeServer:
         self.port = 0
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.refuse: list[str] = []  # control endpoints that fail once each
+        self.drop: list[str] = []  # control endpoints whose connection breaks once each
         self.stall: dict[str, asyncio.Event] = {}  # control endpoints that wait before they answer
         self.checksums = {"w": "1"}
         self.spans: list[dict[str, Any]] | None = (
@@ -55,6 +56,10 @@ class FakeServer:
         self.controls.append((name, body))
         if name in self.stall:
             await self.stall[name].wait()
+        if name in self.drop:
+            self.drop.remove(name)
+            assert request.transport is not None
+            request.transport.close()
         if name in self.refuse:
             self.refuse.remove(name)
             return web.json_response({"success": False, "message": f"no {name} today"}, status=400)

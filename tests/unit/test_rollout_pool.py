@@ -223,15 +223,19 @@ def test_an_abort_that_nobody_asked_for_is_a_failed_attempt() -> None:
     asyncio.run(run())
 
 
-def test_a_server_that_ends_nothing_holds_no_drain_up() -> None:
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_server_that_ends_nothing_holds_no_drain_up(answers: bool) -> None:
     async def run() -> None:
         async with fleet(2) as (pool, (hung, _)):
             hung.release.clear()
             running = groups(pool, 1)
             await until(lambda: hung.busy == 4)
-            hung.stall["abort_request"] = asyncio.Event()
-            async with asyncio.timeout(2):
-                await pool.drain(pool.servers, 0.4)
+            if answers:
+                hung.release = asyncio.Event()  # what an abort sets, and no sample waits for
+            else:
+                hung.stall["abort_request"] = asyncio.Event()
+            async with asyncio.timeout(2.5 if answers else 1.8):  # else DEAD after half the time
+                await pool.drain(pool.servers, 2.0)
             assert [s.state for s in pool.servers] == [State.DEAD, State.READY]
             for task in running:
                 task.cancel()

@@ -26,11 +26,11 @@ from agpo_megatron.types import WeightVersion
 )
 def test_a_server_that_hangs_does_not_hold_the_others_up(endpoint: str) -> None:
     async def run() -> None:
-        async with publishing(2) as (publisher, pool, (good, hung), _):
+        async with publishing(2, timeout=9) as (publisher, pool, (good, hung), _):
             hung.stall[endpoint] = asyncio.Event()
             started = time.monotonic()
             result = await publisher.publish(WeightVersion(1, 1))
-            assert time.monotonic() - started < 4
+            assert time.monotonic() - started < 6
             assert result.servers == [good.url]
             assert [s.state for s in pool.servers] == [State.READY, State.DEAD]
 
@@ -41,14 +41,14 @@ def test_a_server_that_hangs_in_the_broadcast() -> None:
     """The trainer gives up first, which fails the healthy server's call; that one receives again, the other is DEAD."""
 
     async def run() -> None:
-        async with publishing(2) as (publisher, pool, (good, hung), trainer):
+        async with publishing(2, timeout=9) as (publisher, pool, (good, hung), trainer):
             endpoint = "update_weights_from_distributed"
             hung.stall[endpoint], good.stall[endpoint] = asyncio.Event(), asyncio.Event()
             good.refuse.append(endpoint)
 
             async def give_up(seconds: float) -> None:
                 if trainer.sent == 1:
-                    assert seconds <= 2  # the pass's own third
+                    assert seconds <= 3  # the pass's own third
                     await asyncio.sleep(seconds)
                     trainer.error = "deadline"
                     good.stall.pop(endpoint).set()
@@ -68,7 +68,7 @@ def test_a_server_that_refuses_a_bucket_leaves_so_that_the_trainer_can_go_on() -
             bad.refuse.append("update_weights_from_distributed")
 
             async def until_it_left(_: float) -> None:
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(5):
                     while trainer.sent == 1 and "destroy_weights_update_group" not in dict(
                         bad.controls
                     ):
@@ -84,7 +84,7 @@ def test_a_server_that_refuses_a_bucket_leaves_so_that_the_trainer_can_go_on() -
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_server_that_does_not_join_does_not_block_those_that_wait_for_it(hangs: bool) -> None:
     async def run() -> None:
-        async with publishing(3, timeout=6) as (publisher, pool, (one, bad, two), trainer):
+        async with publishing(3, timeout=9) as (publisher, pool, (one, bad, two), trainer):
             endpoint = "init_weights_update_group"
             closed = asyncio.Event()  # the first groups, when the trainer opens anew
             for fake in (one, two):
@@ -136,7 +136,7 @@ def test_groups_that_may_be_closed_are_opened_again(where: str) -> None:
 
 def test_groups_that_nobody_can_join_fail_the_servers_and_end() -> None:
     async def run() -> None:
-        async with publishing(2, timeout=3) as (publisher, pool, fakes, trainer):
+        async with publishing(2, timeout=9) as (publisher, pool, fakes, trainer):
             closed = asyncio.Event()
             for fake in fakes:
                 fake.stall["init_weights_update_group"] = closed

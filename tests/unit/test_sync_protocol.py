@@ -71,15 +71,15 @@ class FakeTrainer:
 @asynccontextmanager
 async def publishing(
     count: int,
-    timeout: float = 6,
+    timeout: float = 60,
     refresh: bool = False,
 ) -> AsyncIterator[tuple[Publisher, RolloutPool, list[FakeServer], FakeTrainer]]:
     fakes = [FakeServer() for _ in range(count)]
     for fake in fakes:
         await fake.start()
     async with aiohttp.ClientSession() as session:
-        clients = [ServerClient(fake.url, session, timeout=5) for fake in fakes]
-        pool = RolloutPool(clients, RolloutConfig(start_timeout=5))
+        clients = [ServerClient(fake.url, session, timeout=30) for fake in fakes]
+        pool = RolloutPool(clients, RolloutConfig(start_timeout=30))
         trainer = FakeTrainer()
         publisher = Publisher(
             pool, trainer, PLAN, server_ranks=2 if count > 1 else 1, backend="gloo",
@@ -241,6 +241,19 @@ def test_without_the_trainers_hashes_the_odd_server_out_is_found() -> None:
     asyncio.run(run())
 
 
+def test_without_the_trainers_hashes_a_server_alone_is_compared_with_itself() -> None:
+    async def run() -> None:
+        async with publishing(1) as (publisher, pool, (fake,), trainer):
+            trainer.checksums = None
+            await publisher.publish(WeightVersion(1, 1))
+            await pool.quarantine(pool.servers[0], "test")
+            fake.checksums = {"w": "2"}
+            await publisher._refresh(pool.servers[0])
+            assert pool.servers[0].state is State.QUARANTINED
+
+    asyncio.run(run())
+
+
 def test_two_servers_that_differ_are_both_not_believed() -> None:
     async def run() -> None:
         async with publishing(2) as (publisher, pool, fakes, trainer):
@@ -276,7 +289,7 @@ def test_a_server_that_misses_a_publish_receives_it_before_it_serves() -> None:
             await away.start()
             assert away.version == str(first.version)  # what it still reports
             served: list[str] = []
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while pool.servers[1].state is not State.READY:
                     await asyncio.sleep(0.05)
                     group = await pool.generate_group(Prompt(0, [1], ""))
