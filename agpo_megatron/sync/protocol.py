@@ -129,7 +129,7 @@ class Publisher:
     async def _refresh(self, server: Server) -> None:
         """Give one quarantined server the current weights while the others serve; not while a publish is under way.
 
-        To wait for its turn here would hold up the server's probe, and with it the revival that the publish may wait for.
+        To wait for its turn here would hold up the probe, and with it the revival that the publish may wait for.
         """
         if self._one_at_a_time.locked():
             return

@@ -12,7 +12,7 @@ from agpo_megatron.types import WeightVersion
 
 def test_a_connection_that_breaks_in_a_publish_costs_seconds_not_the_run() -> None:
     async def run() -> None:
-        async with publishing(1, timeout=20, refresh=True) as (publisher, pool, (fake,), trainer):
+        async with publishing(1, timeout=20, refresh=True) as (publisher, _, (fake,), trainer):
             trainer.step = 1
             await publisher.publish(WeightVersion(1, 1))
             await asyncio.sleep(2 * PROBE_SECONDS + 0.2)  # the probe is at rest, and wakes at once
