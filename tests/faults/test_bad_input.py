@@ -151,6 +151,7 @@ def test_a_server_that_dies_while_it_starts(config: Path) -> None:
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
+@pytest.mark.full
 def test_a_full_disk_ends_the_run_and_loses_nothing(config: Path) -> None:
     run_dir = config.parent / "run"
     run_dir.mkdir()

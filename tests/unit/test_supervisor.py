@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agpo_megatron.cluster.processes import Role
+from agpo_megatron.cluster.processes import Role, free_port
 from agpo_megatron.cluster.supervisor import serving_marker, supervise
 from agpo_megatron.config.run_folder import RunFolder
 
@@ -92,11 +93,21 @@ def test_a_server_that_ends_without_an_error_ends_the_run_too(folder: RunFolder)
 
 
 def test_what_has_started_is_stopped_when_the_next_role_cannot_start(folder: RunFolder) -> None:
+    before = signal.getsignal(signal.SIGINT)
     missing = Role("controller", ["/no/such/program"], {}, None)
     with pytest.raises(FileNotFoundError):
         supervise([role("trainer rank 0", SLEEP), missing], folder)
     assert alive_children() == []
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_port_is_free_and_below_those_that_connections_take() -> None:
+    lowest_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 10
+    assert max(ports) < lowest_ephemeral
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", ports.pop()))
 
 
 def test_a_server_that_cannot_start_ends_the_run(folder: RunFolder) -> None:
@@ -120,7 +131,7 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, number: int) -> No
     program = f"""
 import sys
 from pathlib import Path
-from agpo_megatron.cluster.processes import Role
+from agpo_megatron.cluster.processes import Role, free_port
 from agpo_megatron.cluster.supervisor import supervise
 from agpo_megatron.config.run_folder import RunFolder
 roles = [Role(name, [sys.executable, "-c", {SLEEP!r}], {{}}, None) for name in ("controller", "trainer rank 0")]
