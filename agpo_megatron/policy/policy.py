@@ -165,6 +165,10 @@ class Policy:
         # no scope: it would stay open in the consumer between two tensors
         yield from weights.named_hf_tensors(self.chunks, self.weight_map, self.layout)
 
+    def named_hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients of the last update, as ``named_hf_tensors``. See ``weights.named_hf_gradients``."""
+        yield from weights.named_hf_gradients(self.chunks, self.weight_map, self.layout)
+
     def _pack(
         self,
         micro_batches: MicroBatches,

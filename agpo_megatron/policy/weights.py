@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,33 @@ def named_hf_tensors(
     Every TP rank of that replica must exhaust the iterator, for it takes part in the gathers; only TP0 gets anything.
     Holds one parameter at a time. A yielded tensor may be a view of the live parameter: copy it to keep it.
     """
+    yield from _whole(chunks, weights, layout, lambda parameter: parameter.detach())
+
+
+@torch.no_grad()
+def named_hf_gradients(
+    chunks: Sequence[Any], weights: WeightMap, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """As ``named_hf_tensors``, the fp32 gradients of the last backward pass, summed over all replicas. Every rank must
+    exhaust it. Where the optimizer clipped them in place they are the clipped ones."""
+    for chunk in chunks:
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            if not group.ddp_config.use_distributed_optimizer:
+                continue  # every replica holds the whole sum
+            over = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                parts = list(bucket.grad_data.chunk(over.size()))
+                dist.all_gather(parts, parts[over.rank()].clone(), group=over)
+    yield from _whole(chunks, weights, layout, lambda parameter: parameter.main_grad)
+
+
+def _whole(
+    chunks: Sequence[Any],
+    weights: WeightMap,
+    layout: Layout,
+    value: Callable[[Any], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """``value`` of each parameter, in the Hugging Face tensor it belongs to, whole."""
     if layout.dp_rank != 0 or layout.cp_rank != 0:
         return
     parameters = global_parameters(chunks)
@@ -65,7 +92,7 @@ def named_hf_tensors(
         parameter = parameters.get(rule.megatron_name())
         if parameter is None:
             parameter = parameters[rule.megatron_name(transformer_engine=True)]
-        shards = _gather(parameter.detach(), layout)
+        shards = _gather(value(parameter), layout)
         if layout.tp_rank == 0:
             yield from hf_from_shards(rule, shards, weights.shape).items()
 

@@ -1,40 +1,43 @@
-"""What the ranks of a layout execute. Top-level functions, so that they can be sent to other processes."""
+"""What the ranks of a layout execute: build the policy, score, update, report."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.types import TrainSequence
-
-Plan = list[list[list[TrainSequence]]]
-"""Micro-batches of each data-parallel replica."""
+from agpo_megatron.parity.batch import Plan
 
 
 @dataclass(frozen=True)
 class Case:
-    """One update in one layout. ``before``/``after``: checkpoint folders to load first and to save last."""
+    """Updates in one layout. ``plans``: one per optimizer step; ``update``: further arguments of ``Policy.update``.
+
+    ``before``/``after``: checkpoint folders to load first and to save last. ``gradients``: report those of the last
+    step; ``scores``: those of the last plan, under the weights before it. ``sabotage``: names a fault of
+    ``parity.faults`` to plant first (tests of the tests).
+    """
 
     hf_dir: str
     policy: PolicyConfig
     train: TrainConfig
-    plan: Plan
+    plans: list[Plan]
     update: dict[str, Any]
     temperature: float = 1.0
-    steps: int = 1
     before: str = ""
     after: str = ""
-    gradients: bool = False
-    scores: bool = False
+    gradients: bool = True
+    scores: bool = True
 
 
 @dataclass
 class Outcome:
-    """What a rank reports; tensors only from the rank that publishes its stage. ``layers``: of its stage."""
+    """What a rank reports; tensors only from the rank that publishes its stage. ``stats``: one per step;
+    ``scores``: log-probs and mean entropy by sample id; ``layers``: of each stage."""
 
     stats: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class Outcome:
 def execute(rank: int, case: Case) -> Outcome:
     """Build the policy of ``case``, update it, take the groups down again."""
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     from agpo_megatron.policy import backend
 
     backend.activate("cpu")
@@ -61,42 +65,28 @@ def execute(rank: int, case: Case) -> Outcome:
         outcome.layers[policy.layout.pp_rank] = weights.layer_numbers(policy.chunks)
         if case.before:
             outcome.step, _ = checkpoint.load(case.before, policy)
-        mine = case.plan[policy.layout.dp_rank]
-        if case.scores:
-            scored = policy.score(mine)
-            outcome.scores = {k: (s.logprobs, s.entropy) for k, s in scored.items()}
-        for _ in range(case.steps):
-            outcome.stats.append(policy.update(mine, **case.update))
+        replica = policy.layout.dp_rank
+        for number, plan in enumerate(case.plans):
+            if case.scores and number == len(case.plans) - 1:
+                scored = policy.score(plan[replica])
+                outcome.scores = {k: (s.logprobs, s.entropy) for k, s in scored.items()}
+            outcome.stats.append(policy.update(plan[replica], **case.update))
         outcome.weights = {n: t.clone() for n, t in policy.named_hf_tensors()}
         if case.gradients:
-            outcome.gradients = _gradients(policy)
+            outcome.gradients = {n: t.clone() for n, t in policy.named_hf_gradients()}
         if case.after:
-            checkpoint.save(case.after, policy, case.steps, {"note": "parity"})
+            checkpoint.save(case.after, policy, len(case.plans), {"note": "parity"})
         return outcome
     finally:
         parallel.shutdown()
 
 
-def _gradients(policy: Any) -> dict[str, Tensor]:
-    """Full gradients by Hugging Face name; needs the plain optimizer (whole buffers) and no norm clipping."""
-    from agpo_megatron.policy import weights
-
-    held = {}
-    for parameter in weights.global_parameters(policy.chunks).values():
-        held[parameter] = parameter.data
-        parameter.data = parameter.main_grad
-    try:
-        return {n: t.clone() for n, t in policy.named_hf_tensors()}
-    finally:
-        for parameter, data in held.items():
-            parameter.data = data
-
-
 def merged(outcomes: list[Outcome]) -> Outcome:
-    """One outcome of all ranks: stages' tensors united, statistics checked to be the same everywhere."""
+    """One outcome of all ranks: stages' tensors united. Raises ValueError when ranks report different statistics."""
     whole = Outcome(stats=outcomes[0].stats, step=outcomes[0].step)
-    for outcome in outcomes:
-        assert outcome.stats == whole.stats, "ranks report different statistics"
+    for rank, outcome in enumerate(outcomes):
+        if outcome.stats != whole.stats:
+            raise ValueError(f"rank {rank} reports {outcome.stats}, rank 0 {whole.stats}")
         for part in ("weights", "gradients", "scores", "layers"):
             getattr(whole, part).update(getattr(outcome, part))
     return whole

@@ -1,0 +1,135 @@
+"""The contract, executed: one recorded batch through one layout of the real policy, compared with the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from agpo_megatron.config.schema import PolicyConfig, TrainConfig
+from agpo_megatron.parity import models
+from agpo_megatron.parity.batch import (
+    Plan,
+    Recorded,
+    Split,
+    recorded,
+    split,
+    train_sequences,
+    with_old,
+)
+from agpo_megatron.parity.cases import Case, Outcome, execute, merged
+from agpo_megatron.parity.comparison import FP32, Deviation, Limits, deviations
+from agpo_megatron.parity.ranks import Ranks
+from agpo_megatron.parity.reference import Objective, Truth, truth
+
+def one_step(expected: Truth) -> TrainConfig:
+    """Optimizer settings of a single step that can be compared. AdamW's first step is lr g / (|g| + eps): with eps a
+    tenth of the largest entry it deviates at most ten times as far as the gradient; a small eps would turn the rounding
+    of small entries into whole steps, a small lr drown them in the rounding of the parameters. The norm never clips."""
+    largest = max(float(g.abs().max()) for g in expected.gradients.values())
+    return TrainConfig(lr=1.0, weight_decay=0.01, adam_eps=0.1 * largest or 1.0, grad_clip=1e6)
+
+
+class Contract:
+    """Models, truths and pools of ranks, made once and used by many cases. ``folder``: for checkpoints.
+
+    A context manager: leaving it ends the ranks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pools: dict[int, Ranks] = {}
+        self._weights: dict[str, dict[str, Tensor]] = {}
+        self._truths: dict[tuple[str, Objective, bool], tuple[list[Recorded], Truth]] = {}
+
+    def __enter__(self) -> Contract:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for ranks in self._pools.values():
+            ranks.close()
+
+    def ranks(self, world: int) -> Ranks:
+        """``world`` processes, started when first asked for."""
+        if world not in self._pools or not self._pools[world].alive:
+            self._pools[world] = Ranks(world)
+        return self._pools[world]
+
+    def model(self, name: str, config: dict[str, Any]) -> Path:
+        """The checkpoint folder of ``config``, written when first asked for."""
+        path = self.folder / name
+        if name not in self._weights:
+            models.write(path, config)
+            self._weights[name] = models.weights_of(path)
+        return path
+
+    def truth(
+        self, model: Path, objective: Objective, *, off_policy: bool = True
+    ) -> tuple[list[Recorded], Truth]:
+        """The recorded batch and what the reference says of it. ``off_policy``: with old log-probs of its own."""
+        key = (model.name, objective, off_policy)
+        if key not in self._truths:
+            config = json.loads((model / "config.json").read_text())
+            batch = recorded(vocab=config["vocab_size"])
+            weights = self._weights[model.name]
+            if off_policy:
+                current = Objective(temperature=objective.temperature)
+                _, now = self.truth(model, current, off_policy=False)
+                batch = with_old(batch, now.logprobs)
+            self._truths[key] = batch, truth(weights, config, batch, objective)
+        return self._truths[key]
+
+    def run(
+        self,
+        model: Path,
+        policy: PolicyConfig,
+        plans: Sequence[Plan],
+        update: dict[str, Any],
+        train: TrainConfig,
+        **more: Any,
+    ) -> Outcome:
+        """Any case in any layout. ``more``: further fields of ``Case``."""
+        case = Case(str(model), policy, train, list(plans), {"lr": train.lr, **update}, **more)
+        return merged(self.ranks(policy.world_size).run(execute, case))
+
+    def deviations(
+        self,
+        model: Path,
+        policy: PolicyConfig,
+        objective: Objective,
+        how: Split,
+        limits: Limits = FP32,
+        *,
+        off_policy: bool = True,
+    ) -> list[Deviation]:
+        """One step of the recorded batch, cut as ``how`` says, against the truth."""
+        batch, expected = self.truth(model, objective, off_policy=off_policy)
+        sequences = train_sequences(batch, objective.aggregation, objective.norm_length)
+        plan = split(sequences, policy.data_parallel, how)
+        train = one_step(expected)
+        found = self.run(
+            model,
+            policy,
+            [plan],
+            update_arguments(objective, batch),
+            train,
+            temperature=objective.temperature,
+        )
+        return deviations(found, expected, self._weights[model.name], train, limits)
+
+
+def update_arguments(objective: Objective, batch: Sequence[Recorded]) -> dict[str, Any]:
+    """``objective`` in the words of ``Policy.update``."""
+    clip: Literal["step"] = "step"
+    old = {s.sample_id: s.old_logprobs for s in batch if s.old_logprobs}
+    return {
+        "loss": objective.kind,
+        "clip_low": objective.clip[0],
+        "clip_high": objective.clip[1],
+        "gate_min": objective.minimum if objective.adaptive == "max0" else None,
+        "when_clipped": clip,
+        "old_logprobs": old or None,
+    }
