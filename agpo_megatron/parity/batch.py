@@ -66,7 +66,13 @@ def with_old(batch: Sequence[Recorded], logprobs: Any, seed: int = 1) -> list[Re
     that takes about every third ratio beyond the clip."""
     rng = random.Random(seed)
     return [
-        replace(s, old_logprobs=[0.0, *(x + rng.uniform(-0.4, 0.4) for x in logprobs[s.sample_id].tolist())])
+        replace(
+            s,
+            old_logprobs=[
+                0.0,
+                *(x + rng.uniform(-0.4, 0.4) for x in logprobs[s.sample_id].tolist()),
+            ],
+        )
         for s in batch
     ]
 

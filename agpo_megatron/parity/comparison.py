@@ -107,7 +107,12 @@ def worst(
     scale = max((_largest(e) for e in expected.values()), default=0.0) if together else None
     return max(
         (
-            Deviation(quantity, _largest(found[n].double() - e) / (scale or _largest(e) or 1e-12), limit, n)
+            Deviation(
+                quantity,
+                _largest(found[n].double() - e) / (scale or _largest(e) or 1e-12),
+                limit,
+                n,
+            )
             for n, e in expected.items()
         ),
         key=lambda d: float("inf") if d.error != d.error else d.error,

@@ -25,6 +25,7 @@ from agpo_megatron.parity.comparison import FP32, Deviation, Limits, deviations
 from agpo_megatron.parity.ranks import Ranks
 from agpo_megatron.parity.reference import Objective, Truth, truth
 
+
 def one_step(expected: Truth) -> TrainConfig:
     """Optimizer settings of a single step that can be compared. AdamW's first step is lr g / (|g| + eps): with eps a
     tenth of the largest entry it deviates at most ten times as far as the gradient; a small eps would turn the rounding

@@ -49,7 +49,26 @@ QWEN2: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
-CONFIGS = {"untied": LLAMA3, "tied": QWEN2}
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+}
+DENSE = {"untied": LLAMA3, "tied": QWEN2}
+EXPERTS = {"untied": MIXTRAL, "tied": QWEN3_MOE}
 
 
 def write(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Path:

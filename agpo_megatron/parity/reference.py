@@ -129,7 +129,7 @@ def expert_shares(router: Tensor, chosen: int, *, renormalise: bool) -> Tensor:
     """
     share = router.softmax(-1)
     ranked = share.sort(-1, descending=True).values
-    margin = float((ranked[:, chosen - 1] - ranked[:, chosen]).min())
+    margin = float((ranked[:, chosen - 1] - ranked[:, chosen]).detach().min())
     if margin < ROUTE_MARGIN:
         raise ValueError(f"two experts of one token are {margin:.1e} apart; take another seed")
     share = share * (share >= ranked[:, chosen - 1 : chosen])

@@ -36,7 +36,8 @@ class PackedBatch:
     """One micro-batch on the host (CPU). T tokens, N rows.
 
     ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
-    longest first, padding as trailing sequences of their own (``sum(lengths) == T``).
+    longest first, each with the padding that makes it divisible, the rest of the padding as trailing sequences of
+    their own (``sum(lengths) == T``).
     ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
     ``weights`` [N] fp32: w of L = sum w l; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and
     ``has_rollout`` [N] bool, false for sequences whose list of them is empty; ``old_logprobs`` [N] fp32 or None (then
@@ -68,21 +69,28 @@ class PackedBatch:
 
 
 def pack_multiple(policy: PolicyConfig) -> int:
-    """What the token count of a pack must divide by: TP (sequence parallelism cuts it into equal parts) and the block
-    of rows of an FP8 matmul, 16, MXFP8 32."""
+    """What the token count of a pack must divide by. A context-parallel rank's part of it, by TP (sequence parallelism
+    cuts it into equal parts) and by the block of rows of an FP8 matmul, 16, MXFP8 32."""
     block = 32 if policy.fp8.recipe == "mxfp8" else 16
-    return math.lcm(policy.tensor_parallel, block)
+    return policy.context_parallel * math.lcm(policy.tensor_parallel, block)
+
+
+def sequence_multiple(policy: PolicyConfig) -> int:
+    """What each sequence's length must divide by: context-parallel ranks hold two equal chunks of it each."""
+    return 2 * policy.context_parallel if policy.context_parallel > 1 else 1
 
 
 def pack(
     sequences: Sequence[TrainSequence],
     multiple: int,
     *,
+    each: int = 1,
     every_token: bool = False,
     old_logprobs: Mapping[str, Sequence[float]] | None = None,
     total: int | None = None,
 ) -> PackedBatch:
-    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens).
+    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens), each
+    one to a multiple of ``each`` before, which divides ``multiple``.
 
     ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
     ``old_logprobs``: per sample id, aligned with its tokens; absent means on-policy.
@@ -93,8 +101,14 @@ def pack(
     ordered = sorted(sequences, key=lambda s: -len(s.tokens))
     for sequence in ordered:
         _check(sequence)
-    tokens = list(itertools.chain.from_iterable(s.tokens for s in ordered))
-    lengths = [len(s.tokens) for s in ordered]
+    lengths = [_round_up(len(s.tokens), each) for s in ordered]
+    tokens = list(
+        itertools.chain.from_iterable(
+            [*s.tokens, *[PAD_TOKEN] * (n - len(s.tokens))]
+            for s, n in zip(ordered, lengths, strict=True)
+        )
+    )
+    sizes = list(lengths)
     _pad(tokens, lengths, multiple, total)
 
     rows: list[int] = []
@@ -106,7 +120,7 @@ def pack(
     old: list[float] = []
     spans: list[RowSpan] = []
     offset = 0
-    for s in ordered:
+    for s, size in zip(ordered, sizes, strict=True):
         n = len(s.tokens)
         chosen = [t for t in range(1, n) if every_token or s.loss_weights[t] != 0.0]
         spans.append(RowSpan(s.sample_id, len(rows), len(rows) + len(chosen), n))
@@ -118,7 +132,7 @@ def pack(
         known += [bool(s.rollout_logprobs)] * len(chosen)
         if old_logprobs is not None:
             old += _old_of(s, old_logprobs, chosen)
-        offset += n
+        offset += size
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.cat([torch.arange(n) for n in lengths]),
@@ -139,6 +153,7 @@ def pack_all(
     multiple: int,
     count: int,
     *,
+    each: int = 1,
     same_length: bool,
     every_token: bool = False,
     old_logprobs: Mapping[str, Sequence[float]] | None = None,
@@ -150,9 +165,17 @@ def pack_all(
     work = [*micro_batches, *([[]] * (count - len(micro_batches)))]
     total = None
     if same_length:
-        total = max(_round_up(sum(len(s.tokens) for s in batch) or 1, multiple) for batch in work)
+        sizes = [sum(_round_up(len(s.tokens), each) for s in batch) for batch in work]
+        total = max(_round_up(size or 1, multiple) for size in sizes)
     return [
-        pack(batch, multiple, every_token=every_token, old_logprobs=old_logprobs, total=total)
+        pack(
+            batch,
+            multiple,
+            each=each,
+            every_token=every_token,
+            old_logprobs=old_logprobs,
+            total=total,
+        )
         for batch in work
     ]
 

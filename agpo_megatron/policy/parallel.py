@@ -22,6 +22,7 @@ class LayoutError(ValueError):
 class Layout:
     """Where this rank stands. Sizes and indices of every axis, and the groups collectives run in.
 
+    ``cp_group``: ranks that hold parts of the same sequences.
     ``dp_cp_group``: ranks that hold the same parameters and different tokens: gradients are summed over it.
     ``ep_group``: ranks of ``dp_cp_group`` that share the experts out, each expert whole on one of them (cut by TP);
     ``expert_dp_rank`` counts the replicas of that.
@@ -44,6 +45,7 @@ class Layout:
     dp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
@@ -87,8 +89,7 @@ def initialize(policy: PolicyConfig, seed: int, *, timeout: float = 1800.0) -> L
     ``timeout``: seconds after which a collective that some rank never joined raises. ``seed``: of the model-parallel
     random states. Rank order is Megatron's tp-cp-ep-dp-pp: TP neighbours are adjacent, stages far apart.
 
-    Raises LayoutError if the world size is not TP x PP x CP x DP, for context parallelism (packed sequences need
-    Transformer Engine's zig-zag attention, which this release does not drive), or if EP does not divide CP x DP.
+    Raises LayoutError if the world size is not TP x PP x CP x DP or EP does not divide CP x DP.
     """
     global _layout
     device = backend.current()
@@ -148,11 +149,6 @@ def shutdown() -> None:
 
 def _refuse(policy: PolicyConfig) -> None:
     """What megatron-core would run, wrongly or in vain. What it refuses itself is left to it."""
-    if policy.context_parallel > 1:
-        raise LayoutError(
-            f"context_parallel {policy.context_parallel}: packed sequences are not split over context-parallel "
-            "ranks in this release; set policy.context_parallel to 1"
-        )
     if policy.context_parallel * policy.data_parallel % policy.expert_parallel:
         raise LayoutError(
             f"expert_parallel {policy.expert_parallel} does not divide context_parallel {policy.context_parallel} x "
@@ -199,6 +195,7 @@ def _describe(policy: PolicyConfig, timeout: float) -> Layout:
         dp_rank=mpu.get_data_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
         ep_group=mpu.get_expert_model_parallel_group(),
         control_group=control,

@@ -21,7 +21,7 @@ from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
-from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple
+from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.types import TrainSequence
 
@@ -187,6 +187,7 @@ class Policy:
             micro_batches,
             pack_multiple(self.config),
             total,
+            each=sequence_multiple(self.config),
             same_length=interleaved,
             every_token=every_token,
             old_logprobs=old_logprobs,
@@ -196,7 +197,7 @@ class Policy:
         """Statistics of the whole step on every rank: one rank of each replica's last stage contributes."""
         names = [*step.SUMS, "rollout_diff_max"]
         mine = torch.zeros(len(names), dtype=torch.float64)
-        if results and self.layout.tp_rank == 0:
+        if results and self.layout.tp_rank == 0 and self.layout.cp_rank == 0:
             stacked = torch.stack([torch.stack([r[n] for n in names]) for r in results]).cpu()
             mine[:-1] = stacked[:, :-1].sum(0)
             mine[-1] = stacked[:, -1].max()

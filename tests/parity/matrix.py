@@ -18,7 +18,9 @@ AXES: dict[str, tuple[Any, ...]] = {
     "SP": (False, True),
     "PP": (1, 2, 4),
     "VPP": (1, 2),
+    "CP": (1, 2),
     "DP": (1, 2, 4),
+    "EP": ("dense", 1, 2),
     "micro-batch": ("one", "packed", "big"),
     "aggregation": (
         "token_mean",
@@ -41,11 +43,19 @@ EXCLUSIONS: list[tuple[str, Callable[[Row], bool]]] = [
         "the interleaved schedule needs several stages: refused at PP 1",
         lambda r: r["VPP"] > 1 and r["PP"] == 1,
     ),
+    (
+        "ranks share experts out over CP x DP: refused where EP does not divide it",
+        lambda r: r["EP"] == 2 and r["CP"] * r["DP"] % 2,
+    ),
+    (
+        "experts under TP need SP: megatron-core refuses to train them otherwise",
+        lambda r: r["EP"] != "dense" and r["TP"] > 1 and not r["SP"],
+    ),
 ]
 
 
 def world(row: Row) -> int:
-    return int(row["TP"] * row["PP"] * row["DP"])
+    return int(row["TP"] * row["PP"] * row["CP"] * row["DP"])
 
 
 def reason_against(row: Row) -> str | None:
@@ -102,8 +112,10 @@ def rows(ranks: int, covered: frozenset[Pair] = frozenset()) -> list[Row]:
 
 def name_of(row: Row) -> str:
     """A short name: sizes that are not 1, switches that are on, then the words."""
-    sizes = [f"{a.lower()}{row[a]}" for a in ("TP", "PP", "VPP", "DP") if row[a] > 1]
+    sizes = [f"{a.lower()}{row[a]}" for a in ("TP", "PP", "VPP", "CP", "DP") if row[a] > 1]
     switches = [n for a, n in (("SP", "sp"), ("distributed optimizer", "dopt")) if row[a]]
+    if row["EP"] != "dense":
+        sizes.append(f"ep{row['EP']}")
     words = [row[a] for a in ("embeddings", "micro-batch", "aggregation")]
     words += [f"{a}-{row[a]}" for a in ("adaptive", "recompute") if row[a] != "none"]
     return "-".join([*sizes, *switches, *words]) or "single"

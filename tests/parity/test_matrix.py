@@ -8,7 +8,7 @@ from matrix import Row
 
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.parity import models
-from agpo_megatron.parity.comparison import FP32, failures
+from agpo_megatron.parity.comparison import EXPERTS, FP32, failures
 from agpo_megatron.parity.contract import Contract
 from agpo_megatron.parity.reference import Objective
 
@@ -22,7 +22,9 @@ def policy_of(row: Row) -> PolicyConfig:
         sequence_parallel=row["SP"],
         pipeline_parallel=row["PP"],
         virtual_pipeline=row["VPP"],
+        context_parallel=row["CP"],
         data_parallel=row["DP"],
+        expert_parallel=1 if row["EP"] == "dense" else row["EP"],
         recompute=row["recompute"],
         distributed_optimizer=row["distributed optimizer"],
         dtype="fp32",
@@ -32,17 +34,21 @@ def policy_of(row: Row) -> PolicyConfig:
 
 def check(contract: Contract, row: Row) -> None:
     layers = max(4, row["PP"] * row["VPP"])
-    name = row["embeddings"]
-    model = contract.model(
-        f"{name}-{layers}", {**models.CONFIGS[name], "num_hidden_layers": layers}
-    )
+    kind, family = ("dense", models.DENSE) if row["EP"] == "dense" else ("experts", models.EXPERTS)
+    config = {**family[row["embeddings"]], "num_hidden_layers": layers}
     objective = Objective(
         aggregation=row["aggregation"],
         adaptive=row["adaptive"],
         minimum=-100.0,
         temperature=0.7,
     )
-    found = contract.deviations(model, policy_of(row), objective, row["micro-batch"], FP32)
+    found = contract.deviations(
+        contract.model(f"{kind}-{row['embeddings']}-{layers}", config),
+        policy_of(row),
+        objective,
+        row["micro-batch"],
+        FP32 if kind == "dense" else EXPERTS,
+    )
     assert list(failures(found)) == []
 
 
