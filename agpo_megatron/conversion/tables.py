@@ -200,9 +200,7 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
             Cut.REPLICATED,
             ("post_attention_layernorm.weight", ("hidden",)),
         ),
-        _layer(
-            "mlp.router.weight", Cut.REPLICATED, (f"{block}.gate.weight", ("experts", "hidden"))
-        ),
+        _layer("mlp.router.weight", Cut.REPLICATED, (f"{block}.gate.weight", ("experts", "hidden"))),
         _layer(
             experts + "linear_fc1.weight",
             Cut.GATED_MLP,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +20,8 @@ class Case:
     """Updates in one layout. ``plans``: one per optimizer step; ``update``: further arguments of ``Policy.update``.
 
     ``before``/``after``: checkpoint folders to load first and to save last. ``gradients``: report those of the last
-    step; ``scores``: those of the last plan, under the weights before it. ``sabotage``: names a fault of
-    ``parity.faults`` to plant first (tests of the tests).
+    step; ``scores``: those of the last plan, under the weights before it. ``fault``: makes a context inside which all
+    of it happens (tests of the tests plant bugs there).
     """
 
     hf_dir: str
@@ -32,18 +34,22 @@ class Case:
     after: str = ""
     gradients: bool = True
     scores: bool = True
+    seed: int = 1
+    fault: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
 class Outcome:
     """What a rank reports; tensors only from the rank that publishes its stage. ``stats``: one per step;
-    ``scores``: log-probs and mean entropy by sample id; ``layers``: of each stage."""
+    ``scores``: log-probs and mean entropy by sample id; ``layers``: of each stage; ``random``: digest of the random
+    states at each (stage, tensor, expert) position."""
 
     stats: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, tuple[list[float], float]] = field(default_factory=dict)
     layers: dict[int, list[int]] = field(default_factory=dict)
+    random: dict[tuple[int, int, int], str] = field(default_factory=dict)
     step: int = -1
 
 
@@ -54,31 +60,45 @@ def execute(rank: int, case: Case) -> Outcome:
     from agpo_megatron.policy import backend
 
     backend.activate("cpu")
-    from agpo_megatron.policy import checkpoint, parallel, weights
+    from agpo_megatron.policy import parallel
     from agpo_megatron.policy.policy import Policy
 
-    policy = Policy.build(
-        case.hf_dir, case.policy, case.train, temperature=case.temperature, seed=1
-    )
     try:
-        outcome = Outcome()
-        outcome.layers[policy.layout.pp_rank] = weights.layer_numbers(policy.chunks)
-        if case.before:
-            outcome.step, _ = checkpoint.load(case.before, policy)
-        replica = policy.layout.dp_rank
-        for number, plan in enumerate(case.plans):
-            if case.scores and number == len(case.plans) - 1:
-                scored = policy.score(plan[replica])
-                outcome.scores = {k: (s.logprobs, s.entropy) for k, s in scored.items()}
-            outcome.stats.append(policy.update(plan[replica], **case.update))
-        outcome.weights = {n: t.clone() for n, t in policy.named_hf_tensors()}
-        if case.gradients:
-            outcome.gradients = {n: t.clone() for n, t in policy.named_hf_gradients()}
-        if case.after:
-            checkpoint.save(case.after, policy, len(case.plans), {"note": "parity"})
-        return outcome
+        with case.fault():
+            policy = Policy.build(
+                case.hf_dir,
+                case.policy,
+                case.train,
+                temperature=case.temperature,
+                seed=case.seed,
+            )
+            return _execute(policy, case)
     finally:
         parallel.shutdown()
+
+
+def _execute(policy: Any, case: Case) -> Outcome:
+    from agpo_megatron.policy import checkpoint, weights
+
+    outcome = Outcome()
+    layout = policy.layout
+    outcome.layers[layout.pp_rank] = weights.layer_numbers(policy.chunks)
+    if case.before:
+        outcome.step, _ = checkpoint.load(case.before, policy)
+    for number, plan in enumerate(case.plans):
+        mine = plan[layout.dp_rank]
+        if case.scores and number == len(case.plans) - 1:
+            scored = policy.score(mine)
+            outcome.scores = {k: (s.logprobs, s.entropy) for k, s in scored.items()}
+        outcome.stats.append(policy.update(mine, **case.update))
+    outcome.weights = {n: t.clone() for n, t in policy.named_hf_tensors()}
+    if case.gradients:
+        outcome.gradients = {n: t.clone() for n, t in policy.named_hf_gradients()}
+    position = (layout.pp_rank, layout.tp_rank, layout.ep_rank)
+    outcome.random[position] = checkpoint.random_digest()
+    if case.after:
+        checkpoint.save(case.after, policy, len(case.plans), {"note": "parity"})
+    return outcome
 
 
 def merged(outcomes: list[Outcome]) -> Outcome:
@@ -87,6 +107,6 @@ def merged(outcomes: list[Outcome]) -> Outcome:
     for rank, outcome in enumerate(outcomes):
         if outcome.stats != whole.stats:
             raise ValueError(f"rank {rank} reports {outcome.stats}, rank 0 {whole.stats}")
-        for part in ("weights", "gradients", "scores", "layers"):
+        for part in ("weights", "gradients", "scores", "layers", "random"):
             getattr(whole, part).update(getattr(outcome, part))
     return whole

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from agpo_megatron.parity.cases import Case, Outcome, execute, merged
 from agpo_megatron.parity.comparison import FP32, Deviation, Limits, deviations
 from agpo_megatron.parity.ranks import Ranks
 from agpo_megatron.parity.reference import Objective, Truth, truth
+from agpo_megatron.types import TrainSequence
 
 
 def one_step(expected: Truth) -> TrainConfig:
@@ -32,6 +34,10 @@ def one_step(expected: Truth) -> TrainConfig:
     of small entries into whole steps, a small lr drown them in the rounding of the parameters. The norm never clips."""
     largest = max(float(g.abs().max()) for g in expected.gradients.values())
     return TrainConfig(lr=1.0, weight_decay=0.01, adam_eps=0.1 * largest or 1.0, grad_clip=1e6)
+
+
+Cut = Callable[[list[TrainSequence], int], Plan]
+"""From the sequences and the number of replicas to a plan."""
 
 
 class Contract:
@@ -96,20 +102,26 @@ class Contract:
         case = Case(str(model), policy, train, list(plans), {"lr": train.lr, **update}, **more)
         return merged(self.ranks(policy.world_size).run(execute, case))
 
+    def run_nothing(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
+        """The policy as built (or loaded), not updated."""
+        return self.run(model, policy, [], {}, TrainConfig(), **more)
+
     def deviations(
         self,
         model: Path,
         policy: PolicyConfig,
         objective: Objective,
-        how: Split,
+        how: Split | Cut,
         limits: Limits = FP32,
         *,
         off_policy: bool = True,
+        **more: Any,
     ) -> list[Deviation]:
-        """One step of the recorded batch, cut as ``how`` says, against the truth."""
+        """One step of the recorded batch, cut as ``how`` says, against the truth. ``more``: as for ``run``."""
         batch, expected = self.truth(model, objective, off_policy=off_policy)
         sequences = train_sequences(batch, objective.aggregation, objective.norm_length)
-        plan = split(sequences, policy.data_parallel, how)
+        cut = partial(split, how=how) if isinstance(how, str) else how
+        plan = cut(sequences, policy.data_parallel)
         train = one_step(expected)
         found = self.run(
             model,
@@ -118,6 +130,7 @@ class Contract:
             update_arguments(objective, batch),
             train,
             temperature=objective.temperature,
+            **more,
         )
         return deviations(found, expected, self._weights[model.name], train, limits)
 

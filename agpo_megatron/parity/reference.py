@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agpo_megatron.algorithm.aggregation import AggregationMode
 from agpo_megatron.parity.batch import Recorded
 
 Weights = Mapping[str, Tensor]
@@ -34,7 +35,7 @@ class Objective:
     """
 
     kind: Literal["ppo", "nll"] = "ppo"
-    aggregation: str = "token_mean"
+    aggregation: AggregationMode = "token_mean"
     adaptive: Literal["none", "max0", "exp"] = "none"
     minimum: float = 0.0
     tau: float = 0.5

@@ -227,10 +227,12 @@ class PackedAttention(torch.nn.Module):
 
     def _attend(self, q: Tensor, kv: Tensor, bucket: Bucket) -> Tensor:
         """One bucket: q [n, heads, d], kv [m, 2, kv_heads, d] to [n, heads, d]; n = m without context parallelism."""
-        dense = [_spread(q, bucket)]
-        dense += [_spread(x, bucket.keys or bucket) for x in kv.unbind(1)]
+        k, v = kv.unbind(1)
+        seen = bucket.keys or bucket
         out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in dense),
+            _spread(q, bucket),
+            _spread(k, seen),
+            _spread(v, seen),
             attn_mask=bucket.visible,
             is_causal=bucket.visible is None,
             scale=self.scale,
@@ -241,7 +243,7 @@ class PackedAttention(torch.nn.Module):
 
 
 def _spread(x: Tensor, bucket: Bucket) -> Tensor:
-    """Packed [tokens, heads, d] to dense [count, longest, heads, d]."""
+    """Packed [tokens, heads, d] to dense [count, heads, longest, d]."""
     if bucket.slots is not None:
         x = _ToDense.apply(x, bucket.slots, bucket.count * bucket.longest)
-    return x.reshape(bucket.count, bucket.longest, *x.shape[1:])
+    return x.reshape(bucket.count, bucket.longest, *x.shape[1:]).transpose(1, 2)

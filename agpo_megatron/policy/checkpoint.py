@@ -7,6 +7,7 @@ it is not a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -100,9 +101,9 @@ def _write(
 def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str, Any]]:
     """Restore ``policy`` from a checkpoint saved in any layout; returns (step, extra). Every rank calls it.
 
-    The random state is restored where tensor and pipeline sizes are those of the save; in another layout it stays as
-    seeded. Raises CheckpointError on every rank when the checkpoint is missing, incomplete, damaged, of another shape
-    or without optimizer state.
+    The random state is restored where tensor, pipeline and expert sizes are those of the save; in another layout it
+    stays as seeded. Raises CheckpointError on every rank when the checkpoint is missing, incomplete, damaged, of
+    another shape or without optimizer state.
     """
     source = Path(folder).absolute()
     layout = policy.layout
@@ -113,7 +114,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
             "convert it (tools/convert_hf_checkpoint.py to-hf) and begin a run from the result"
         )
     saved = marker["layout"]
-    with_rng = saved["tp"] == layout.tp and saved["pp"] == layout.pp
+    with_rng = all(saved.get(axis, 1) == getattr(layout, axis) for axis in ("tp", "pp", "ep"))
     with backend.current().scope():
         state = _state(policy, loading=True, rng=with_rng)
         loaded = _together(
@@ -207,20 +208,31 @@ def _chunk_keys(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _rng(layout: Layout) -> ShardedObject:
-    """Random states of this (stage, tensor) position; replicas draw the same."""
-    states = {
+    """Random states of this (stage, tensor, expert) position; replicas draw the same."""
+    return ShardedObject(
+        "rng_state",
+        _random_states(),
+        (layout.pp, layout.tp * layout.ep),
+        (layout.pp_rank, layout.tp_rank * layout.ep + layout.ep_rank),
+        replica_id=layout.expert_dp_rank,
+    )
+
+
+def _random_states() -> dict[str, Any]:
+    return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "accelerator": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject(
-        "rng_state",
-        states,
-        (layout.pp, layout.tp),
-        (layout.pp_rank, layout.tp_rank),
-        replica_id=(layout.dp_rank, layout.cp_rank, 0),
-    )
+
+
+def random_digest() -> str:
+    """Of all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
+    states = _random_states()
+    parts = [states["torch"], states["accelerator"], *states["tracker"].values()]
+    text = repr((states["python"], sorted(states["tracker"]), [p.tolist() for p in parts]))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _set_rng(states: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from agpo_megatron.policy.packing import PackedBatch
 
 
 def zigzag(length: int, ranks: int, rank: int) -> Tensor:
-    """Positions of a sequence of ``length`` tokens, a multiple of 2 ``ranks``, that ``rank`` holds: [length / ranks]."""
+    """Positions [length / ranks] that ``rank`` holds of a sequence of ``length`` tokens, a multiple of 2 ``ranks``."""
     chunk = length // (2 * ranks)
     within = torch.arange(chunk)
     return torch.cat([rank * chunk + within, (2 * ranks - 1 - rank) * chunk + within])

@@ -1,6 +1,6 @@
-"""The matrix: every admissible pair of values of any two axes, at least once, in as few rows as a greedy search finds.
+"""The matrix: every admissible pair of values of any two axes at least once, in as few rows as a greedy search finds.
 
-A row is one layout, one way to cut the batch, one loss, one model. What cannot be is in ``EXCLUSIONS``, with the reason.
+A row is one layout, one way to cut the batch, one loss, one model. ``EXCLUSIONS`` says what cannot be, and why.
 """
 
 from __future__ import annotations
