@@ -34,6 +34,8 @@ from agpo_megatron.policy.policy import Policy
 
 MARKER = CHECKPOINT_MARKER
 FORMAT = 1
+SHARDING = "fully_reshardable"
+"""Megatron's format of optimizer state in terms of whole parameters."""
 
 
 class CheckpointError(RuntimeError):
@@ -125,7 +127,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
         )[0]
         for key, chunk in _chunk_keys(policy.chunks):
             unwrap(chunk).load_state_dict(loaded[key], strict=True)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.optimizer.load_state_dict(_optimizer_state(policy, loaded["optimizer"]))
         if with_rng:
             _set_rng(loaded["rng"])
     return int(marker["step"]), dict(marker["extra"])
@@ -185,8 +187,9 @@ def _weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> d
 def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
     """The sharded state: fully reshardable, in terms of whole tensors and not of ranks."""
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = _weights(policy.chunks, metadata)
@@ -199,6 +202,29 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
     if rng:
         state["rng"] = _rng(policy.layout)
     return state
+
+
+def _optimizer_state(policy: Policy, loaded: dict[str, Any]) -> dict[str, Any]:
+    """What was loaded, in the shape that this layout's optimizer wants.
+
+    Megatron chains a second distributed optimizer for experts when they are shared out, and keeps what is not a tensor
+    per optimizer of the saving layout. Of that only the step count matters: rates are set before each step, the rest
+    is configuration.
+    """
+    if not policy.config.distributed_optimizer:
+        return loaded
+    whole = loaded if "optimizer" in loaded else loaded[0]
+    step = whole["optimizer"]["param_groups"][0]["step"]
+    optimizers = policy.optimizer.chained_optimizers
+    parts = [loaded] if len(optimizers) == 1 else [loaded[i] for i in range(len(optimizers))]
+    states = {}
+    for i, (optimizer, part) in enumerate(zip(optimizers, parts, strict=True)):
+        states[i] = optimizer.state_dict()
+        for group in states[i]["optimizer"]["param_groups"]:
+            group["step"] = step
+        states[i]["param_state"] = part["param_state"]
+        states[i]["param_state_sharding_type"] = SHARDING
+    return states[0] if len(states) == 1 else states
 
 
 def _chunk_keys(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
