@@ -92,6 +92,15 @@ def deviations(
     ]
 
 
+def gradient_of_each_tensor(found: Outcome, truth: Truth, limits: Limits) -> list[Deviation]:
+    """Worst first."""
+    each = [
+        worst("gradient", {n: found.gradients[n]}, {n: g}, limits.gradient)
+        for n, g in truth.gradients.items()
+    ]
+    return sorted(each, key=lambda d: -_order(d.error))
+
+
 def worst(
     quantity: str,
     found: Mapping[str, Tensor],
@@ -115,7 +124,7 @@ def worst(
             )
             for n, e in expected.items()
         ),
-        key=lambda d: float("inf") if d.error != d.error else d.error,
+        key=lambda d: _order(d.error),
     )
 
 
@@ -133,3 +142,8 @@ def _scalar(quantity: str, found: float, expected: float, limit: float) -> Devia
 
 def _largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _order(error: float) -> float:
+    """NaN is worst."""
+    return float("inf") if error != error else error

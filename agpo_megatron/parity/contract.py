@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,13 @@ from agpo_megatron.parity.batch import (
     with_old,
 )
 from agpo_megatron.parity.cases import Case, Outcome, execute, merged
-from agpo_megatron.parity.comparison import FP32, Deviation, Limits, deviations
+from agpo_megatron.parity.comparison import (
+    FP32,
+    Deviation,
+    Limits,
+    deviations,
+    gradient_of_each_tensor,
+)
 from agpo_megatron.parity.ranks import Ranks
 from agpo_megatron.parity.reference import Objective, Truth, truth
 from agpo_megatron.types import TrainSequence
@@ -38,6 +45,23 @@ def one_step(expected: Truth) -> TrainConfig:
 
 Cut = Callable[[list[TrainSequence], int], Plan]
 """From the sequences and the number of replicas to a plan."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One step: what was found, from the weights ``start`` with the optimizer ``train``, and the truth."""
+
+    found: Outcome
+    truth: Truth
+    start: dict[str, Tensor]
+    train: TrainConfig
+
+    def deviations(self, limits: Limits = FP32) -> list[Deviation]:
+        return deviations(self.found, self.truth, self.start, self.train, limits)
+
+    def tensors(self, limits: Limits = FP32) -> list[Deviation]:
+        """Of the gradient of each tensor, worst first."""
+        return gradient_of_each_tensor(self.found, self.truth, limits)
 
 
 class Contract:
@@ -102,37 +126,37 @@ class Contract:
         case = Case(str(model), policy, train, list(plans), {"lr": train.lr, **update}, **more)
         return merged(self.ranks(policy.world_size).run(execute, case))
 
-    def run_nothing(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
-        """The policy as built (or loaded), not updated."""
+    def build(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
+        """The policy as built (or loaded, ``before=``), not updated."""
         return self.run(model, policy, [], {}, TrainConfig(), **more)
 
-    def deviations(
+    def step(
         self,
         model: Path,
         policy: PolicyConfig,
         objective: Objective,
         how: Split | Cut,
-        limits: Limits = FP32,
         *,
         off_policy: bool = True,
+        settings: Callable[[Truth], TrainConfig] = one_step,
         **more: Any,
-    ) -> list[Deviation]:
-        """One step of the recorded batch, cut as ``how`` says, against the truth. ``more``: as for ``run``."""
+    ) -> Compared:
+        """One step of the recorded batch, cut as ``how`` says, beside the truth. ``settings``: of the optimizer;
+        ``more``: as for ``run``."""
         batch, expected = self.truth(model, objective, off_policy=off_policy)
         sequences = train_sequences(batch, objective.aggregation, objective.norm_length)
         cut = partial(split, how=how) if isinstance(how, str) else how
-        plan = cut(sequences, policy.data_parallel)
-        train = one_step(expected)
+        train = settings(expected)
         found = self.run(
             model,
             policy,
-            [plan],
+            [cut(sequences, policy.data_parallel)],
             update_arguments(objective, batch),
             train,
             temperature=objective.temperature,
             **more,
         )
-        return deviations(found, expected, self._weights[model.name], train, limits)
+        return Compared(found, expected, self._weights[model.name], train)
 
 
 def update_arguments(objective: Objective, batch: Sequence[Recorded]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class RankFailed(AssertionError):
+class RankFailed(RuntimeError):
     """A rank raised, or did not answer in time."""
 
 

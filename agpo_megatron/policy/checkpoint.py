@@ -204,7 +204,7 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
     return state
 
 
-def _optimizer_state(policy: Policy, loaded: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_state(policy: Policy, loaded: dict[Any, Any]) -> dict[Any, Any]:
     """What was loaded, in the shape that this layout's optimizer wants.
 
     Megatron chains a second distributed optimizer for experts when they are shared out, and keeps what is not a tensor
@@ -217,7 +217,7 @@ def _optimizer_state(policy: Policy, loaded: dict[str, Any]) -> dict[str, Any]:
     step = whole["optimizer"]["param_groups"][0]["step"]
     optimizers = policy.optimizer.chained_optimizers
     parts = [loaded] if len(optimizers) == 1 else [loaded[i] for i in range(len(optimizers))]
-    states = {}
+    states: dict[int, Any] = {}
     for i, (optimizer, part) in enumerate(zip(optimizers, parts, strict=True)):
         states[i] = optimizer.state_dict()
         for group in states[i]["optimizer"]["param_groups"]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.controller.batching import plan_micro_batches
 from agpo_megatron.controller.publishing import stage_layers
 from agpo_megatron.parity import models
 from agpo_megatron.parity.batch import BUDGET, Plan
 from agpo_megatron.parity.comparison import BF16, EXPERTS, FP32, Limits, failures
-from agpo_megatron.parity.contract import Contract, Cut
-from agpo_megatron.parity.reference import Objective
+from agpo_megatron.parity.contract import Contract, Cut, one_step, update_arguments
+from agpo_megatron.parity.reference import Objective, Truth
 from agpo_megatron.types import TrainSequence
 
 INTERLEAVED = {"pipeline_parallel": 2, "virtual_pipeline": 2}
@@ -30,15 +30,14 @@ def check(
 ) -> None:
     kind, config = ("experts", models.MIXTRAL) if experts else ("dense", models.LLAMA3)
     limits: Limits = more.pop("limits", EXPERTS if experts else FP32)
-    found = contract.deviations(
+    step = contract.step(
         contract.model(f"{kind}-untied-4", config),
         PolicyConfig(**{"dtype": "fp32", "logprob_chunk": 32, **axes}),
         Objective(temperature=0.7),
         cut,
-        limits,
         **more,
     )
-    assert list(failures(found)) == []
+    assert list(failures(step.deviations(limits))) == []
 
 
 def all_on_the_first(work: list[TrainSequence], replicas: int) -> Plan:
@@ -121,5 +120,65 @@ def test_megatron_places_layers_where_publishing_expects_them(
 ) -> None:
     policy = PolicyConfig(dtype="fp32", **axes)
     model = contract.model("dense-untied-4", models.LLAMA3)
-    found = contract.run_nothing(model, policy)
+    found = contract.build(model, policy)
     assert [found.layers[stage] for stage in range(2)] == stage_layers(4, policy)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_the_norm_of_the_whole_gradient_clips(
+    contract: Contract, distributed_optimizer: bool
+) -> None:
+    def clipping(truth: Truth) -> TrainConfig:
+        norm = sum(float(g.pow(2).sum()) for g in truth.gradients.values()) ** 0.5
+        return one_step(truth).model_copy(update={"grad_clip": 0.1 * norm})
+
+    found = contract.step(
+        contract.model("dense-untied-4", models.LLAMA3),
+        PolicyConfig(
+            dtype="fp32",
+            pipeline_parallel=2,
+            distributed_optimizer=distributed_optimizer,
+            **SEQUENCE_PARALLEL,
+        ),
+        Objective(temperature=0.7),
+        "packed",
+        settings=clipping,
+    ).deviations()
+    assert {d.quantity for d in found if not d.passes} <= {"gradient"}, "scaled in place or not"
+
+
+def test_supervised(contract: Contract) -> None:
+    found = contract.step(
+        contract.model("dense-tied-4", models.QWEN2),
+        PolicyConfig(dtype="fp32", pipeline_parallel=2, context_parallel=2),
+        Objective(kind="nll"),
+        "packed",
+        off_policy=False,
+    )
+    assert list(failures(found.deviations())) == []
+
+
+def test_a_closed_gate_leaves_the_weights_alone(contract: Contract) -> None:
+    """The gate is decided by the loss of all replicas together: one replica alone would open it."""
+    model = contract.model("dense-untied-4", models.LLAMA3)
+    objective = Objective(adaptive="max0", minimum=100.0)
+    _, truth = contract.truth(model, objective)
+    update = {
+        **update_arguments(objective, contract.truth(model, objective)[0]),
+        "when_clipped": "skip_step",
+    }
+    up, down = ([TrainSequence("g0.0", [1, 2, 3], [0.0, 1.0, 1.0], a)] for a in (-150.0, 101.0))
+    update["old_logprobs"] = None
+    found = contract.run(
+        model,
+        PolicyConfig(dtype="fp32", data_parallel=2),
+        [[[up], [down]]],
+        update,
+        one_step(truth),
+        scores=False,
+    )
+    (stats,) = found.stats
+    assert stats["loss/unclipped"] == pytest.approx(98.0)
+    assert (stats["loss/policy"], stats["loss/clip_gate"]) == (100.0, 0.0)
+    start = models.weights_of(model)
+    assert all((found.weights[n].double() == w).all() for n, w in start.items())

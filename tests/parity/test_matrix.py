@@ -42,14 +42,14 @@ def check(contract: Contract, row: Row) -> None:
         minimum=-100.0,
         temperature=0.7,
     )
-    found = contract.deviations(
+    step = contract.step(
         contract.model(f"{kind}-{row['embeddings']}-{layers}", config),
         policy_of(row),
         objective,
         row["micro-batch"],
-        FP32 if kind == "dense" else EXPERTS,
     )
-    assert list(failures(found)) == []
+    limits = FP32 if kind == "dense" else EXPERTS
+    assert list(failures(step.deviations(limits))) == []
 
 
 @pytest.mark.parametrize("row", SMALL, ids=matrix.name_of)

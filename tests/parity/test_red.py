@@ -38,13 +38,13 @@ def gradient_of(found: list[Deviation]) -> Deviation:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug(contract: Contract, bug: str) -> None:
     fault, axes = BUGS[bug]
-    found = contract.deviations(
+    found = contract.step(
         contract.model("dense-untied-4", models.LLAMA3),
         PolicyConfig(dtype="fp32", **axes),
         Objective(temperature=0.7),
         "packed",
         fault=fault,
-    )
+    ).deviations()
     assert list(failures(found))
     assert gradient_of(found).error > 100 * gradient_of(found).limit
     if bug == "norms not summed over TP":
@@ -72,7 +72,7 @@ def test_a_denominator_of_each_replica(contract: Contract, aggregation: str) -> 
             plan += split(halved, 1, "packed")
         return plan
 
-    found = contract.deviations(
+    found = contract.step(
         model, PolicyConfig(dtype="fp32", data_parallel=2), objective, by_replica
-    )
+    ).deviations()
     assert gradient_of(found).error > 100 * gradient_of(found).limit

@@ -132,5 +132,5 @@ def test_random_states_of_each_position_come_back(
     was = train(contract, model, axes, slice(0, 1), after=saved).random
     assert len(set(was.values())) == 2
     for seed, before, expected in ((1, "", True), (9, "", False), (9, saved, True)):
-        found = contract.run_nothing(model, policy_of(same), seed=seed, before=before).random
+        found = contract.build(model, policy_of(same), seed=seed, before=before).random
         assert (found == was) is expected
