@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.controller.batching import plan_micro_batches
+from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.journal import Journal, StepRecord
-from agpo_megatron.journal.records import write_durably
+from agpo_megatron.journal.records import read_scores, write_durably
+from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.types import Sample, VersionSpan, WeightVersion
@@ -30,16 +32,14 @@ COMPLETE = "complete.json"  # the file that makes a folder a checkpoint (policy/
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one kind of run turns a step record into an update: token loss, learning rate, adaptive clip."""
+    """How one kind of run turns a step record into an update. ``loss``: of policy.objective.LossSettings."""
 
-    loss: str
+    loss: dict[str, Any]
     lr: float
     warmup_steps: int
     steps: int
     schedule: str = "constant"
     min_lr: float = 0.0
-    gate_min: float | None = None
-    when_clipped: str = "step"
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to ``min_lr``."""
@@ -92,32 +92,66 @@ class Run:
 
     async def update(self, record: StepRecord, journal: Path) -> dict[str, float]:
         """One optimizer step on a committed record; afterwards ``version`` is one step further."""
-        policy = self.config.policy
-        with_weight = [i for i, row in enumerate(record.rows) if any(row.loss_weights)]
-        plan = plan_micro_batches(
-            [record.rows[i].tokens for i in with_weight],
-            data_parallel=policy.data_parallel,
-            token_budget=self.config.train.micro_batch_tokens,
-            multiple_of=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
-            hidden_size=self.hidden_size,
-        )
+        with_weight = [i for i, row in enumerate(record.rows) if row.has_weight]
+        plan = self.plan([record.rows[i].tokens for i in with_weight])
         numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
         lr = self.recipe.lr_at(record.step)
-        clip = self.config.algorithm.loss
         results = await self.trainers.call(
             "update",
             journal=str(journal),
             step=record.step,
             plan=numbered,
-            loss=self.recipe.loss,
-            clip_low=clip.clip_low,
-            clip_high=clip.clip_high,
-            gate_min=self.recipe.gate_min,
-            when_clipped=self.recipe.when_clipped,
+            loss={**self.recipe.loss, "entropy_coef": record.entropy_coef},
             lr=lr,
         )
         self.version = WeightVersion(record.step, self.journal.attempt)
         return {**results[0], "lr": lr}
+
+    def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """Micro-batches of sequences of these lengths, by data-parallel rank."""
+        policy = self.config.policy
+        return plan_micro_batches(
+            lengths,
+            data_parallel=policy.data_parallel,
+            token_budget=self.config.train.micro_batch_tokens,
+            multiple_of=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
+            hidden_size=self.hidden_size,
+        )
+
+    async def score(self, groups: Sequence[JournaledGroup], timings: dict[str, float]) -> Scores:
+        """What the step's decisions need of the trainer before it is committed; nothing if they need nothing."""
+        loss = self.config.algorithm.loss
+        old = (
+            loss.correction.kind != "none"
+            or loss.entropy.target is not None
+            or (loss.kl.coef > 0 and loss.kl.place == "reward")
+        )
+        wanted = [("policy", old), ("reference", loss.kl.coef > 0)]
+        if not any(asked for _, asked in wanted):
+            return NO_SCORES
+        samples = [sample for j in groups for sample in j.group.samples]
+        lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
+        rows = [[ref.segment, ref.row, j.digest] for j in groups for ref in j.refs]
+        found: dict[str, dict[str, list[float]]] = {"policy": {}, "reference": {}}
+        entropy = 0.0
+        for weights, asked in wanted:
+            if not asked:
+                continue
+            path = self.folder.path / f"scores-{weights}.arrow"
+            with self.phase(f"score with {weights} weights", timings, "time/score"):
+                results = await self.trainers.call(
+                    "score_samples",
+                    journal=str(self.folder.journal),
+                    samples=rows,
+                    plan=self.plan(lengths),
+                    weights=weights,
+                    path=str(path),
+                )
+                found[weights] = await asyncio.to_thread(read_scores, path)
+            path.unlink()
+            if weights == "policy":
+                entropy = float(results[0]["entropy"])
+        return Scores(found["policy"], found["reference"], entropy)
 
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""

@@ -73,6 +73,8 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
         temperature=1.0 if mode == "sft" else config.rollout.temperature,
         seed=config.seed,
     )
+    if mode != "sft" and config.algorithm.loss.kl.coef > 0:
+        policy.keep_reference()  # before any checkpoint is loaded: the run's initial weights
     TrainerService(policy, PolicyPublisher(policy, config), channel, initial).run()
 
 

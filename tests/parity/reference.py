@@ -98,7 +98,7 @@ def loss(
     total = torch.zeros((), dtype=torch.float64)
     for s in sequences:
         chosen, _ = log_probs(weights, config, s.tokens, temperature)
-        w = torch.tensor(s.loss_weights[1:], dtype=torch.float64)
+        w = s.loss_weight * torch.tensor(s.loss_mask[1:], dtype=torch.float64)
         if kind == "nll":
             total = total - (w * chosen).sum()
             continue

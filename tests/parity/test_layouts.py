@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from ranks import Ranks
 from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
+from agpo_megatron.policy.objective import LossSettings
 
 LENGTHS = [40, 7, 23, 1, 2, 16, 31, 12]
 TRAIN = {"adam_eps": 1e-5, "lr": 1e-3, "grad_clip": 0.0}
-PPO = {"loss": "ppo", "lr": 1e-3}
+PPO = {"loss": LossSettings(), "lr": 1e-3}
 GRADIENT, LOSS = 1e-5, 1e-6
 
 
@@ -164,7 +166,7 @@ def test_the_loss_scale_does_not_depend_on_the_split(
         models["llama"],
         layout(**axes, **PLAIN),
         plan=split(axes.get("data_parallel", 1), micro),
-        update={"loss": "nll", "lr": 1e-3},
+        update={"loss": LossSettings("nll"), "lr": 1e-3},
     )
     loss, grads = reference.gradients(
         tiny_models.weights_of(models["llama"]),
@@ -189,8 +191,7 @@ def test_the_loss_scale_does_not_depend_on_the_split(
 def test_a_replica_without_work(pools: Any, models: dict[str, Path], axes: dict[str, Any]) -> None:
     """One replica has three micro-batches, one of them all masked; the other has none."""
     masked = [
-        s.__class__(s.sample_id, s.tokens, [0.0] * len(s.tokens), s.advantage)
-        for s in tiny_models.sequences([9, 4], seed=5)
+        replace(s, loss_mask=[0] * len(s.tokens)) for s in tiny_models.sequences([9, 4], seed=5)
     ]
     work = tiny_models.sequences([21, 6, 14])
     found = run(
@@ -200,7 +201,7 @@ def test_a_replica_without_work(pools: Any, models: dict[str, Path], axes: dict[
         tiny_models.weights_of(models["llama"]), tiny_models.LLAMA, work, kind="ppo"
     )
     assert found.stats[0]["loss/policy"] == pytest.approx(loss, abs=LOSS)
-    trained = sum(w != 0 for s in work for w in s.loss_weights[1:])
+    trained = sum(len(s.trained()) for s in work)
     assert found.stats[0]["tokens/trained"] == trained
     assert worst(found.gradients, grads)[0] < GRADIENT
 
@@ -246,14 +247,14 @@ def test_scores_reach_rank_0(pools: Any, models: dict[str, Path], axes: dict[str
 def test_a_closed_gate_leaves_the_weights_alone(pools: Any, models: dict[str, Path]) -> None:
     """The gate is decided by the loss of all replicas together: here one replica alone is above the bound."""
     work = tiny_models.sequences(LENGTHS)
-    up = [s.__class__(s.sample_id, s.tokens, s.loss_weights, 1.0) for s in work[:1]]
-    down = [s.__class__(s.sample_id, s.tokens, s.loss_weights, -0.1) for s in work[1:2]]
+    up = [replace(s, advantage=1.0) for s in work[:1]]
+    down = [replace(s, advantage=-0.1) for s in work[1:2]]
     found = run(
         pools,
         models["llama"],
         layout(data_parallel=2),
         plan=[[up], [down]],
-        update={**PPO, "gate_min": 0.0, "when_clipped": "skip_step"},
+        update={"loss": LossSettings(adaptive="max0", when_clipped="skip_step"), "lr": 1e-3},
     )
     assert found.stats[0]["loss/unclipped"] < 0
     assert found.stats[0]["loss/policy"] == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agpo_megatron.config.presets import apply_preset
 from agpo_megatron.config.schema import AlgorithmConfig, RewardConfig
-from agpo_megatron.controller.batching import build_step, plan_micro_batches, staleness
+from agpo_megatron.controller.batching import StepRequest, build_step, plan_micro_batches, staleness
 from agpo_megatron.journal.records import SampleRef
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.types import Group, Prompt, Sample, VersionSpan, WeightVersion
@@ -40,27 +40,32 @@ def algorithm(preset: str) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate(apply_preset({"preset": preset}))
 
 
-def step(groups: list[JournaledGroup], preset: str):
-    return build_step(
-        groups,
-        step=1,
-        cursor=len(groups),
-        version=WeightVersion(0, 1),
-        algorithm=algorithm(preset),
-        reward=RewardConfig(),
-    )
+def step(groups: list[JournaledGroup], preset: str, **changes):
+    request = {
+        "step": 1,
+        "cursor": len(groups),
+        "version": WeightVersion(0, 1),
+        "algorithm": algorithm(preset),
+        "reward": RewardConfig(),
+        "max_response_tokens": 1000,
+        **changes,
+    }
+    return build_step(groups, StepRequest(**request))
 
 
-# agpo.md E4: rewards [[1,0],[1,1],[0,1]], lengths [[2,6],[5,3],[1,3]]
+def on_policy(record) -> float:
+    return -sum(row.loss_weight * row.trained * row.advantage for row in record.rows)
+
+
+# rewards [[1,0],[1,1],[0,1]], lengths [[2,6],[5,3],[1,3]]
 E4 = [journaled(0, [1, 0], [2, 6]), journaled(1, [1, 1], [5, 3]), journaled(2, [0, 1], [1, 3])]
 
 
 def test_the_loss_mask_leaves_numerator_and_denominator() -> None:
     record = step(E4, "agpo_v3")
-    loss = -sum(sum(row.loss_weights) * row.advantage for row in record.rows)
-    assert loss == pytest.approx(0.117851, abs=1e-6)
-    assert [len(row.loss_weights) for row in record.rows] == [2, 6, 5, 3, 1, 3]
-    assert sum(record.rows[2].loss_weights) == 0
+    assert on_policy(record) == pytest.approx(0.117851, abs=1e-6)
+    assert [row.trained for row in record.rows] == [2, 6, 0, 0, 1, 3]
+    assert record.rows[2].loss_weight == 0
     assert record.metrics["mask/kept_tokens"] == 12
     assert record.metrics["mask/kept_groups"] == 2
     assert record.metrics["tokens/skipped"] == (5 + 2) + (3 + 2)
@@ -68,15 +73,14 @@ def test_the_loss_mask_leaves_numerator_and_denominator() -> None:
 
 def test_grpo_keeps_the_whole_denominator() -> None:
     record = step(E4, "grpo")
-    loss = -sum(sum(row.loss_weights) * row.advantage for row in record.rows)
-    assert loss == pytest.approx(0.070711, abs=1e-6)
+    assert on_policy(record) == pytest.approx(0.070711, abs=1e-6)
     assert record.metrics["mask/kept_tokens"] == 20
 
 
 def test_v1_gives_homogeneous_groups_a_signal() -> None:
     record = step(E4, "agpo_v1")
     assert [row.advantage for row in record.rows[2:4]] == [1.0, 1.0]
-    assert all(w > 0 for w in record.rows[2].loss_weights)
+    assert record.rows[2].loss_weight > 0
 
 
 def test_length_reward_acts_in_mixed_groups_and_is_reported() -> None:
@@ -91,7 +95,7 @@ def test_length_reward_acts_in_mixed_groups_and_is_reported() -> None:
 
 def test_an_all_masked_step_has_no_weight_and_no_nan() -> None:
     record = step([journaled(0, [1, 1], [3, 4]), journaled(1, [0, 0], [3, 4])], "agpo")
-    assert all(w == 0.0 for row in record.rows for w in row.loss_weights)
+    assert not any(row.has_weight for row in record.rows)
     assert record.metrics["group/zero_variance_frac"] == 1.0
     assert record.metrics["group/all_wrong_frac"] == 0.5
     assert all(v == v for v in record.metrics.values())
