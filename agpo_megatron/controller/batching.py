@@ -197,7 +197,8 @@ def build_step(journaled: Sequence[JournaledGroup], request: StepRequest) -> Ste
             ref.segment: j.digest for j in (*journaled, *request.discarded) for ref in j.refs
         },
         rows=rows,
-        metrics=step_metrics(groups, shaped, rows, kept, request),
+        metrics=step_metrics(groups, shaped, rows, kept, request)
+        | ({} if loss.entropy.target is None else {"loss/entropy_coef": applied}),
         entropy_coef=applied,
         entropy_state=coefficient,
     )
@@ -306,8 +307,6 @@ def step_metrics(
     if request.algorithm.advantage.zero_variance == "resample":
         metrics["sampling/rounds"] = float(request.rounds)
         metrics["sampling/discarded_groups"] = float(len(request.discarded))
-    if request.algorithm.loss.entropy.target is not None:
-        metrics["loss/entropy_coef"] = request.entropy_state
     if factors := [c for row in rows for c in row.correction]:
         metrics["correction/mean"] = fmean(factors)
         metrics["correction/dropped_frac"] = factors.count(0.0) / len(factors)

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from agpo_megatron.config.presets import apply_preset
 from agpo_megatron.config.schema import AlgorithmConfig, RewardConfig
-from agpo_megatron.controller.batching import StepRequest, build_step, plan_micro_batches, staleness
+from agpo_megatron.controller.batching import (
+    Scores,
+    StepRequest,
+    build_step,
+    plan_micro_batches,
+    staleness,
+)
 from agpo_megatron.journal.records import SampleRef
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.types import Group, Prompt, Sample, VersionSpan, WeightVersion
@@ -99,6 +105,122 @@ def test_an_all_masked_step_has_no_weight_and_no_nan() -> None:
     assert record.metrics["group/zero_variance_frac"] == 1.0
     assert record.metrics["group/all_wrong_frac"] == 0.5
     assert all(v == v for v in record.metrics.values())
+
+
+def settings(preset: str, section: dict) -> AlgorithmConfig:
+    return AlgorithmConfig.model_validate(apply_preset({"preset": preset, **section}))
+
+
+def test_the_authors_mask_drops_samples_at_the_mean() -> None:
+    """Rewards 1, 0.. cannot sit at the mean; a length bonus can put one there."""
+    groups = [journaled(0, [1, 0], [2, 2]), journaled(1, [1, 1], [3, 3])]
+    for preset in ("agpo_v3", "agpo_v3_authors"):
+        record = step(groups, preset)
+        assert [row.trained for row in record.rows] == [2, 2, 0, 0]
+
+
+def test_truncated_responses_can_be_masked() -> None:
+    group = journaled(0, [1, 0], [4, 6])
+    cut = replace(group.group.samples[1], finish_reason="length")
+    groups = [replace(group, group=Group(group.group.prompt, [group.group.samples[0], cut]))]
+    for denominators, weight in (("exclude", 1 / 4), ("keep", 1 / 10)):
+        section = {"loss": {"mask": {"truncated": True, "denominators": denominators}}}
+        record = step(groups, "grpo", algorithm=settings("grpo", section))
+        assert [row.trained for row in record.rows] == [4, 0]
+        assert record.rows[0].loss_weight == pytest.approx(weight)
+        assert record.rows[1].advantage < 0 == record.rows[1].loss_weight
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("dr_grpo", 1 / (4 * 1000)),
+        ("rloo", 1 / 4),
+        ("gspo", 1 / (4 * 2)),
+        ("dapo", 1 / 12),
+        ("reinforce_pp", 1 / 12),
+    ],
+)
+def test_presets_aggregate_as_their_papers(preset: str, expected: float) -> None:
+    record = step([E4[0], E4[2]], preset)
+    assert record.rows[0].loss_weight == pytest.approx(expected)
+
+
+def test_length_rewards_of_other_papers() -> None:
+    group = [journaled(0, [1, 0, 1, 0, 1], [100, 200, 300, 400, 500])]
+    kimi = settings("grpo", {"length_reward": {"kind": "kimi", "weight": 1.0}})
+    record = step(group, "grpo", algorithm=kimi)
+    assert [row.reward for row in record.rows] == pytest.approx([1.5, 0, 1, -0.25, 0.5])
+    overlong = step(group, "dapo", max_response_tokens=500)  # buffer: a fifth
+    assert [row.reward for row in overlong.rows] == pytest.approx([1, 0, 1, 0, 0])
+    assert overlong.metrics["reward/accuracy"] == 0.6, "accuracy stays raw"
+    cosine = settings("grpo", {"length_reward": {"kind": "cosine", "weight": 1.0}})
+    got = step(group, "grpo", algorithm=cosine, max_response_tokens=600).rows
+    assert got[2].reward == pytest.approx(1.5) and got[0].reward > got[4].reward > 1
+
+
+SCORES = Scores(
+    old={f"g000000000.{i}": [-1.0 + shift] * n for i, (shift, n) in enumerate([(0.5, 2), (3, 6)])},
+    ref={"g000000000.0": [-1.5] * 2, "g000000000.1": [-1.0] * 6},
+    entropy=0.4,
+)
+"""For E4's first group, whose rollout log-probs are -1: q = e^0.5 and e^3; k1 sums 2 x 1.0 and 6 x 3."""
+
+
+@pytest.mark.parametrize(("denominators", "weight"), [("exclude", 1 / 2), ("keep", 1 / 8)])
+def test_rollout_correction_and_its_denominators(denominators: str, weight: float) -> None:
+    section = {"loss": {"correction": {"kind": "mis", "denominators": denominators}}}
+    record = step(E4[:1], "grpo", algorithm=settings("grpo", section), scores=SCORES)
+    assert [row.trained for row in record.rows] == [2, 0]
+    assert record.rows[0].correction == pytest.approx([2.718281828**0.5] * 2)
+    assert record.rows[1].correction == [0.0] * 6
+    assert record.rows[0].loss_weight == pytest.approx(weight)
+    assert not record.rows[1].has_weight
+    assert record.rows[0].old_logprobs == [-0.5, -0.5]
+    assert record.metrics["correction/dropped_frac"] == 0.75
+
+
+def test_kl_in_the_reward_moves_rewards_but_not_the_zero_variance_rule() -> None:
+    section = {"loss": {"kl": {"coef": 0.01, "place": "reward", "estimator": "k1"}}}
+    algorithm = settings("grpo", section)
+    record = step(E4[:1], "grpo", algorithm=algorithm, scores=SCORES)
+    assert [row.reward for row in record.rows] == pytest.approx([1 - 0.02, 0 - 0.18])
+    same = journaled(0, [1, 1], [2, 6])
+    silent = step([same], "grpo", algorithm=algorithm, scores=SCORES)
+    assert [row.advantage for row in silent.rows] == [0, 0]
+    assert silent.rows[0].reward != silent.rows[1].reward
+
+
+def test_a_term_beside_the_policy_loss_keeps_silent_groups_in_training() -> None:
+    plain = step(E4, "grpo")
+    assert not plain.rows[2].has_weight
+    kl = settings("grpo", {"loss": {"kl": {"coef": 0.1}}})
+    assert step(E4, "grpo", algorithm=kl).rows[2].has_weight
+    masked = settings("agpo_v3", {"loss": {"kl": {"coef": 0.1}}})
+    assert not step(E4, "agpo_v3", algorithm=masked).rows[2].has_weight, "the mask still drops them"
+
+
+def test_the_entropy_coefficient_is_journaled_and_carried() -> None:
+    section = {"loss": {"entropy": {"coef": 0.01, "target": 0.5, "delta": 0.005}}}
+    algorithm = settings("grpo", section)
+    low = step(E4[:1], "grpo", algorithm=algorithm, scores=SCORES, entropy_state=0.02)
+    assert (low.entropy_coef, low.entropy_state) == pytest.approx((0.025, 0.025))
+    assert low.metrics["loss/entropy_coef"] == pytest.approx(0.025)
+    high = replace(SCORES, entropy=0.9)
+    rest = step(E4[:1], "grpo", algorithm=algorithm, scores=high, entropy_state=0.02)
+    assert (rest.entropy_coef, rest.entropy_state) == pytest.approx((0.0, 0.015))
+    fixed = settings("grpo", {"loss": {"entropy": {"coef": 0.01}}})
+    assert step(E4, "grpo", algorithm=fixed).entropy_coef == 0.01
+    assert step(E4, "grpo").entropy_coef == 0.0
+
+
+def test_what_dynamic_sampling_replaced_is_reported_and_belongs_to_the_step() -> None:
+    replaced = [replace(E4[1], refs=[SampleRef("other", 0), SampleRef("other", 1)])]
+    record = step([E4[0], E4[2]], "dapo", discarded=replaced, rounds=2, cursor=3)
+    assert record.metrics["sampling/rounds"] == 2
+    assert record.metrics["sampling/discarded_groups"] == 1
+    assert "other" in record.segments, "pruning the step must remove it"
+    assert "sampling/rounds" not in step(E4, "agpo").metrics
 
 
 def test_staleness_counts_optimizer_steps_per_token() -> None:

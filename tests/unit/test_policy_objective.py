@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import policy_models
@@ -144,7 +143,9 @@ def test_the_clip_does_not_gate_kl_and_entropy(policy: Any, shift: float) -> Non
     if shift:
         work = scored(policy, work, shift)
     scores = policy.score([work])
-    ref = {k: [x - 0.3 + 0.1 * (t % 4) for t, x in enumerate(s.logprobs)] for k, s in scores.items()}
+    ref = {
+        k: [x - 0.3 + 0.1 * (t % 4) for t, x in enumerate(s.logprobs)] for k, s in scores.items()
+    }
     work = [replace(s, ref_logprobs=ref[s.sample_id]) for s in work]
     terms = {"kl_coef": 0.2, "entropy_coef": 0.1}
     closed, gradient = run(policy, [work[:5], work[5:]], adaptive="max0", **terms)
@@ -153,9 +154,7 @@ def test_the_clip_does_not_gate_kl_and_entropy(policy: Any, shift: float) -> Non
     assert closed["loss/clip_gate"] == 0 and closed["loss/policy"] == 0
     assert closed["loss/unclipped"] < 0 and alone.any()
     assert same(gradient, alone)
-    d = [
-        scores[s.sample_id].logprobs[t] - ref[s.sample_id][t] for s in work for t in s.trained()
-    ]
+    d = [scores[s.sample_id].logprobs[t] - ref[s.sample_id][t] for s in work for t in s.trained()]
     w = [s.loss_weight for s in work for _ in s.trained()]
     kl = sum(x * (math.exp(-y) + y - 1) for x, y in zip(w, d, strict=True))
     assert closed["loss/kl"] == pytest.approx(kl, rel=1e-4)
@@ -260,7 +259,10 @@ def test_all_masked_is_no_loss_no_gradient_and_no_nan(policy: Any) -> None:
 
 def test_the_reference_policy_scores_and_leaves_the_weights_alone(policy: Any) -> None:
     work = [batch()[:2]]
-    with pytest.raises(RuntimeError, match="no reference weights are kept"), policy.reference_weights():
+    with (
+        pytest.raises(RuntimeError, match="no reference weights are kept"),
+        policy.reference_weights(),
+    ):
         pass
     start = policy.score(work)
     policy.keep_reference()
