@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import cases
 import pytest
 import reference
 import tiny_models
+import torch
 from ranks import Ranks
 from torch import Tensor
 
@@ -261,3 +263,59 @@ def test_a_closed_gate_leaves_the_weights_alone(pools: Any, models: dict[str, Pa
     assert found.stats[0]["loss/clip_gate"] == 0
     start = tiny_models.weights_of(models["llama"])
     assert all((found.weights[n].double() == w).all() for n, w in start.items())
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"tensor_parallel": 2, "data_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2, "data_parallel": 2},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    ],
+    ids=["tp2-dp2-sp", "pp2-dp2", "pp2-vpp2"],
+)
+def test_the_adaptive_part_off_policy_with_kl_and_entropy(
+    pools: Any, models: dict[str, Path], axes: dict[str, Any], scope: str
+) -> None:
+    """Ratios that are not 1, groups spread over replicas, terms that the adaptive part must not touch."""
+    start = tiny_models.weights_of(models["llama"])
+    work = []
+    for i, s in enumerate(tiny_models.sequences(LENGTHS)):
+        chosen, _ = reference.log_probs(start, tiny_models.LLAMA, s.tokens)
+        scored = [0.0, *chosen.tolist()]
+        old = [x + 0.15 * math.sin(3 * t + i) for t, x in enumerate(scored)]
+        ref = [x + 0.5 * math.cos(t) for t, x in enumerate(scored)]
+        name = f"g{i % 3}.{i}"
+        work.append(replace(s, sample_id=name, old_logprobs=old, ref_logprobs=ref))
+    replicas = axes.get("data_parallel", 1)
+    dealt = [work[r::replicas] for r in range(replicas)]
+    loss = LossSettings(adaptive="exp", tau=0.5, scope=scope, kl_coef=0.3, entropy_coef=0.2)  # type: ignore[arg-type]
+    found = run(
+        pools,
+        models["llama"],
+        layout(**axes, **PLAIN),
+        plan=[[mine[i : i + 3] for i in range(0, len(mine), 3)] for mine in dealt],
+        update={"loss": loss, "lr": 1e-3},
+    )
+    old_of = {s.sample_id: s.old_logprobs for s in work}
+    parts = (
+        [work]
+        if scope == "batch"
+        else [[s for s in work if s.group_id == g] for g in ("g0", "g1", "g2")]
+    )
+    total = {n: torch.zeros_like(w) for n, w in start.items()}
+    value = 0.0
+    for part in parts:
+        weight = sum(s.loss_weight * len(s.trained()) for s in part) if scope == "group" else 1.0
+        part_loss, grads = reference.gradients(
+            start, tiny_models.LLAMA, part, kind="ppo", old=old_of
+        )
+        gain = math.exp(part_loss / weight / 0.5)
+        value += weight * 0.5 * gain
+        total = {n: total[n] + gain * grads[n] for n in total}
+    _, others = reference.gradients(start, tiny_models.LLAMA, work, kind="terms", terms=(0.3, 0.2))
+    total = {n: total[n] + others[n] for n in total}
+    assert found.stats[0]["loss/policy"] == pytest.approx(value, rel=1e-5)
+    error, tensor = worst(found.gradients, total)
+    assert error < 2 * GRADIENT, f"{tensor} is off by {error:.1e}"
