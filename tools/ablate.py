@@ -83,7 +83,10 @@ def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]
     """Data and cold start of one seed, made once; returns the settings that let other run folders use them."""
     done = folder / "ready"
     made = load_config(config, settings, str(folder))
+    if not made.eval.path:
+        raise SystemExit(f"{config}: eval.path is not set; held-out accuracy is what is compared")
     if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         if made.prepare.recipe != "none":
             agpo("prepare", config, folder, settings)
         if made.sft:
