@@ -56,11 +56,16 @@ def fluctuation(rows: Sequence[Row]) -> list[float]:
     return [stdev(w) if len(w) > 1 else 0.0 for w in windows]
 
 
+def entropy(row: Row) -> float:
+    """NaN where nothing was trained on, and entropy therefore not measured."""
+    return row.get("policy/entropy", math.nan) if row.get("tokens/trained") else math.nan
+
+
 CURVES: dict[str, Callable[[Sequence[Row]], list[float]]] = {
     "training accuracy": lambda rows: [r["reward/accuracy"] for r in rows],
     "mean response tokens": lambda rows: [r["response/tokens_mean"] for r in rows],
     f"loss fluctuation (std over {WINDOW} steps)": fluctuation,
-    "policy entropy (nats)": lambda rows: [r.get("policy/entropy", math.nan) for r in rows],
+    "policy entropy (nats)": lambda rows: [entropy(r) for r in rows],
     "share of wasted samples": lambda rows: [wasted(r) for r in rows],
 }
 
