@@ -9,24 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
-from agpo_megatron.config.loading import Resolved, leaves, resolve_config
+from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
-
-# A run that has begun cannot go on with another value of these: its journal and its prompts depend on them.
-IDENTITY = (
-    "seed",
-    "model.path",
-    "data.",
-    "train.prompts_per_step",
-    "rollout.group_size",
-    "rollout.temperature",
-    "sft.base",
-    "sft.path",
-    "sft.batch_size",
-)
+from agpo_megatron.journal import JournalError, JournalReader
+from agpo_megatron.journal.records import write_durably
+from agpo_megatron.observe.summary import render_summary
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,8 +50,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     arguments = parse_arguments(argv)
+    # However it is spelled, it is the same folder.
+    run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
-        resolved = resolve_config(arguments.config, arguments.overrides, arguments.run_dir)
+        resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
@@ -72,80 +65,63 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare(resolved.config)
             return 0
         return run(arguments, resolved)
-    except (ConfigError, OSError, ValueError) as error:
+    except (ConfigError, JournalError, OSError, ValueError) as error:
         sys.stderr.write(f"agpo-megatron: {error}\n")
         return 2
 
 
 def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
-    """sft, train or eval on this machine, under the local supervisor."""
+    """sft, train, replay or eval on this machine, under the local supervisor."""
     from agpo_megatron.cluster.supervisor import run_locally
 
-    config, mode, extra = resolved.config, arguments.command, []
-    folder = RunFolder(Path(config.run.dir))
-    if mode == "sft":
-        folder = folder.sft()
-        config = config.model_copy(
-            update={"run": config.run.model_copy(update={"dir": str(folder.path)})}
-        )
+    mode, extra = arguments.command, []
     if mode == "train" and arguments.replay:
         mode, extra = "replay", ["--replay", str(arguments.replay)]
+        JournalReader(RunFolder(arguments.replay).journal)  # refuses what is no run
+    config, folder = place(resolved.config, mode)
     check_inputs(config, mode)
-    if already_done(config, folder, mode):
-        sys.stdout.write(f"{mode}: {folder.path} is complete; nothing to do\n")
-        show_summary(folder)
-        return 0
-    claim_folder(config, folder, resolved)
-    code = run_locally(config, folder, mode, extra)
-    if code == 0:
-        show_summary(folder)
-    return code
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with only_command_on(folder):
+        if mode != "eval":
+            refuse_another_run(config, folder, mode)
+        if already_done(config, folder, mode):
+            sys.stdout.write(f"{mode}: {folder.path} is complete; nothing to do\n")
+        else:
+            write_durably(folder.config, resolved_yaml(config, resolved.provenance).encode())
+            write_durably(folder.versions, json.dumps(package_versions(), indent=1).encode())
+            code = run_locally(config, folder, mode, extra)
+            if code != 0:
+                return code
+    if mode == "train":
+        render_summary(folder.path)
+    return 0
+
+
+def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
+    """The folder ``mode`` works in, and the config as it holds there.
+
+    Cold start and evaluation have folders of their own inside the run's, so that they never touch its records. An
+    evaluation serves the trained policy if there is one.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    if mode not in ("sft", "eval"):
+        return config, folder
+    changes: dict[str, object] = {}
+    if mode == "eval" and (folder.exported_model / "config.json").exists():
+        changes["model"] = config.model.model_copy(update={"path": str(folder.exported_model)})
+    inner = RunFolder(folder.path / mode)
+    changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
+    return config.model_copy(update=changes), inner
 
 
 def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
-    """A finished cold start has written its output; a finished training run has exported its policy."""
+    """Whether ``mode`` has come to its end here: a cold start with its output, a training run with all its steps."""
+    if mode == "eval" or not folder.done.exists():
+        return False
+    done = json.loads(folder.done.read_text())
     if mode == "sft":
         return (Path(config.model.path) / "config.json").exists()
-    if mode in ("train", "replay"):
-        done = folder.path / "done.json"
-        return done.exists() and json.loads(done.read_text())["steps"] >= config.train.steps
-    return False
-
-
-def claim_folder(config: Config, folder: RunFolder, resolved: Resolved) -> None:
-    """Write config and versions into the run folder; refuse to continue a run as another run.
-
-    Raises ConfigError naming the keys that differ from the run that is in the folder.
-    """
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if folder.config.exists():
-        before = leaves(resolve_config(folder.config).config)
-        now = leaves(config)
-        changed = [
-            f"{key}: {before.get(key)!r} in the run folder, {value!r} now"
-            for key, value in now.items()
-            if key.startswith(IDENTITY) and before.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"{folder.path} holds another run; give this one its own --run-dir, or take these back:\n  "
-                + "\n  ".join(changed)
-            )
-    replace_file(folder.config, resolved_yaml(config, resolved.provenance))
-    replace_file(folder.versions, json.dumps(package_versions(), indent=1))
-
-
-def replace_file(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def show_summary(folder: RunFolder) -> None:
-    """Held-out accuracy and tokens before and after, if the run measured them."""
-    from agpo_megatron.observe.summary import render_summary
-
-    render_summary(folder.path)
+    return bool(done["steps"] >= config.train.steps)
 
 
 if __name__ == "__main__":

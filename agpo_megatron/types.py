@@ -64,6 +64,7 @@ class Sample:
 
     ``rollout_logprobs``: log-prob of each response token as the rollout server sampled it (temperature applied).
     ``loss_mask``: 1 where the policy generated the token, 0 where the environment did.
+    ``versions``: spans that cover the response; empty for a worked solution, which no policy generated.
     ``finish_reason``: "stop" or "length" (truncated).
     """
 
@@ -115,7 +116,7 @@ class TrainSequence:
     Entry ``t`` speaks of predicting ``tokens[t]`` from ``tokens[:t]``; entry 0 is therefore never used.
     ``loss_weight``: w of  L = sum w * l  (design, idea 1), computed once from the global masks, the same for every
     token of ``loss_mask``. ``loss_mask``: 1 where the token trains. ``advantage``: A of the sequence (1.0 for
-    supervised tuning). The other lists may be empty: ``rollout_logprobs``, of the server (unknown);
+    supervised tuning). The other lists may be empty: ``rollout_logprobs``, of the server (it was not generated);
     ``old_logprobs``, what the policy's ratio starts from (the current weights: ratio 1); ``ref_logprobs``, of the
     reference policy (no KL term); ``correction``, factors on the policy loss (1).
     """

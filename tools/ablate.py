@@ -22,8 +22,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from agpo_megatron.config import Config, load_config
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.controller.run import Evaluation
 from agpo_megatron.observe.metrics import read_metrics
-from agpo_megatron.observe.summary import read_summary
 
 Row = dict[str, float]
 WINDOW = 10  # steps over which fluctuation is measured
@@ -31,11 +32,18 @@ WINDOW = 10  # steps over which fluctuation is measured
 
 @dataclass(frozen=True)
 class Finished:
-    """One run: its metrics, and the held-out scores around it."""
+    """One run: its metrics, and its held-out scores by step; the last is that of the trained policy."""
 
     rows: list[Row]
-    before: Row
-    after: Row
+    held_out: dict[int, Row]
+
+    @property
+    def before(self) -> Row:
+        return self.held_out[0]
+
+    @property
+    def after(self) -> Row:
+        return self.held_out[max(self.held_out)]
 
 
 def wasted(row: Row) -> float:
@@ -110,8 +118,9 @@ def finished(run_dir: Path, config: Config) -> Finished:
     for row in rows:
         row["groups"] = float(config.train.prompts_per_step)
         row["constants"] = float(config.algorithm.advantage.zero_variance == "constant")
-    summary = read_summary(run_dir)
-    return Finished(rows, summary["before"], summary["after"])
+    folder = RunFolder(run_dir)
+    measured = [step for step in range(len(rows) + 1) if folder.evaluation(step).exists()]
+    return Finished(rows, {s: Evaluation.read(folder.evaluation(s)).scores for s in measured})
 
 
 def spread(values: Sequence[float]) -> str:
@@ -160,10 +169,10 @@ def picture(results: dict[str, list[Finished]], path: Path) -> None:
     for number, (value, runs) in enumerate(results.items()):
         color = f"C{number}"
         panels = list(grid.flat)
-        held_out = [(run.before["accuracy"], run.after["accuracy"]) for run in runs]
-        means = [fmean(pair) for pair in zip(*held_out, strict=True)]
-        errors = [stdev(pair) if len(pair) > 1 else 0.0 for pair in zip(*held_out, strict=True)]
-        steps = [0, len(runs[0].rows)]
+        steps = sorted(set.intersection(*(set(run.held_out) for run in runs)))
+        held_out = [[run.held_out[step]["accuracy"] for run in runs] for step in steps]
+        means = [fmean(scores) for scores in held_out]
+        errors = [stdev(scores) if len(scores) > 1 else 0.0 for scores in held_out]
         panels[0].errorbar(steps, means, errors, color=color, marker="o", capsize=3, label=value)
         panels[0].set_title("held-out accuracy")
         for axes, (name, curve) in zip(panels[1:], CURVES.items(), strict=True):

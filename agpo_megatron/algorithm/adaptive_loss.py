@@ -32,7 +32,6 @@ optimizer step, of all ranks and micro-batches. Any smaller scope splits the ste
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,15 +41,23 @@ from torch import Tensor
 AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus"]
 Tie = Literal["zero", "half", "full"]
 
+TIE = 1e-6
+"""Losses closer than this part of their ``scale`` are equal: about ten roundings of float32."""
+
 
 @dataclass(frozen=True)
 class Adaptive:
     """phi and its derivative.
 
-    ``minimum``: c of max0. ``tie``: gain of max0 at L = c exactly: 0, 1/2 (what torch.maximum
-    does, and so the authors' code) or 1 (what clamp does). ``tau``: scale of the others.
-    ``max_exponent``: beyond L / tau = this, exp continues as a straight line, so its gain is at
-    most e^max_exponent; downwards it needs no cap.
+    ``minimum``: c of max0. ``tie``: gain of max0 at L = c: 0, 1/2 (what torch.maximum does, and so
+    the authors' code) or 1 (what clamp does). ``tau``: scale of the others. ``max_exponent``:
+    beyond L / tau = this, exp continues as a straight line, so its gain is at most
+    e^max_exponent; downwards it needs no cap.
+
+    Below, ``scale`` is the size of the terms that a loss is the sum of, sum |w A| over the same
+    part of the step (about 1 with token_mean, hundreds with seq_mean_token_sum). Responses of equal
+    length make L a sum that is exactly 0 but for its rounding, which must not open or close the
+    gate: L = c wherever |L - c| <= TIE * scale.
     """
 
     kind: AdaptiveKind = "none"
@@ -59,22 +66,22 @@ class Adaptive:
     max_exponent: float = 5.0
     tie: Tie = "zero"
 
-    def value(self, loss: float) -> float:
+    def value(self, loss: float, scale: float = 1.0) -> float:
         """phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
-        return float(self.values(_finite(loss)))
+        return float(self.values(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
-    def gain(self, loss: float) -> float:
+    def gain(self, loss: float, scale: float = 1.0) -> float:
         """phi'(L), the factor on the gradient. Raises ValueError as ``value``."""
-        return float(self.gains(_finite(loss)))
+        return float(self.gains(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
-    def values(self, losses: Tensor) -> Tensor:
-        """phi of each entry; any shape, same dtype."""
+    def values(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """phi of each entry; any shape, same dtype. A tie has the value c."""
         x = losses / self.tau
         match self.kind:
             case "none":
                 return losses
             case "max0":
-                return losses.clamp(min=self.minimum)
+                return losses.where(losses > self.minimum + TIE * scales, self.minimum)
             case "exp":
                 capped = x.clamp(max=self.max_exponent)
                 return self.tau * capped.exp() * (1.0 + x - capped)
@@ -83,26 +90,22 @@ class Adaptive:
             case "softplus":
                 return self.tau * torch.logaddexp(x, torch.zeros_like(x))
 
-    def gains(self, losses: Tensor) -> Tensor:
+    def gains(self, losses: Tensor, scales: Tensor) -> Tensor:
         """phi' of each entry; any shape, same dtype."""
         x = losses / self.tau
         match self.kind:
             case "none":
                 return torch.ones_like(losses)
             case "max0":
-                tied = {"zero": 0.0, "half": 0.5, "full": 1.0}[self.tie]
-                above = (losses > self.minimum).to(losses.dtype)
-                return above + tied * (losses == self.minimum).to(losses.dtype)
+                above, tied = losses - self.minimum, {"zero": 0.0, "half": 0.5, "full": 1.0}
+                gate = (above > TIE * scales).to(losses.dtype)
+                return gate.where(above.abs() > TIE * scales, tied[self.tie])
             case "exp":
                 return x.clamp(max=self.max_exponent).exp()
             case "elu":
                 return x.clamp(max=0).exp()
             case "softplus":
                 return x.sigmoid()
-
-    def scoped_value(self, weights: Sequence[float], losses: Sequence[float]) -> float:
-        """L' of eq. 1e: ``weights`` W_p, ``losses`` S_p / W_p of the parts."""
-        return math.fsum(w * self.value(loss) for w, loss in zip(weights, losses, strict=True) if w)
 
 
 def _finite(loss: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+FIRST_PORT = 12000
+EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+KILL_SECONDS = 60.0  # a process in uninterruptible I/O ends late even after SIGKILL
 
 
 def die_with_parent() -> None:
@@ -23,11 +27,20 @@ def die_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago on the loopback interface."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """A port of the loopback interface that is free, and that the kernel gives to nobody who asks for any port.
+
+    A server binds its port a minute after it was chosen. Meanwhile every outgoing connection takes one from the
+    ephemeral range, so the choice is made below that range. Raises OSError when nothing is free there.
+    """
+    lowest_ephemeral = int(EPHEMERAL_RANGE.read_text().split()[0])
+    for _ in range(200):
+        port = random.randrange(FIRST_PORT, lowest_ephemeral)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", port))
+                return port
+    raise OSError(f"no free port between {FIRST_PORT} and {lowest_ephemeral}; set rollout.port")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
         time.sleep(0.05)
     for role in running:
         signal_group(role, signal.SIGKILL)  # also what a dead leader left behind in its group
-        role.process.wait()
+        role.process.wait(KILL_SECONDS)
 
 
 def signal_group(role: RunningRole, number: signal.Signals) -> None:

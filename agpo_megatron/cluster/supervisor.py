@@ -23,6 +23,7 @@ from agpo_megatron.cluster.processes import (
     free_port,
     log_tail,
     python_module,
+    signal_group,
     start,
     stop_all,
 )
@@ -32,6 +33,7 @@ from agpo_megatron.rollout.server import refuse_port_in_use, server_command
 
 log = logging.getLogger(__name__)
 SERVER_RESTARTS = 3
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 POLL_SECONDS = 0.1
 
 
@@ -74,9 +76,7 @@ def local_roles(config: Config, folder: RunFolder, mode: str, extra: Sequence[st
         for index in range(config.rollout.servers):
             port = config.rollout.port + index if config.rollout.port else free_port()
             refuse_port_in_use("127.0.0.1", port)
-            launch = server_command(
-                config, served_model(config, folder, mode), port=port, index=index
-            )
+            launch = server_command(config, config.model.path, port=port, index=index)
             path = folder.logs / f"rollout-{index}.{stamp}"
             roles.append(
                 Role(f"rollout server {index}", launch.argv, {**shared, **launch.env}, path)
@@ -103,13 +103,6 @@ def local_roles(config: Config, folder: RunFolder, mode: str, extra: Sequence[st
     return roles
 
 
-def served_model(config: Config, folder: RunFolder, mode: str) -> str:
-    """What the servers load: the checkpoint training starts from, or for eval the trained policy if there is one."""
-    if mode == "eval" and (folder.exported_model / "config.json").exists():
-        return str(folder.exported_model)
-    return config.model.path
-
-
 def supervise(roles: Sequence[Role], folder: RunFolder) -> Culprit | None:
     """Run the roles to the end. None when the controller finished its work, else who ended the run.
 
@@ -120,30 +113,41 @@ def supervise(roles: Sequence[Role], folder: RunFolder) -> Culprit | None:
     def interrupt(number: int, _frame: object) -> None:
         raise Interrupted(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
-        running += [start(role) for role in roles]
+        for role in roles:  # one by one: what has started is stopped if the next one cannot start
+            running.append(start(role))
         write_processes(running, folder)
-        while True:
-            time.sleep(POLL_SECONDS)
-            for index, role in enumerate(running):
-                code = role.process.poll()
-                is_controller = role.role.name == "controller"
-                if code is None or (code == 0 and not is_controller):
-                    continue  # a trainer leaves with 0 when the controller has told it to
-                if code == 0:
-                    return None
-                if not may_restart(role, folder):
-                    return first_culprit(running, role, code)
-                log.warning("%s ended with code %d; starting it again", role.role.name, code)
-                running[index] = replace(start(role.role), restarts=role.restarts + 1)
-                write_processes(running, folder)
+        return watch(running, folder)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         stop_all(running)
         folder.processes.unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch(running: list[RunningRole], folder: RunFolder) -> Culprit | None:
+    """Wait for the end of the run; restarts servers meanwhile."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        for index, role in enumerate(running):
+            code = role.process.poll()
+            if code is None or (code == 0 and is_trainer(role)):
+                continue  # a trainer leaves with 0 when the controller has told it to
+            if code == 0 and role.role.name == "controller":
+                return None
+            if not may_restart(role, folder):
+                return first_culprit(running)
+            log.warning("%s ended with code %d; starting it again", role.role.name, code)
+            signal_group(role, signal.SIGKILL)  # what the dead server left in its process group
+            running[index] = replace(start(role.role), restarts=role.restarts + 1)
+            write_processes(running, folder)
+
+
+def is_trainer(role: RunningRole) -> bool:
+    return role.role.name.startswith("trainer")
 
 
 def may_restart(role: RunningRole, folder: RunFolder) -> bool:
@@ -160,15 +164,14 @@ def serving_marker(folder: RunFolder, started: str) -> Path:
     return folder.logs / f"serving.{started}"
 
 
-def first_culprit(running: Sequence[RunningRole], ended: RunningRole, code: int) -> Culprit:
-    """A controller that fails usually fails because of another role: name that one if it has ended too."""
-    if ended.role.name == "controller":
-        time.sleep(2 * POLL_SECONDS)
-        for role in running:
-            other = role.process.poll()
-            if other not in (None, 0) and role is not ended:
-                return Culprit(role.role.name, other, role.role.log)
-    return Culprit(ended.role.name, code, ended.role.log)
+def first_culprit(running: Sequence[RunningRole]) -> Culprit:
+    """Who began it, of all that have ended: a signal is a cause, an exit code mostly a consequence, and the controller
+    fails because of another role."""
+    time.sleep(2 * POLL_SECONDS)
+    ended = [(role, code) for role in running if (code := role.process.poll()) is not None]
+    guilty = [(role, code) for role, code in ended if code != 0 or not is_trainer(role)]
+    role, code = min(guilty, key=lambda g: (g[1] >= 0, g[0].role.name == "controller"))
+    return Culprit(role.role.name, code, role.role.log)
 
 
 def write_processes(running: Sequence[RunningRole], folder: RunFolder) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+CHECKPOINT_MARKER = "complete.json"
+"""The file, written last, that makes a folder a checkpoint."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -42,16 +45,31 @@ class RunFolder:
         return self.path / "hf"
 
     @property
+    def done(self) -> Path:
+        """Written at the very end: which mode, how many steps."""
+        return self.path / "done.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one command that works on this folder."""
+        return self.path / ".lock"
+
+    @property
+    def inputs(self) -> Path:
+        """Digests of the data files the run began with."""
+        return self.path / "inputs.json"
+
+    @property
     def curves(self) -> Path:
         return self.path / "curves.png"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def scores(self, weights: str) -> Path:
+        """Log-probs on their way from the trainer to the controller; removed when read."""
+        return self.path / f"scores-{weights}.arrow"
+
     def evaluation(self, step: int) -> Path:
         """Greedy answers to the held-out problems after ``step``, with their scores."""
         return self.path / "evaluations" / f"step-{step:08d}.json"
-
-    def sft(self) -> RunFolder:
-        """The cold start is a run of its own inside the run's folder."""
-        return RunFolder(self.path / "sft")

@@ -62,7 +62,7 @@ class SftConfig(Section):
     batch_size: int = Field(64, ge=1)
     """Sequences per optimizer step."""
     lr: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate; it falls linearly to 0 at ``sft.steps``."""
     warmup_steps: int = Field(20, ge=0)
     """Steps of linear warm-up."""
 
@@ -326,7 +326,7 @@ class RewardConfig(Section):
     wrong: float = 0.0
     """Reward of a wrong answer."""
     timeout: float = Field(10.0, gt=0)
-    """Seconds per answer; then it scores ``wrong`` and is counted."""
+    """Seconds per answer; then it scores ``wrong``, and the journal says why (``reward_error``)."""
 
 
 class EvalConfig(Section):
@@ -334,6 +334,8 @@ class EvalConfig(Section):
     """JSONL file of held-out problems; "" turns evaluation off."""
     max_prompts: int = Field(200, ge=1)
     """Problems used, from the top of the file."""
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last."""
 
 
 class JournalConfig(Section):

@@ -68,16 +68,17 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
 
 def yaml_line(key: str, value: Any) -> str:
     """``key: value`` on one line, in a form that ``parse_yaml`` reads back to the same value."""
-    style = '"' if isinstance(value, str) and "\n" in value else None
+    # Line breaks of any alphabet, and other signs that do not print, keep to one line only when escaped.
+    quoted = isinstance(value, list) or (isinstance(value, str) and not value.isprintable())
     text: str = yaml.dump(
-        {key: value} if style is None else value,
+        value if quoted else {key: value},
         Dumper=_Dumper,
-        default_style=style,
-        default_flow_style=None if style else False,
+        default_style='"' if quoted else None,
+        default_flow_style=quoted,
         allow_unicode=True,
         width=float("inf"),
     )
-    return text.rstrip("\n") if style is None else f"{key}: {text.rstrip()}"
+    return f"{key}: {text.rstrip()}" if quoted else text.rstrip("\n")
 
 
 def _walk_keys(node: yaml.Node, prefix: str, source: str, lines: dict[str, int]) -> None:

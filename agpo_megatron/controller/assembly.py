@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -18,10 +19,10 @@ from agpo_megatron.cluster.supervisor import serving_marker
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
-from agpo_megatron.controller.run import Recipe, Run
+from agpo_megatron.controller.run import Recipe, Run, remove_leftovers
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
-from agpo_megatron.data.problems import load_problems
+from agpo_megatron.data.problems import DataError, Problem, load_problems
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.stream import PromptStream, prompts_in_order
 from agpo_megatron.data.tokenizer import load_tokenizer
@@ -31,10 +32,10 @@ from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
+from agpo_megatron.reward.numeric import extract_number
 from agpo_megatron.reward.workers import RewardPool
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool
-from agpo_megatron.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ async def carry_out(
 ) -> None:
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
-        async with rollouts_of(config, folder, surroundings) as rollouts:
+        async with rollouts_of(config, folder, surroundings, training=False) as rollouts:
             rollouts.pool.serve_as_started()
             evaluation = await loop.measure(rollouts)
-        evaluation.write(folder.path / "eval.json")
+        evaluation.write(folder.evaluation(0))
         Console().print(evaluation.scores)
         return
     steps = config.sft.steps if mode == "sft" and config.sft else config.train.steps
@@ -71,17 +72,17 @@ async def carry_out(
         elif mode == "replay" and recorded:
             await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
         else:
-            async with rollouts_of(config, folder, surroundings) as rollouts:
+            async with rollouts_of(config, folder, surroundings, training=True) as rollouts:
                 await loop.train(run, rollouts)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
     draw_curves(
         read_metrics(folder.path),
         folder.curves,
-        title=f"{folder.path.name} ({mode})",
+        title=f"{folder.path.name}: {config.algorithm.preset if mode != 'sft' else 'cold start'}",
         summary=summary,
     )
-    write_durably(folder.path / "done.json", json.dumps({"mode": mode, "steps": steps}).encode())
+    write_durably(folder.done, json.dumps({"mode": mode, "steps": steps}).encode())
 
 
 @asynccontextmanager
@@ -94,6 +95,7 @@ async def run_of(
     steps: int,
 ) -> AsyncIterator[Run]:
     journal = await asyncio.to_thread(Journal, folder.journal)
+    await asyncio.to_thread(remove_leftovers, folder)
     trainers = TrainerClient(
         config.policy.world_size,
         surroundings.token,
@@ -117,17 +119,17 @@ async def run_of(
 
 @asynccontextmanager
 async def rollouts_of(
-    config: Config, folder: RunFolder, surroundings: Surroundings
+    config: Config, folder: RunFolder, surroundings: Surroundings, training: bool
 ) -> AsyncIterator[loop.Rollouts]:
-    """Pool, rewards and prompts; on entry every server has generated once."""
+    """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
     tokenizer = load_tokenizer(config.model.path)
-    problems = await asyncio.to_thread(load_problems, config.data.path, config.data, tokenizer)
-    held_out: list[Prompt] = []
-    if config.eval.path:
-        listed = await asyncio.to_thread(load_problems, config.eval.path, config.data, tokenizer)
-        held_out = prompts_in_order(listed[: config.eval.max_prompts])
+    problems = await asyncio.to_thread(
+        problems_in, config.data.path if training else "", config, tokenizer
+    )
+    held_out = await asyncio.to_thread(problems_in, config.eval.path, config, tokenizer)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    connector = aiohttp.TCPConnector(limit=0)  # the pool bounds what is in flight
+    # The pool bounds what is in flight. SGLang closes a connection that was idle for 5 s, perhaps just as it is used.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     async with aiohttp.ClientSession(connector=connector) as session:
         clients = [
             ServerClient(url, session, config.rollout.request_timeout)
@@ -139,4 +141,21 @@ async def rollouts_of(
         ):
             await pool.wait_alive()
             serving_marker(folder, surroundings.started).touch()
-            yield loop.Rollouts(pool, rewards, PromptStream(problems, config.seed), held_out)
+            yield loop.Rollouts(
+                pool,
+                rewards,
+                PromptStream(problems, config.seed),
+                prompts_in_order(held_out[: config.eval.max_prompts]),
+            )
+
+
+def problems_in(path: str, config: Config, tokenizer: Any) -> list[Problem]:
+    """Problems of a file ("" has none). Raises DataError also for an answer that the verifier could never confirm."""
+    problems = load_problems(path, config.data, tokenizer) if path else []
+    for number, problem in enumerate(problems, start=1):
+        if extract_number(problem.answer) is None:
+            raise DataError(
+                f"{path}, problem {number}: the answer {problem.answer!r} holds no number, "
+                "so verifier numeric could never call a response right; drop the line or correct it"
+            )
+    return problems

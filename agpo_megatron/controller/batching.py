@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -48,12 +49,13 @@ NO_SCORES = Scores()
 class StepRequest:
     """What a step is built from beside its groups.
 
-    ``version``: the weights it starts from. ``cursor``: prompt position after it. ``entropy_state``: coefficient that
-    the step before left. ``discarded``: groups generated for it that dynamic sampling replaced; ``rounds`` of
-    generation.
+    ``attempt``: that decides it. ``version``: the weights it starts from. ``cursor``: prompt position after it.
+    ``entropy_state``: coefficient that the step before left. ``discarded``: groups generated for it that dynamic
+    sampling replaced; ``rounds`` of generation.
     """
 
     step: int
+    attempt: int
     cursor: int
     version: WeightVersion
     algorithm: AlgorithmConfig
@@ -190,7 +192,7 @@ def build_step(journaled: Sequence[JournaledGroup], request: StepRequest) -> Ste
     ]
     return StepRecord(
         step=request.step,
-        attempt=0,
+        attempt=request.attempt,
         cursor=request.cursor,
         weight_version=str(request.version),
         segments={
@@ -350,7 +352,7 @@ def plan_micro_batches(
         bins = pack(order, lengths, cost, per_rank * data_parallel, token_budget)
         if bins is not None:
             break
-        per_rank += 1
+        per_rank += max(1, per_rank // 50)
     # Heaviest first, dealt to the ranks back and forth, so that ranks and pipeline slots see like costs.
     bins.sort(key=lambda b: (-sum(cost(lengths[i]) for i in b), b))
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel)]
@@ -370,13 +372,18 @@ def pack(
 ) -> list[list[int]] | None:
     """Least-cost-first packing into ``count`` bins; None when a sequence finds no bin with room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, costs = [0] * count, [0.0] * count
+    tokens = [0] * count
+    by_cost = [(0.0, b) for b in range(count)]  # a heap: the least costly bin first
     for i in order:
-        room = [b for b in range(count) if not bins[b] or tokens[b] + lengths[i] <= budget]
-        if not room:
+        full = []
+        while by_cost and bins[by_cost[0][1]] and tokens[by_cost[0][1]] + lengths[i] > budget:
+            full.append(heapq.heappop(by_cost))
+        if not by_cost:
             return None
-        best = min(room, key=lambda b: (costs[b], b))
+        spent, best = by_cost[0]
+        heapq.heapreplace(by_cost, (spent + cost(lengths[i]), best))
         bins[best].append(i)
         tokens[best] += lengths[i]
-        costs[best] += cost(lengths[i])
+        for entry in full:
+            heapq.heappush(by_cost, entry)
     return bins

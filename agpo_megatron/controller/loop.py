@@ -7,6 +7,7 @@ prompts -> rollout pool -> rewards -> journal (durable) -> scores, where the los
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ async def train(run: Run, rollouts: Rollouts) -> None:
     config = run.config
     done = await run.load()
     await run.replay(done)
-    publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend)
+    prompts = map(rollouts.stream.prompt_at, itertools.count())
+    publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend, prompts)
     pending = await asyncio.to_thread(run.journal.pending_groups)
     await publish(run, publisher, {})
     before = await evaluate(run, rollouts, step=0)
@@ -96,11 +98,14 @@ async def train(run: Run, rollouts: Rollouts) -> None:
     entropy_state = last.entropy_state if last else config.algorithm.loss.entropy.coef
 
     for step in range(run.version.step + 1, config.train.steps + 1):
+        if config.eval.every and run.version.step % config.eval.every == 0:
+            await evaluate(run, rollouts, run.version.step)
         timings: dict[str, float] = {}
         with seconds_into(timings, "time/step"):
             collected = await collect(run, rollouts, step, cursor, pending, timings)
             request = StepRequest(
                 step=step,
+                attempt=run.journal.attempt,
                 cursor=collected.cursor,
                 version=run.version,
                 algorithm=config.algorithm,
@@ -111,11 +116,11 @@ async def train(run: Run, rollouts: Rollouts) -> None:
                 discarded=collected.discarded,
                 rounds=collected.rounds,
             )
-            record = build_step(collected.groups, request)
-            record = await asyncio.to_thread(run.journal.commit_step, record)
+            record = await asyncio.to_thread(build_step, collected.groups, request)
+            name = await asyncio.to_thread(run.journal.commit_step, record)
             cursor, entropy_state = record.cursor, record.entropy_state
             with run.phase(f"update step {step}", timings, "time/update"):
-                stats = await run.update(record, run.folder.journal)
+                stats = await run.update(record, run.folder.journal, name)
             await publish(run, publisher, timings)
         run.report(record, stats, timings)
         if step % config.run.checkpoint_every == 0 or step == config.train.steps:
@@ -181,9 +186,7 @@ async def generate(
 
     async def roll_out(position: int) -> None:
         group = await rollouts.pool.generate_group(rollouts.stream.prompt_at(position))
-        with seconds_into(timings, "time/reward"):  # overlaps with generation, also of other groups
-            scored = await rollouts.rewards.score_group(group)
-        finished.put_nowait(scored)
+        finished.put_nowait(await rollouts.rewards.score_group(group))
 
     async def make_durable() -> None:
         while len(ready) < size:
@@ -198,6 +201,8 @@ async def generate(
             tasks.create_task(make_durable())
             for position in missing:
                 tasks.create_task(roll_out(position))
+    spent = rollouts.rewards.take_busy_seconds()
+    timings["time/reward"] = timings.get("time/reward", 0.0) + spent
     return [ready[p] for p in positions]
 
 

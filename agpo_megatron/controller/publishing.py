@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 
 from agpo_megatron.config.schema import Config, PolicyConfig
 from agpo_megatron.controller.trainer_client import TrainerClient
@@ -11,15 +12,19 @@ from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import ModelShape, TensorSpec
 from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.server import server_dtype
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher
-from agpo_megatron.types import WeightVersion
+from agpo_megatron.types import Prompt, WeightVersion
 
 BUCKET_BYTES = 512 * 1024**2
-PUBLISH_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# Server and policy compute the probe in the policy's precision: a wrong weight shows far above these.
-PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
+# Allowed difference of log-probs by precision, of the coarser of server and policy: a wrong weight shows far above.
+# bf16: 0.5 nats are seen between the two ends at single tokens of SmolLM2's own samples.
+PROBE_TOLERANCE = {"float32": 1e-3, "fp32": 1e-3, "bfloat16": 2.0, "bf16": 2.0}
 PROBE_LENGTH = 32
+COMMAND_MARGIN = 30.0
+"""Seconds that a trainer command may outlast its own deadline (a failed broadcast still takes part in the gathers of
+the other ranks) before the trainer counts as lost, which ends the run."""
 
 Plan = Sequence[Sequence[Sequence[TensorSpec]]]
 
@@ -27,26 +32,49 @@ Plan = Sequence[Sequence[Sequence[TensorSpec]]]
 class PublishingTrainer:
     """``sync.messages.TrainerPublishing`` over trainer commands."""
 
-    def __init__(self, trainers: TrainerClient, plan: Plan, timeout: float) -> None:
-        self._trainers, self._timeout = trainers, timeout
+    def __init__(self, trainers: TrainerClient, plan: Plan) -> None:
+        self._trainers = trainers
         self._plan = [[[asdict(spec) for spec in bucket] for bucket in stage] for stage in plan]
 
-    async def publish_open(self, epoch: str, world_size: int) -> Mapping[int, tuple[str, int]]:
-        answers = await self._trainers.call("publish_open", epoch=epoch, world_size=world_size)
+    async def publish_open(
+        self, epoch: str, world_size: int, seconds: float
+    ) -> Mapping[int, tuple[str, int]]:
+        answers = await self._trainers.call(
+            "publish_open", timeout=seconds + COMMAND_MARGIN, epoch=epoch, world_size=world_size
+        )
         return {a["stage"]: (a["host"], a["port"]) for a in answers if a["stage"] is not None}
 
-    async def publish_send(self, version: WeightVersion) -> PublishReport:
+    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
         answers = await self._trainers.call(
-            "publish_send", plan=self._plan, seconds=self._timeout, step=version.step
+            "publish_send",
+            timeout=seconds + COMMAND_MARGIN,
+            plan=self._plan,
+            seconds=seconds,
+            step=version.step,
         )
         sources = [a for a in answers if a["stage"] is not None]
         stages = {a["stage"]: StageReport(**a["report"]) for a in sources}
         return PublishReport(answers[0]["step"], stages)
 
-    async def score_tokens(self, tokens: list[int]) -> list[float]:
-        answers = await self._trainers.call("score", tokens=tokens, temperature=1.0)
-        logprobs: list[float] = answers[0]["logprobs"]
-        return logprobs[1:]
+    async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
+        answers = await self._trainers.call(
+            "score", timeout=seconds + COMMAND_MARGIN, tokens=tokens, temperature=1.0
+        )
+        return answers[0]["step"], answers[0]["logprobs"][1:]
+
+
+def probe_tokens(prompts: Iterable[Prompt]) -> list[int]:
+    """The first ``PROBE_LENGTH`` tokens of the prompts in a row, fixed for the run.
+
+    Text of the task, not random ids: the log-probs of absurd tokens differ by nats in bf16 for rounding alone.
+    """
+    tokens = (token for prompt in prompts for token in prompt.tokens)
+    return list(islice(tokens, PROBE_LENGTH))
+
+
+def probe_tolerance(config: Config) -> float:
+    """By how much server and policy may differ in the probe's log-probs."""
+    return max(PROBE_TOLERANCE[server_dtype(config)], PROBE_TOLERANCE[config.policy.dtype])
 
 
 def stage_layers(layers: int, policy: PolicyConfig) -> list[list[int]]:
@@ -67,22 +95,26 @@ def stage_layers(layers: int, policy: PolicyConfig) -> list[list[int]]:
 
 
 def make_publisher(
-    config: Config, pool: RolloutPool, trainers: TrainerClient, backend: str
+    config: Config,
+    pool: RolloutPool,
+    trainers: TrainerClient,
+    backend: str,
+    prompts: Iterable[Prompt],
 ) -> Publisher:
-    """The publisher of one run. ``backend``: that of the trainer's device, gloo or nccl."""
+    """The publisher of one run. ``backend``: that of the trainer's device, gloo or nccl. ``prompts``: to probe with."""
     hf_config = read_config(config.model.path)
     shape = ModelShape.from_hf(hf_config)
-    dtype = PUBLISH_DTYPES[config.policy.dtype]
-    manifest = publish_manifest(hf_config, stage_layers(shape.layers, config.policy), dtype)
+    layers = stage_layers(shape.layers, config.policy)
+    # What a server receives it copies into its own tensors: only in its own precision do all ends hash the same bytes.
+    manifest = publish_manifest(hf_config, layers, server_dtype(config))
     plan = [buckets(stage, BUCKET_BYTES) for stage in manifest]
-    timeout = config.cluster.command_timeout
     return Publisher(
         pool,
-        PublishingTrainer(trainers, plan, timeout),
+        PublishingTrainer(trainers, plan),
         plan,
         server_ranks=config.rollout.tensor_parallel,
         backend=backend,
-        probe_tokens=[(7 * i + config.seed) % shape.vocab_size for i in range(PROBE_LENGTH)],
-        probe_tolerance=PROBE_TOLERANCE[config.policy.dtype],
-        timeout=timeout,
+        probe_tokens=probe_tokens(prompts),
+        probe_tolerance=probe_tolerance(config),
+        timeout=config.cluster.command_timeout,
     )

@@ -10,25 +10,27 @@ async def train_on_record(run: Run, recorded: JournalReader) -> None:
     """Take the recorded steps in order, up to ``train.steps``; in the same layout on a CPU the weights come out equal
     bit for bit. Continues from this run's own checkpoint if it has one.
 
-    Raises JournalError when the record does not begin where this run stands.
+    Raises JournalError when the record does not hold every step that is asked for.
     """
+    config = run.config
     done = await run.load()
-    steps = [s for s in recorded.steps() if done < s <= run.config.train.steps]
-    if steps and steps[0] != done + 1:
+    names = recorded.step_names()
+    missing = [s for s in range(done + 1, config.train.steps + 1) if s not in names]
+    if missing:
         raise JournalError(
-            f"{recorded.folder} begins at step {steps[0]}, but step {done + 1} is needed; "
-            "its journal has been pruned (journal.keep: checkpoints)"
+            f"{recorded.folder} has no step {missing[0]} "
+            f"(it holds {min(names, default=0)} to {max(names, default=0)}); lower train.steps, "
+            "or, if journal.keep: checkpoints has pruned it, replay another run"
         )
-    for step in steps:
-        record = recorded.record(step)
+    for step in range(done + 1, config.train.steps + 1):
+        record = recorded.read_record(names[step])
         timings: dict[str, float] = {}
         with (
             seconds_into(timings, "time/step"),
             run.phase(f"update step {step}", timings, "time/update"),
         ):
-            stats = await run.update(record, recorded.folder)
+            stats = await run.update(record, recorded.folder, names[step])
         run.report(record, stats, timings)
-        if step % run.config.run.checkpoint_every == 0:
+        if step % config.run.checkpoint_every == 0 or step == config.train.steps:
             await run.save()
-    await run.save()
     await run.export(run.folder.exported_model)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
-from agpo_megatron.journal import Journal, StepRecord
+from agpo_megatron.journal import Journal, JournalError, StepRecord
 from agpo_megatron.journal.records import read_scores, write_durably
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.metrics import MetricsWriter
@@ -27,7 +28,6 @@ from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
-COMPLETE = "complete.json"  # the file that makes a folder a checkpoint (policy/checkpoint.py)
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,24 @@ class Run:
         self.version = WeightVersion(step, self.journal.attempt)
         return step
 
-    async def update(self, record: StepRecord, journal: Path) -> dict[str, float]:
-        """One optimizer step on a committed record; afterwards ``version`` is one step further."""
+    async def update(self, record: StepRecord, journal: Path, name: str) -> dict[str, float]:
+        """One optimizer step on the committed record ``name``; afterwards ``version`` is one step further.
+
+        Raises JournalError when it is not the step after the weights'.
+        """
+        if record.step != self.version.step + 1:
+            raise JournalError(
+                f"step {self.version.step + 1} is neither in a checkpoint nor in {journal} "
+                f"(next there: {record.step}); restore a checkpoint, or start in another --run-dir"
+            )
         with_weight = [i for i, row in enumerate(record.rows) if row.has_weight]
-        plan = self.plan([record.rows[i].tokens for i in with_weight])
+        plan = await self.plan([record.rows[i].tokens for i in with_weight])
         numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
         lr = self.recipe.lr_at(record.step)
         results = await self.trainers.call(
             "update",
             journal=str(journal),
+            record=name,
             step=record.step,
             plan=numbered,
             loss={**self.recipe.loss, "entropy_coef": record.entropy_coef},
@@ -107,10 +116,11 @@ class Run:
         self.version = WeightVersion(record.step, self.journal.attempt)
         return {**results[0], "lr": lr}
 
-    def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+    async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro-batches of sequences of these lengths, by data-parallel rank."""
         policy = self.config.policy
-        return plan_micro_batches(
+        return await asyncio.to_thread(
+            plan_micro_batches,
             lengths,
             data_parallel=policy.data_parallel,
             token_budget=self.config.train.micro_batch_tokens,
@@ -130,24 +140,24 @@ class Run:
         if not any(asked for _, asked in wanted):
             return NO_SCORES
         samples = [sample for j in groups for sample in j.group.samples]
-        lengths = [len(s.prompt_tokens) + len(s.response_tokens) for s in samples]
+        plan = await self.plan([len(s.prompt_tokens) + len(s.response_tokens) for s in samples])
         rows = [[ref.segment, ref.row, j.digest] for j in groups for ref in j.refs]
         found: dict[str, dict[str, list[float]]] = {"policy": {}, "reference": {}}
         entropy = 0.0
         for weights, asked in wanted:
             if not asked:
                 continue
-            path = self.folder.path / f"scores-{weights}.arrow"
+            path = self.folder.scores(weights)
             with self.phase(f"score with {weights} weights", timings, "time/score"):
                 results = await self.trainers.call(
                     "score_samples",
                     journal=str(self.folder.journal),
                     samples=rows,
-                    plan=self.plan(lengths),
+                    plan=plan,
                     weights=weights,
                     path=str(path),
                 )
-                found[weights] = await asyncio.to_thread(read_scores, path)
+                found[weights] = await asyncio.to_thread(read_scores, path, results[0]["digest"])
             path.unlink()
             if weights == "policy":
                 entropy = float(results[0]["entropy"])
@@ -158,12 +168,16 @@ class Run:
         step = self.version.step
         with self.phase(f"save step {step}", {}, ""):
             await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
+        await asyncio.to_thread(self._remove_old)
+
+    def _remove_old(self) -> None:
+        """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
         checkpoints = complete_checkpoints(self.folder)
-        for old in checkpoints[: -self.config.run.keep_checkpoints]:
-            (old / COMPLETE).unlink()  # first: a half-removed folder is no checkpoint
+        kept = checkpoints[-self.config.run.keep_checkpoints :]
+        for old in checkpoints[: -len(kept)]:
+            (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint
             shutil.rmtree(old)
         if self.config.journal.keep == "checkpoints":
-            kept = checkpoints[-self.config.run.keep_checkpoints :]
             self.journal.prune(before_step=step_of(kept[0]) + 1)
 
     async def export(self, path: Path) -> None:
@@ -173,16 +187,13 @@ class Run:
 
     async def replay(self, done: int) -> None:
         """Train again on the committed steps that the checkpoint does not contain; nothing is generated."""
-        for step in self.journal.committed_steps():
+        for step, name in sorted(self.journal.reader.step_names().items()):
             if step <= done:
                 continue
             timings: dict[str, float] = {}
-            record = self.journal.reader.record(step)
-            with (
-                seconds_into(timings, "time/step"),
-                self.phase(f"replay step {step}", timings, "time/update"),
-            ):
-                stats = await self.update(record, self.folder.journal)
+            record = self.journal.reader.read_record(name)
+            with self.phase(f"replay step {step}", timings, "time/update"):
+                stats = await self.update(record, self.folder.journal, name)
             self.report(record, stats, timings)
 
     def report(
@@ -203,9 +214,7 @@ class Run:
         return Evaluation.read(path) if path.exists() else None
 
     def save_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        path = self.folder.evaluation(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        evaluation.write(path)
+        evaluation.write(self.folder.evaluation(step))
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,7 @@ class Evaluation:
     samples: list[Sample]
 
     def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         content = {"scores": self.scores, "samples": [asdict(sample) for sample in self.samples]}
         write_durably(path, json.dumps(content).encode())
 
@@ -241,7 +251,18 @@ def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
 
 def complete_checkpoints(folder: RunFolder) -> list[Path]:
     """Checkpoints of a run, oldest first; half-written folders do not count."""
-    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / COMPLETE).exists())
+    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / CHECKPOINT_MARKER).exists())
+
+
+def remove_leftovers(folder: RunFolder) -> None:
+    """What a killed attempt left half-done: checkpoints without their marker, their temporary folders, scores."""
+    for path in folder.path.glob("*scores-*.arrow*"):
+        path.unlink()
+    if folder.checkpoints.is_dir():
+        complete = set(complete_checkpoints(folder))
+        for path in folder.checkpoints.iterdir():
+            if path not in complete and re.fullmatch(r"\.?step-\d+(\.\w+)?", path.name):
+                shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:

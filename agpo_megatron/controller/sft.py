@@ -19,7 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def sft_recipe(sft: SftConfig) -> Recipe:
-    return Recipe(loss={"policy": "nll"}, lr=sft.lr, warmup_steps=sft.warmup_steps, steps=sft.steps)
+    return Recipe(
+        loss={"policy": "nll"},
+        lr=sft.lr,
+        warmup_steps=sft.warmup_steps,
+        steps=sft.steps,
+        schedule="linear",
+    )
 
 
 async def cold_start(run: Run, examples: Sequence[Group], sft: SftConfig, output: Path) -> None:
@@ -36,9 +42,9 @@ async def cold_start(run: Run, examples: Sequence[Group], sft: SftConfig, output
         ]
         with seconds_into(timings, "time/step"):
             record = sft_step(step, [journaled[p] for p in positions], run)
-            record = await asyncio.to_thread(run.journal.commit_step, record)
+            name = await asyncio.to_thread(run.journal.commit_step, record)
             with run.phase(f"update step {step}", timings, "time/update"):
-                stats = await run.update(record, run.folder.journal)
+                stats = await run.update(record, run.folder.journal, name)
         run.report(record, stats, timings)
         if step % run.config.run.checkpoint_every == 0:
             await run.save()
@@ -72,7 +78,7 @@ def sft_step(step: int, journaled: Sequence[JournaledGroup], run: Run) -> StepRe
     ]
     return StepRecord(
         step=step,
-        attempt=0,
+        attempt=run.journal.attempt,
         cursor=0,  # examples are drawn again and again: they stay pending
         weight_version=str(run.version),
         segments={j.refs[0].segment: j.digest for j in journaled},

@@ -7,8 +7,8 @@ Trainers connect out to this HTTP server (so only the controller's address must 
     POST /heartbeat           every rank: {rank, phase, since}           the death of one hides no other
     POST /failure             any rank: {rank, command, error}           before it exits
 
-Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0
-answers a repeated seq from memory, so a command is carried out once however often it is fetched.
+Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0 asks
+for what comes after the last seq it carried out, so a command is carried out once however often it is fetched.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class TrainerClient:
         self._failure: TrainerError | None = None
         self._one_at_a_time = asyncio.Lock()
         self._runner: web.AppRunner | None = None
+        self._closing = False
 
     async def start(self, host: str, port: int) -> None:
         app = web.Application(middlewares=[self._authenticate], client_max_size=2**30)
@@ -73,6 +74,10 @@ class TrainerClient:
         await web.TCPSite(self._runner, host, port).start()
 
     async def close(self) -> None:
+        """Answer an open long poll and stop listening."""
+        self._closing = True
+        async with self._issued:
+            self._issued.notify_all()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -144,11 +149,11 @@ class TrainerClient:
             async with asyncio.timeout(POLL_SECONDS):
                 async with self._issued:
                     await self._issued.wait_for(
-                        lambda: self._command and self._command["seq"] > after
+                        lambda: self._closing or (self._command and self._command["seq"] > after)
                     )
         except TimeoutError:
             return web.Response(status=204)
-        return web.json_response(self._command)
+        return web.Response(status=204) if self._closing else web.json_response(self._command)
 
     async def _on_result(self, request: web.Request) -> web.Response:
         body = await request.json()

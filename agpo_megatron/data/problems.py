@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from agpo_megatron.config.schema import DataConfig
 
@@ -24,54 +25,53 @@ class Problem:
     tokens: list[int]
 
 
-def read_jsonl(path: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that all have ``keys``. Raises DataError with file, line and fix."""
+def read_jsonl(path: str, keys: tuple[str, ...]) -> Dataset:
+    """The fields ``keys`` of a JSONL file, as texts, one row per line that is not blank; ``line`` is its number.
+
+    Decoded line by line with the standard library: a reader that guesses column types turns texts that look like
+    dates into dates. Raises DataError with file, line and fix.
+    """
     file = Path(path)
     if not file.exists():
         raise DataError(
             f"data file {file} does not exist; correct its path in the config, or prepare the data"
         )
-    if file.stat().st_size == 0:
+    rows: list[dict[str, str | int]] = []
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append({"line": number, **fields_of(line, keys, f"{file}, line {number}")})
+    if not rows:
         raise DataError(f"data file {file} is empty; it needs one JSON object a line")
-    from datasets import Dataset, disable_progress_bars
-    from datasets.exceptions import DatasetGenerationError
+    return Dataset.from_list(rows)
 
-    disable_progress_bars()
+
+def fields_of(line: str, keys: tuple[str, ...], place: str) -> dict[str, str]:
+    """``keys`` of one JSON object, numbers as they are written."""
     try:
-        with tempfile.TemporaryDirectory() as cache:  # the rows stay in memory
-            rows = Dataset.from_json(str(file), keep_in_memory=True, cache_dir=cache).to_list()
-    except (DatasetGenerationError, ValueError) as error:
-        raise DataError(f"{file}: {first_bad_line(file)}") from error
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in keys if row.get(key) is None]
-        if missing:
+        row = json.loads(line, parse_int=str, parse_float=str)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON ({error.msg}); mend or remove the line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is not a JSON object; mend or remove the line")
+    for key in keys:
+        if row.get(key) is None:
             raise DataError(
-                f"{file}, line {number}: no field {missing[0]!r} "
-                f"(it has {sorted(k for k in row if row[k] is not None)}); "
+                f"{place}: no field {key!r} (it has {sorted(k for k in row if row[k] is not None)}); "
                 "name the right fields with data.prompt_key and data.answer_key"
             )
-    return rows
-
-
-def first_bad_line(file: Path) -> str:
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
-        try:
-            if not isinstance(json.loads(line), dict):
-                return f"line {number} is not a JSON object"
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON ({error.msg})"
-    return "the lines are JSON, but of types that do not fit each other"
+    return {key: str(row[key]) for key in keys}
 
 
 def load_problems(path: str, data: DataConfig, tokenizer: Any) -> list[Problem]:
     """All problems of a file in file order. Raises DataError, also for a prompt over ``data.max_prompt_tokens``."""
     problems = []
-    for number, row in enumerate(read_jsonl(path, (data.prompt_key, data.answer_key)), start=1):
+    for row in read_jsonl(path, (data.prompt_key, data.answer_key)):
         text = f"{data.prefix}{row[data.prompt_key]}{data.suffix}"
         tokens = prompt_tokens(text, data.chat_template, tokenizer)
         if not 0 < len(tokens) <= data.max_prompt_tokens:
             raise DataError(
-                f"{path}, line {number}: the prompt has {len(tokens)} tokens, allowed are 1 to "
+                f"{path}, line {row['line']}: the prompt has {len(tokens)} tokens, allowed are 1 to "
                 f"data.max_prompt_tokens {data.max_prompt_tokens}; raise it or drop the line"
             )
         problems.append(Problem(str(row[data.prompt_key]), str(row[data.answer_key]), tokens))

@@ -23,7 +23,7 @@ from agpo_megatron.types import Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
 SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})\.arrow$")
-STEP = re.compile(r"step-(\d{8})-a(\d{6})\.arrow$")
+STEP = re.compile(r"step-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
 
 
 def owners(folder: Path) -> list[int]:
@@ -65,9 +65,10 @@ class JournalReader:
 
     def steps(self) -> list[int]:
         """Committed step numbers, ascending."""
-        return sorted(self._step_names())
+        return sorted(self.step_names())
 
-    def _step_names(self) -> dict[int, str]:
+    def step_names(self) -> dict[int, str]:
+        """File name of every committed step."""
         return {int(m[1]): n for n in valid_files(self.folder)[1] if (m := STEP.fullmatch(n))}
 
     def segment(self, name: str, digest: str | None = None) -> pa.Table:
@@ -81,7 +82,7 @@ class JournalReader:
 
     def record(self, step: int) -> StepRecord:
         """The committed record of ``step``. Raises JournalError when there is none."""
-        name = self._step_names().get(step)
+        name = self.step_names().get(step)
         if name is None:
             raise JournalError(
                 f"{self.folder} has no committed step {step} (it has {self.steps()[-3:] or 'none'} last)"
@@ -89,8 +90,12 @@ class JournalReader:
         return self.read_record(name)
 
     def read_record(self, name: str) -> StepRecord:
+        """The step file ``name``, checked against the digest in its name. Raises JournalError."""
+        match = STEP.fullmatch(name)
+        if match is None:
+            raise JournalError(f"{name} is not the name of a step file")
         path = self.folder / "steps" / name
-        return table_to_step(decode_table(path, read_file(path, None, self.read_patience)))
+        return table_to_step(decode_table(path, read_file(path, match[3], self.read_patience)))
 
     def sequences(self, record: StepRecord, rows: list[int] | None = None) -> list[TrainSequence]:
         """The step's sequences (all, or those of the given row numbers), in that order."""

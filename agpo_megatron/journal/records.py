@@ -104,8 +104,8 @@ class StepRecord:
     """A committed step. ``step`` counts from 1. ``cursor``: the prompt position after this step's prompts.
 
     ``weight_version``: the weights the step starts from. ``segments``: digest of every segment it refers to.
-    ``metrics``: what the controller measured before training (rewards, groups, times). ``entropy_coef``: weight of
-    the entropy bonus in this step; ``entropy_state``: what the next step's adaptive coefficient starts from.
+    ``metrics``: what is known of the step before training (rewards, groups, lengths). ``entropy_coef``: weight of the
+    entropy bonus in this step; ``entropy_state``: what the next step's adaptive coefficient starts from.
     """
 
     step: int
@@ -190,7 +190,7 @@ def to_train_sequence(sample: Sample, row: StepRow) -> TrainSequence:
         loss_weight=row.loss_weight,
         loss_mask=[0] * len(prompt) + mask,
         advantage=row.advantage,
-        rollout_logprobs=prompt + sample.rollout_logprobs,
+        rollout_logprobs=prompt + sample.rollout_logprobs if sample.versions else [],
         ref_logprobs=prompt + row.ref_logprobs if row.ref_logprobs else [],
         correction=prompt + row.correction if row.correction else [],
     )
@@ -259,15 +259,17 @@ def table_to_step(table: pa.Table) -> StepRecord:
     return StepRecord(rows=rows, **header)
 
 
-def write_scores(path: Path, logprobs: dict[str, list[float]]) -> None:
-    """Log-probs by sample id, as ``SCORE_SCHEMA``."""
+def write_scores(path: Path, logprobs: dict[str, list[float]]) -> str:
+    """Log-probs by sample id, as ``SCORE_SCHEMA``; returns the file's digest."""
     columns = {"sample_id": list(logprobs), "logprobs": list(logprobs.values())}
-    write_durably(path, encode_table(pa.Table.from_pydict(columns, schema=SCORE_SCHEMA)))
+    data = encode_table(pa.Table.from_pydict(columns, schema=SCORE_SCHEMA))
+    write_durably(path, data)
+    return digest_of(data)
 
 
-def read_scores(path: Path) -> dict[str, list[float]]:
+def read_scores(path: Path, digest: str) -> dict[str, list[float]]:
     """Inverse of ``write_scores``; waits for a shared file system as ``read_file`` does."""
-    table = decode_table(path, read_file(path))
+    table = decode_table(path, read_file(path, digest))
     return dict(zip(*(table.column(name).to_pylist() for name in SCORE_SCHEMA.names), strict=True))
 
 
@@ -314,14 +316,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def read_file(path: Path, digest: str | None = None, patience: float = 5.0) -> bytes:
-    """Whole file; waits up to ``patience`` seconds for a shared file system to show it (and with the right digest).
+    """Whole file. ``digest``: SHA-256 it must have, or the beginning of it.
 
+    Waits up to ``patience`` seconds for a shared file system to show the file, with that content.
     Raises JournalError when it stays missing or different.
     """
     deadline = time.monotonic() + patience
     while True:
         data = path.read_bytes() if path.exists() else None
-        if data is not None and (digest is None or digest_of(data) == digest):
+        if data is not None and (digest is None or digest_of(data).startswith(digest)):
             return data
         if time.monotonic() > deadline:
             cause = (

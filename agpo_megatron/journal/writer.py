@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from agpo_megatron.journal.reader import STEP, JournalReader, owners, valid_files
@@ -78,12 +78,12 @@ class Journal:
         self._segments_written += 1
         return locate(table_to_groups(table), name, digest_of(data))
 
-    def commit_step(self, record: StepRecord) -> StepRecord:
-        """Commit a step. From here on it will be trained, by this attempt or by a later one."""
-        record = replace(record, attempt=self.attempt)
-        name = f"step-{record.step:08d}-a{self.attempt:06d}.arrow"
-        write_durably(self.folder / "steps" / name, encode_table(step_to_table(record)))
-        return record
+    def commit_step(self, record: StepRecord) -> str:
+        """Commit a step; returns its file name. From here on it will be trained, by this attempt or by a later one."""
+        data = encode_table(step_to_table(record))
+        name = f"step-{record.step:08d}-a{self.attempt:06d}-{digest_of(data)[:16]}.arrow"
+        write_durably(self.folder / "steps" / name, data)
+        return name
 
     def committed_steps(self) -> list[int]:
         return self.reader.steps()
@@ -113,11 +113,20 @@ class Journal:
         return pending
 
     def prune(self, before_step: int) -> int:
-        """Remove steps below ``before_step`` and the segments only they used. Returns the number of files removed."""
+        """Remove steps below ``before_step`` and the segments only they used. Returns the number of files removed.
+
+        Raises JournalError when another attempt has become the writer: the files are its own now.
+        """
+        if owners(self.folder)[-1] != self.attempt:
+            raise JournalError(
+                f"{self.folder} has another writer now; this run has been superseded"
+            )
         segments, steps = valid_files(self.folder)
-        old = [n for n in steps if (m := STEP.fullmatch(n)) and int(m[1]) < before_step]
+        # The newest step stays in any case: its cursor says which groups are pending.
+        old = [n for n in steps[:-1] if (m := STEP.fullmatch(n)) and int(m[1]) < before_step]
         kept = [n for n in steps if n not in old]
         needed = {segment for n in kept for segment in self.reader.read_record(n).segments}
+        needed |= {j.refs[0].segment for j in self.pending_groups().values()}
         dead = {segment for n in old for segment in self.reader.read_record(n).segments} - needed
         survivors = [n for n in segments if n not in dead]
         write_durably(self.folder / owner_name(self.attempt), inventory(survivors, kept))

@@ -69,9 +69,11 @@ def selected_logprobs(
     SUM, which the caller's mapping must add up over ``group`` (Megatron's
     copy_to_tensor_model_parallel_region all-reduces it, its gather_from_sequence_parallel_region
     reduce-scatters it). The gradient of ``weight`` is complete for its rows, accumulated in fp32
-    and returned in the weight's dtype. Matmuls of 16-bit inputs accumulate, and keep logits, in
-    fp32. Under ``torch.no_grad()`` nothing is kept. Backward runs once; there is no second
-    derivative.
+    within a call and returned in the weight's dtype, as autograd demands: a bf16 head's gradient is
+    rounded once per micro-batch before Megatron adds it to its fp32 main_grad. That is a known cost,
+    until the loss is fused with the head and adds to main_grad itself. Matmuls of
+    16-bit inputs accumulate, and keep logits, in fp32. Under ``torch.no_grad()`` nothing is kept.
+    Backward runs once; there is no second derivative.
 
     Raises ValueError for shapes or dtypes that do not fit, a non-positive temperature or chunk, a
     head smaller than the vocabulary, and (CPU tensors; elsewhere the check would stall the device,

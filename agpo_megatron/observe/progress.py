@@ -16,17 +16,19 @@ from rich.text import Text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TREND = 40  # steps shown in a trend line
+_PLAIN_LINES = 100  # lines a whole run prints, about, when it is not on a terminal
 
 
 class Progress:
     """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
 
     ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
-    but a terminal each step is one line and phases are silent. Usable as a context manager.
+    but a terminal a step is one line (of long runs, every so many steps) and phases are silent. A context manager.
     """
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
         self._total, self._title = total_steps, title
+        self._every = max(1, total_steps // _PLAIN_LINES)  # long runs: a log, not a flood
         self._console = console or Console()
         self._history: list[Mapping[str, float]] = []
         self._phase, self._since = "start", time.monotonic()
@@ -55,7 +57,7 @@ class Progress:
         self._history.append(dict(metrics))
         if self._live:
             self._live.refresh()
-        else:
+        elif len(self._history) % self._every == 0 or metrics["step"] == self._total:
             self._line(plain_line(metrics, self._total))
 
     def close(self) -> None:
@@ -122,15 +124,19 @@ class Progress:
 
 
 def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
-    """One step in one line, as a log shows it."""
+    """One step in one line, as a log shows it. Supervised steps have no answers, so nothing is said of them."""
     width = len(str(total_steps))
     get = metrics.get
-    return (
-        f"step {int(metrics['step']):>{width}}/{total_steps}"
+    answers = (
         f"  accuracy {_number(get('reward/accuracy'), '.3f')}"
         f"  tokens {_number(get('response/tokens_mean'), '.1f')}"
         f" (correct {_number(get('response/tokens_correct_mean'), '.1f')})"
-        f"  loss {_number(get('loss/policy'), '+.4f')} gate {_gate(metrics)}"
+    )
+    return (
+        f"step {int(metrics['step']):>{width}}/{total_steps}"
+        f"{answers if 'reward/accuracy' in metrics else ''}"
+        f"  loss {_number(get('loss/policy'), '+.4f')}"
+        f"{' gate ' + _gate(metrics) if 'reward/accuracy' in metrics else ''}"
         f"  {_number(get('throughput/tokens_per_s'), '.0f')} tok/s"
         f"  {_number(get('time/step'), '.1f')} s"
     )

@@ -29,8 +29,8 @@ With any other name q, k, v stay [T, 1, heads, head_dim] and are rotated at once
 class Bucket:
     """A run of neighbouring sequences attended to in one call, padded to [``count``, ``longest``].
 
-    ``tokens``: how many packed tokens it covers; ``slots`` [tokens] int64: where each goes in the dense
-    [count * longest], or None when all sequences are equally long.
+    ``tokens``: how many packed tokens it covers; ``slots`` [tokens] int64, on the device of what is attended to: where
+    each goes in the dense [count * longest], or None when all sequences are equally long.
     """
 
     tokens: int
@@ -39,24 +39,24 @@ class Bucket:
     slots: Tensor | None
 
 
-def buckets_of(lengths: Sequence[int]) -> tuple[Bucket, ...]:
-    """Cut ``lengths`` (longest first) wherever padding would more than double a sequence."""
+def buckets_of(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
+    """Cut ``lengths`` (longest first) wherever padding would more than double a sequence. ``device``: of ``slots``."""
     cuts = [0]
     for i, n in enumerate(lengths):
         if 2 * n < lengths[cuts[-1]]:
             cuts.append(i)
     cuts.append(len(lengths))
-    return tuple(_bucket(lengths[a:b]) for a, b in pairwise(cuts))
+    return tuple(_bucket(lengths[a:b], device) for a, b in pairwise(cuts))
 
 
-def _bucket(lengths: Sequence[int]) -> Bucket:
+def _bucket(lengths: Sequence[int], device: torch.device) -> Bucket:
     longest, tokens = max(lengths), sum(lengths)
     if tokens == longest * len(lengths):
         return Bucket(tokens, len(lengths), longest, None)
     sizes = torch.tensor(lengths)
     starts = torch.arange(len(lengths)) * longest - (sizes.cumsum(0) - sizes)
     slots = torch.arange(tokens) + torch.repeat_interleave(starts, sizes)
-    return Bucket(tokens, len(lengths), longest, slots)
+    return Bucket(tokens, len(lengths), longest, slots.to(device, non_blocking=True))
 
 
 @dataclass
@@ -68,13 +68,14 @@ class PackedSequences(PackedSeqParams):
 
     @staticmethod
     def of(positions: Tensor, lengths: Sequence[int]) -> PackedSequences:
-        """``positions`` [T] int64, ``lengths`` longest first (padding sequences may be shorter and come last)."""
+        """``positions`` [T] int64 on the model's device, ``lengths`` longest first (padding sequences may be shorter
+        and come last)."""
         return PackedSequences(
             qkv_format=PACKED,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
             positions=positions,
-            buckets=buckets_of(lengths),
+            buckets=buckets_of(lengths, positions.device),
         )
 
 

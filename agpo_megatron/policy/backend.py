@@ -3,7 +3,8 @@
 ``activate()`` runs once per process, before the first import of megatron. On CUDA it only reports what is there and
 fixes one device-independent bug. On the CPU it lets the *unmodified* megatron-core run, by three means:
 
-1. import guards: modules that megatron-core imports unconditionally but that a CPU machine may lack (triton);
+1. import guards: modules that megatron-core imports unconditionally but that a CPU machine may lack (triton), and GPU
+   libraries that it prefers wherever they can be imported (Transformer Engine, apex);
 2. ``torch.cuda`` functions that mean "the current accelerator" answer for the CPU;
 3. inside ``Backend.scope()`` a ``TorchFunctionMode`` maps ``device="cuda"``, ``.cuda()``, pinned memory and the string
    ``'torch.cuda.FloatTensor'`` to their CPU counterparts.
@@ -84,6 +85,7 @@ def activate(device: Literal["auto", "cpu", "cuda"] = "auto") -> Backend:
     else:
         if "megatron.core" in sys.modules:
             raise BackendError("activate() must run before the first import of megatron.core")
+        _hide_gpu_libraries()
         _guard_imports()
         _answer_for_torch_cuda()
         _active = Backend("cpu", "gloo", CPU, False)
@@ -140,6 +142,16 @@ def _transformer_engine() -> bool:
 
 
 # ---------------------------------------------------------------- 1. import guards
+
+
+def _hide_gpu_libraries() -> None:
+    """core/optimizer picks Transformer Engine's or apex's fused Adam, norms and scaling at import, wherever they can be
+    imported, and would hand them CPU tensors. An import of a name that ``sys.modules`` maps to None is an ImportError,
+    which megatron-core answers with plain torch. Modules imported before (a check of the configuration looks for
+    Transformer Engine) are hidden as well."""
+    hidden = ("transformer_engine", "apex")
+    for name in {*hidden, *(n for n in sys.modules if n.split(".")[0] in hidden)}:
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def _guard_imports() -> None:

@@ -25,12 +25,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.model import unwrap
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
 
-MARKER = "complete.json"
+MARKER = CHECKPOINT_MARKER
 FORMAT = 1
 
 
@@ -38,16 +39,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, incomplete, damaged or of another model, or that could not be written."""
 
 
-def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Whether ``folder`` is a checkpoint that was written to its end (its files are not looked at)."""
-    return (Path(folder) / MARKER).is_file()
-
-
 def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:
     """Write a checkpoint of ``policy`` after optimizer step ``step``. Every rank calls it; all return together.
 
-    ``extra``: JSON values to keep with it. A complete checkpoint already there is replaced.
-    Raises CheckpointError on every rank when any rank fails (a full disk, for instance); the folder is then untouched.
+    ``extra``: JSON values to keep with it. An undamaged checkpoint of the same step already there stays as it is: it is
+    never replaced, so that no kill can leave none. What is no checkpoint is removed.
+    Raises CheckpointError on every rank when any rank fails (a full disk, for instance) or when the folder is a
+    checkpoint of something else; the folder is then untouched.
     """
     facts = {"content": "training", "step": step, "extra": extra}
     _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
@@ -64,6 +62,8 @@ def save_weights(
 def _write(
     target: Path, layout: Layout, state_of: Callable[[], dict[str, Any]], facts: dict[str, Any]
 ) -> None:
+    if _holds(target, layout, facts):
+        return
     partial = target.with_name(f".{target.name}.partial")
     _together(
         layout,
@@ -274,13 +274,26 @@ def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
     _sync(temporary)
     temporary.rename(partial / MARKER)
     _sync(partial)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
+    if target.exists():  # nothing that could be loaded: ``_holds`` has looked
+        (target / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(target)
     partial.rename(target)
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
+    """Whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together, with one
+    answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
+    try:
+        marker = _checked_marker(target, layout)
+    except CheckpointError:
+        return False
+    if any(marker[key] != value for key, value in json.loads(json.dumps(facts)).items()):
+        raise CheckpointError(
+            f"{target} is a complete checkpoint ({marker['content']}, step {marker['step']}) of something else than is "
+            f"to be saved ({facts['content']}, step {facts['step']}); save to another folder or remove it"
+        )
+    return True
 
 
 def _checked_marker(source: Path, layout: Layout) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.conversion.cutting import check_layout
+from agpo_megatron.conversion.errors import ConversionError
 from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.attention import (
@@ -102,14 +104,11 @@ def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerCo
 
 
 def _check_divides(shape: ModelShape, policy: PolicyConfig) -> None:
-    tp, stages = policy.tensor_parallel, policy.pipeline_parallel * policy.virtual_pipeline
-    for name, size in (("num_attention_heads", shape.heads), ("intermediate_size", shape.ffn)):
-        if size % tp:
-            raise ModelError(f"tensor_parallel {tp} does not divide {name} {size}")
-    if shape.kv_heads % tp and tp % shape.kv_heads:
-        raise ModelError(
-            f"tensor_parallel {tp} and num_key_value_heads {shape.kv_heads}: one must divide the other"
-        )
+    try:
+        check_layout(shape, policy.tensor_parallel)
+    except ConversionError as error:
+        raise ModelError(str(error)) from None
+    stages = policy.pipeline_parallel * policy.virtual_pipeline
     if shape.layers % stages:
         raise ModelError(
             f"pipeline_parallel {policy.pipeline_parallel} x virtual_pipeline {policy.virtual_pipeline} "

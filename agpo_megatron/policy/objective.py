@@ -31,6 +31,7 @@ from agpo_megatron.types import TrainSequence
 
 SUMS = (
     "loss",
+    "scale",
     "adapted",
     "gain",
     "kl",
@@ -42,8 +43,8 @@ SUMS = (
     "rollout_diff",
     "rollout_tokens",
 )
-"""What each micro-batch adds to. ``loss`` is L, by the surrogate; ``adapted`` phi of it, for scopes within a
-micro-batch. Beside them ``rollout_diff_max`` is a maximum."""
+"""What each micro-batch adds to. ``loss`` is L, by the surrogate; ``scale`` the size of its terms, sum |w c A|;
+``adapted`` phi of it, for scopes within a micro-batch. Beside them ``rollout_diff_max`` is a maximum."""
 _LOCAL = ("micro_batch", "sequence", "token")
 
 
@@ -100,7 +101,8 @@ def micro_batch_loss(
     token = _policy_loss(settings, logprob, old, batch)
     corrected = w * batch.correction.to(w.dtype)
     values = corrected * token.surrogate
-    gains, adapted = _gains(settings, w, values, batch)
+    scale = (corrected * batch.advantages.to(w.dtype)).abs()
+    gains, adapted = _gains(settings, w, values, scale, batch)
     total = (corrected * gains * token.loss).sum()
 
     kl = torch.zeros_like(current)
@@ -117,6 +119,7 @@ def micro_batch_loss(
     diff = (current - batch.rollout_logprobs).abs() * batch.has_rollout
     sums = {
         "loss": values,
+        "scale": scale,
         "adapted": adapted,
         "gain": gains,
         "kl": w * kl,
@@ -141,17 +144,18 @@ def sequence_values(settings: LossSettings, logprob: Tensor, batch: PackedBatch)
     return values.new_zeros(len(batch.spans)).index_add(0, batch.sequence, values)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PartSum:
-    """A part of the step: its weight sum W and its loss sum S (eq. 1e)."""
+    """A part of the step: its weight sum W, its loss sum S (eq. 1e) and the size of its terms, sum |w c A|."""
 
     weight: float = 0.0
     loss: float = 0.0
+    scale: float = 0.0
 
 
 def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | None:
     """Sums by group at ratio 1, where every policy loss is -A: S = -sum w c A. None when a ratio is not 1."""
-    parts: dict[str, list[tuple[float, float]]] = {}
+    parts: dict[str, list[PartSum]] = {}
     for s in sequences:
         trained = s.trained()
         if not trained:
@@ -159,25 +163,35 @@ def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | 
         if s.old_logprobs:
             return None
         c = math.fsum(s.correction[t] for t in trained) if s.correction else float(len(trained))
-        share = (s.loss_weight * len(trained), -s.loss_weight * s.advantage * c)
+        loss = -s.loss_weight * s.advantage * c
+        share = PartSum(s.loss_weight * len(trained), loss, abs(loss))
         parts.setdefault(s.group_id, []).append(share)
-    return {
-        group: PartSum(math.fsum(w for w, _ in shares), math.fsum(x for _, x in shares))
-        for group, shares in parts.items()
-    }
+    return {group: _total(shares) for group, shares in parts.items()}
 
 
 def scored_parts(
     batches: Sequence[PackedBatch], values: Sequence[Tensor], group_of: Mapping[str, str]
 ) -> dict[str, PartSum]:
     """Sums by group from a forward pass: ``values`` of ``sequence_values``, one [S] per pack."""
-    parts: dict[str, PartSum] = {}
+    parts: dict[str, list[PartSum]] = {}
     for batch, sums in zip(batches, values, strict=True):
-        for i, span in enumerate(batch.spans):
-            part = parts.setdefault(group_of[span.sample_id], PartSum())
-            part.weight += float(batch.weights[span.start : span.stop].double().sum())
-            part.loss += float(sums[i])
-    return parts
+        for span, loss in zip(batch.spans, sums.tolist(), strict=True):
+            rows = slice(span.start, span.stop)
+            w = batch.weights[rows].double()
+            scale = (w * batch.correction[rows] * batch.advantages[rows]).abs().sum()
+            share = PartSum(float(w.sum()), loss, float(scale))
+            parts.setdefault(group_of[span.sample_id], []).append(share)
+    return {group: _total(shares) for group, shares in parts.items()}
+
+
+def _total(parts: Iterable[PartSum]) -> PartSum:
+    """Exactly rounded sums, so that the order of the parts does not matter."""
+    listed = list(parts)
+    return PartSum(
+        math.fsum(p.weight for p in listed),
+        math.fsum(p.loss for p in listed),
+        math.fsum(p.scale for p in listed),
+    )
 
 
 @dataclass(frozen=True)
@@ -195,22 +209,19 @@ class Gate:
 
 
 def gate_of(settings: LossSettings, shares: Sequence[Mapping[str, PartSum]]) -> Gate:
-    """From the part sums of all replicas, in one order everywhere. Raises ValueError for a loss that is not finite."""
-    weights: dict[str, list[float]] = {}
-    losses: dict[str, list[float]] = {}
+    """From the part sums of all replicas. Raises ValueError for a loss that is not finite."""
+    by_group: dict[str, list[PartSum]] = {}
     for share in shares:
         for group, part in share.items():
-            weights.setdefault(group, []).append(part.weight)
-            losses.setdefault(group, []).append(part.loss)
-    phi = settings.phi
-    loss = math.fsum(x for values in losses.values() for x in values)
+            by_group.setdefault(group, []).append(part)
+    groups = {group: _total(parts) for group, parts in by_group.items()}
+    whole, phi = _total(groups.values()), settings.phi
     if settings.scope == "batch":
-        gain = phi.gain(loss)
-        return Gate(loss, phi.value(loss), dict.fromkeys(losses, gain) or {"": gain})
-    whole = {group: math.fsum(values) for group, values in weights.items()}
-    means = {g: math.fsum(losses[g]) / whole[g] for g in losses}
-    value = phi.scoped_value(list(whole.values()), [means[g] for g in whole])
-    return Gate(loss, value, {g: phi.gain(mean) for g, mean in means.items()})
+        gain = phi.gain(whole.loss, whole.scale)
+        return Gate(whole.loss, phi.value(whole.loss, whole.scale), dict.fromkeys(groups, gain))
+    means = {g: (p.loss / p.weight, p.scale / p.weight) for g, p in groups.items()}
+    value = math.fsum(groups[g].weight * phi.value(*mean) for g, mean in means.items())
+    return Gate(whole.loss, value, {g: phi.gain(*mean) for g, mean in means.items()})
 
 
 def _policy_loss(
@@ -231,7 +242,7 @@ def _policy_loss(
 
 
 def _gains(
-    settings: LossSettings, w: Tensor, values: Tensor, batch: PackedBatch
+    settings: LossSettings, w: Tensor, values: Tensor, scale: Tensor, batch: PackedBatch
 ) -> tuple[Tensor, Tensor]:
     """(gain of each row [N], phi of the parts) for what is decided here: folded gains, and scopes within a pack."""
     nothing = torch.zeros_like(w)
@@ -245,8 +256,12 @@ def _gains(
         part, count = batch.sequence, len(batch.spans)
     else:
         part, count = torch.arange(len(w), device=w.device), len(w)
-    whole = w.double().new_zeros(count).index_add(0, part, w.double())
-    sums = torch.zeros_like(whole).index_add(0, part, values.double())
-    means = torch.where(whole > 0, sums / whole.clamp_min(1e-300), 0.0)
+
+    def sums(x: Tensor) -> Tensor:
+        return x.new_zeros(count, dtype=torch.float64).index_add(0, part, x.double())
+
+    whole = sums(w)
+    divisor = whole.where(whole > 0, 1.0)
+    means, scales = sums(values) / divisor, sums(scale) / divisor
     phi = settings.phi
-    return phi.gains(means).to(w.dtype)[part], whole * phi.values(means)
+    return phi.gains(means, scales).to(w.dtype)[part], whole * phi.values(means, scales)

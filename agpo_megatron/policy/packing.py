@@ -7,6 +7,7 @@ non-zero loss weight become rows. Their indices are host integers, so later stag
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.types import TrainSequence
 
 PAD_TOKEN = 0
@@ -37,8 +39,9 @@ class PackedBatch:
     longest first, padding as trailing sequences of their own (``sum(lengths) == T``).
     ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
     ``sequence`` [N] int64 in [0, S): whose row it is. ``weights`` [N] fp32: w of L = sum w l; ``correction`` [N] fp32:
-    factor on its policy loss; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and ``has_rollout`` [N] bool;
-    ``old_logprobs``, ``ref_logprobs`` [N] fp32 or None (the current policy is its own old policy; no reference).
+    factor on its policy loss; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and ``has_rollout`` [N] bool,
+    false for sequences whose list of them is empty; ``old_logprobs``, ``ref_logprobs`` [N] fp32 or None (the current
+    policy is its own old policy; no reference).
     ``gains`` [S] fp32 or None: factors on the policy loss of whole sequences, where the adaptive part is known.
     """
 
@@ -68,6 +71,13 @@ class PackedBatch:
             if isinstance(value, Tensor)
         }
         return replace(self, **moved)
+
+
+def pack_multiple(policy: PolicyConfig) -> int:
+    """What the token count of a pack must divide by: TP (sequence parallelism cuts it into equal parts) and the block
+    of rows of an FP8 matmul, 16, MXFP8 32."""
+    block = 32 if policy.fp8.recipe == "mxfp8" else 16
+    return math.lcm(policy.tensor_parallel, block)
 
 
 def pack(

@@ -117,7 +117,7 @@ def initialize(policy: PolicyConfig, seed: int, *, timeout: float = 1800.0) -> L
         )
     with device.scope():
         _initialize_megatron(policy, seed, timeout)
-        _layout = _describe(policy)
+        _layout = _describe(policy, timeout)
     return _layout
 
 
@@ -135,9 +135,17 @@ def shutdown() -> None:
 
     mpu.destroy_model_parallel()
     _layout = None
+    if not dist.is_initialized():
+        return
+    # Megatron only forgets its groups; over gloo each of the two dozen keeps three threads.
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _refuse(policy: PolicyConfig) -> None:
+    """What megatron-core would run, wrongly or in vain. What it refuses itself is left to it."""
     if policy.context_parallel > 1:
         raise LayoutError(
             f"context_parallel {policy.context_parallel}: packed sequences are not split over context-parallel "
@@ -148,10 +156,6 @@ def _refuse(policy: PolicyConfig) -> None:
             f"expert_parallel {policy.expert_parallel}: the Llama and Qwen2 architectures have no experts; "
             "set policy.expert_parallel to 1"
         )
-    if policy.virtual_pipeline > 1 and policy.pipeline_parallel == 1:
-        raise LayoutError("virtual_pipeline > 1 needs pipeline_parallel > 1")
-    if policy.sequence_parallel and policy.tensor_parallel == 1:
-        raise LayoutError("sequence_parallel needs tensor_parallel > 1; set it to false")
 
 
 def _initialize_megatron(policy: PolicyConfig, seed: int, timeout: float) -> None:
@@ -173,11 +177,12 @@ def _initialize_megatron(policy: PolicyConfig, seed: int, timeout: float) -> Non
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _describe(policy: PolicyConfig) -> Layout:
+def _describe(policy: PolicyConfig, timeout: float) -> Layout:
     from megatron.core import parallel_state as mpu
 
     on_gloo = backend.current().dist_backend == "gloo"
-    control = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo")
+    limit = datetime.timedelta(seconds=timeout)
+    control = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo", timeout=limit)
     assert control is not None
     return Layout(
         rank=dist.get_rank(),

@@ -29,13 +29,14 @@ from agpo_megatron.policy.objective import (
     scored_parts,
 )
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
-from agpo_megatron.policy.packing import PackedBatch, pack_all
+from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.types import TrainSequence
 
 logger = logging.getLogger(__name__)
 
 MicroBatches = Sequence[Sequence[TrainSequence]]
+WhenClipped = Literal["step", "skip_step"]
 
 
 @dataclass(frozen=True)
@@ -77,34 +78,22 @@ class Policy:
         *,
         temperature: float,
         seed: int,
+        timeout: float = 1800.0,
     ) -> Policy:
         """The policy of ``hf_dir``'s architecture with its weights. ``backend.activate()`` must have run;
-        ``parallel.initialize`` runs here unless it has.
+        ``parallel.initialize`` runs here unless it has. ``timeout``: seconds, of every collective.
 
         Raises ConversionError (checkpoint), ModelError (sizes), LayoutError (ranks), each naming cause and fix.
         """
         source = HfCheckpoint(Path(hf_dir))
         weight_map = source.weight_map()
-        layout = parallel.initialize(policy, seed)
+        layout = parallel.initialize(policy, seed, timeout=timeout)
         head = step.HeadSettings(weight_map.shape.vocab_size, temperature, policy.logprob_chunk)
         built = Policy(policy, train, weight_map, head, layout)
-        built._load(source)
+        with built.backend.scope():
+            weights.load_hf(built.chunks, weight_map, source, layout)
+            built.optimizer.reload_model_params()  # its own fp32 copies
         return built
-
-    def load_hf(self, hf_dir: str | os.PathLike[str]) -> None:
-        """Replace the weights by those of a checkpoint of the same shape; the optimizer keeps its moments.
-
-        Raises ConversionError, also for a checkpoint of another shape.
-        """
-        source = HfCheckpoint(Path(hf_dir))
-        if source.weight_map().shape != self.weight_map.shape:
-            raise ValueError(f"{hf_dir} holds a model of another shape than the one in training")
-        self._load(source)
-
-    def _load(self, source: HfCheckpoint) -> None:
-        with self.backend.scope():
-            weights.load_hf(self.chunks, self.weight_map, source, self.layout)
-            self.optimizer.reload_model_params()
 
     def update(
         self, micro_batches: MicroBatches, *, loss: LossSettings, lr: float
@@ -119,9 +108,10 @@ class Policy:
         and backward are not run. Otherwise the gradient is scaled by the gain before it is clipped. At a gain of 0
         the optimizer steps on a zero gradient (``step``: moments decay, weights still move) or not (``skip_step``).
 
-        Returns global statistics, the same on every rank: loss/policy, loss/unclipped, loss/clip_gate, grad_norm,
-        tokens/trained and, if anything ran, policy/entropy, policy/ratio_mean, policy/clip_frac,
-        rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max and (with a KL term) loss/kl.
+        Returns global statistics, the same on every rank: loss/policy, loss/unclipped, grad_norm, tokens/trained; of a
+        step that has tokens loss/clip_gate; where forward ran on some, policy/entropy, (but for "nll")
+        policy/ratio_mean, policy/clip_frac, (with a KL term) loss/kl and, where rollout log-probs of trained tokens are
+        known, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
         process are then unusable.
         """
@@ -133,28 +123,26 @@ class Policy:
             gate = self._known_gate(micro_batches, batches, loss)
             if gate is not None:
                 if not any(gate.gains.values()) and not loss.has_other_terms:
-                    return {
-                        "loss/policy": gate.value,
-                        "loss/unclipped": gate.loss,
-                        "loss/clip_gate": 0.0,
-                        "grad_norm": self._step(0.0, lr, loss.when_clipped),
-                        "tokens/trained": 0.0,
-                    }
+                    return self._skip(gate, lr, loss.when_clipped)
                 batches = [_with_gains(batch, gate) for batch in batches]
             results = step.run_training(self.chunks, self.layout, batches, self.head, loss)
             totals = self._reduce(results)
             stats, gain = _loss_statistics(loss, totals, gate)
             stats["grad_norm"] = self._step(gain, lr, loss.when_clipped)
-        tokens = max(totals["tokens"], 1.0)
-        known = max(totals["rollout_tokens"], 1.0)
         return {
             **stats,
-            "policy/entropy": totals["entropy"] / tokens,
-            "policy/ratio_mean": totals["ratio"] / tokens,
-            "policy/clip_frac": totals["clipped"] / tokens,
-            "rollout/logprob_abs_diff_mean": totals["rollout_diff"] / known,
-            "rollout/logprob_abs_diff_max": totals["rollout_diff_max"],
             "tokens/trained": totals["tokens"],
+            **_token_means(totals, ratios=loss.policy != "nll"),
+        }
+
+    def _skip(self, gate: Gate, lr: float, when_clipped: WhenClipped) -> dict[str, float]:
+        """A step whose gradient is known to be 0: neither forward nor backward."""
+        return {
+            "loss/policy": gate.value,
+            "loss/unclipped": gate.loss,
+            **({"loss/clip_gate": 0.0} if gate.gains else {}),
+            "grad_norm": self._step(0.0, lr, when_clipped),
+            "tokens/trained": 0.0,
         }
 
     def _known_gate(
@@ -245,10 +233,6 @@ class Policy:
         # no scope: it would stay open in the consumer between two tensors
         yield from weights.named_hf_tensors(self.chunks, self.weight_map, self.layout)
 
-    def stage_layers(self) -> list[int]:
-        """Global numbers of the layers this rank holds."""
-        return weights.layer_numbers(self.chunks)
-
     def _pack(
         self,
         micro_batches: MicroBatches,
@@ -264,7 +248,7 @@ class Policy:
             total = -(-total // self.layout.pp) * self.layout.pp
         return pack_all(
             micro_batches,
-            math.lcm(self.layout.tp, 16),
+            pack_multiple(self.config),
             total,
             same_length=interleaved,
             every_token=every_token,
@@ -285,7 +269,7 @@ class Policy:
         values = [*every[:, :-1].sum(0).tolist(), float(every[:, -1].max())]
         return dict(zip(names, values, strict=True))
 
-    def _step(self, gate: float, lr: float, when_clipped: Literal["step", "skip_step"]) -> float:
+    def _step(self, gate: float, lr: float, when_clipped: WhenClipped) -> float:
         """Gate, clip, step. Returns the gradient norm after the gate."""
         if gate == 0.0 and when_clipped == "skip_step":
             return 0.0
@@ -313,30 +297,35 @@ def _loss_statistics(
     loss: LossSettings, totals: Mapping[str, float], gate: Gate | None
 ) -> tuple[dict[str, float], float]:
     """What a step reports of its loss, and the gain by which its gradient is still to be scaled."""
-    stats = {"loss/kl": totals["kl"]} if loss.kl_coef > 0 else {}
-    unclipped, gain = totals["loss"], 1.0
+    unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
     if gate is not None:
-        stats |= {
-            "loss/unclipped": gate.loss,
-            "loss/policy": gate.value,
-            "loss/clip_gate": gate.mean,
-        }
+        unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
     elif loss.needs_the_step:
         if loss.on == "total":
             unclipped += loss.kl_coef * totals["kl"]
             unclipped -= loss.entropy_coef * totals["weighted_entropy"]
-        gain = loss.phi.gain(unclipped)
-        stats |= {
-            "loss/unclipped": unclipped,
-            "loss/policy": loss.phi.value(unclipped),
-            "loss/clip_gate": gain,
-        }
-    else:
-        local = loss.adaptive != "none"
-        value = totals["adapted"] if local else unclipped
-        stats |= {
-            "loss/unclipped": unclipped,
-            "loss/policy": value,
-            "loss/clip_gate": totals["gain"] / max(totals["tokens"], 1.0) if local else 1.0,
-        }
-    return stats, gain
+        value = loss.phi.value(unclipped, totals["scale"])
+        mean_gain = still = loss.phi.gain(unclipped, totals["scale"])
+    elif loss.adaptive != "none":
+        value, mean_gain = totals["adapted"], totals["gain"] / max(totals["tokens"], 1.0)
+    stats = {"loss/policy": value, "loss/unclipped": unclipped}
+    if totals["tokens"]:
+        stats["loss/clip_gate"] = mean_gain
+        if loss.kl_coef > 0:
+            stats["loss/kl"] = totals["kl"]
+    return stats, still
+
+
+def _token_means(totals: Mapping[str, float], *, ratios: bool) -> dict[str, float]:
+    """Means over the trained tokens of a step and over those with a known rollout log-prob, if there are any."""
+    tokens, known = totals["tokens"], totals["rollout_tokens"]
+    means: dict[str, float] = {}
+    if tokens:
+        means["policy/entropy"] = totals["entropy"] / tokens
+    if tokens and ratios:
+        means["policy/ratio_mean"] = totals["ratio"] / tokens
+        means["policy/clip_frac"] = totals["clipped"] / tokens
+    if known:
+        means["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
+        means["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
+    return means

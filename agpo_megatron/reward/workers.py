@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -39,7 +41,7 @@ class RewardPool:
         for _ in range(workers):
             self._idle.put_nowait(None)  # started when first needed
         self._started: set[asyncio.subprocess.Process] = set()
-        self.failures = 0
+        self._verifying, self._since, self._busy = 0, 0.0, 0.0
 
     async def __aenter__(self) -> Self:
         return self
@@ -50,16 +52,37 @@ class RewardPool:
 
     async def score_group(self, group: Group) -> Group:
         """The group with ``accuracy`` 1.0 or 0.0 in every sample, and ``reward_error`` where verification failed."""
-        verdicts = [await self.verify(group.prompt.answer, sample.text) for sample in group.samples]
+        with self._busy_while():
+            verdicts = [
+                await self.verify(group.prompt.answer, sample.text) for sample in group.samples
+            ]
         samples = [
             replace(sample, accuracy=float(verdict.correct), reward_error=verdict.error)
             for sample, verdict in zip(group.samples, verdicts, strict=True)
         ]
         return Group(group.prompt, samples)
 
+    @contextmanager
+    def _busy_while(self) -> Iterator[None]:
+        if self._verifying == 0:
+            self._since = time.monotonic()
+        self._verifying += 1
+        try:
+            yield
+        finally:
+            self._verifying -= 1
+            if self._verifying == 0:
+                self._busy += time.monotonic() - self._since
+
+    def take_busy_seconds(self) -> float:
+        """Wall seconds since the last call in which at least one group was being verified."""
+        busy, self._busy = self._busy, 0.0
+        return busy
+
     async def verify(self, answer: str, response: str) -> Verdict:
         """One answer, under ``reward.timeout``; a worker that hangs or dies is replaced."""
-        worker = await self._idle.get()
+        with waiting("a free reward worker"):
+            worker = await self._idle.get()
         try:
             if worker is None:
                 worker = await self._start()
@@ -83,7 +106,6 @@ class RewardPool:
         finally:
             self._idle.put_nowait(worker)
         if "error" in reply:
-            self.failures += 1
             log.warning(
                 "reward: %s; the answer scores reward.wrong: %.200r", reply["error"], response
             )

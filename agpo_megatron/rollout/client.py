@@ -69,6 +69,15 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
 
+def _covers(spans: Sequence[VersionSpan], count: int) -> bool:
+    """Whether ``spans``, one after the other, name the version of each of ``count`` tokens."""
+    edges = [0, *(span.end for span in spans)]
+    return edges[-1] == count and all(
+        span.version and edge == span.start <= span.end
+        for edge, span in zip(edges, spans, strict=False)
+    )
+
+
 class ServerClient:
     """``url``: http://host:port. ``session`` is shared and owned by the caller; it needs no connection limit."""
 
@@ -117,6 +126,14 @@ class ServerClient:
                 # JSON has no NaN: the server writes null.
                 if entry[0] is None or not math.isfinite(entry[0]):
                     raise NonFiniteLogprob(self.url, position, entry[0], meta["weight_version"])
+            # Without them nobody could tell how stale the tokens are.
+            if not _covers(spans, len(tokens)):
+                raise ServerError(
+                    self.url,
+                    "/generate",
+                    200,
+                    f"weight_versions {meta.get('weight_versions')} do not cover {len(tokens)} tokens",
+                )
         return Generation(tokens, [entry[0] for entry in entries], finish, spans)
 
     async def score(
@@ -151,9 +168,9 @@ class ServerClient:
         }
         await self._call("/generate", body, timeout)
 
-    async def abort_all(self) -> None:
+    async def abort_all(self, timeout: float = 30.0) -> None:
         """Running requests return what they have, with finish_reason abort."""
-        await self._call("/abort_request", {"abort_all": True}, 30.0)
+        await self._call("/abort_request", {"abort_all": True}, timeout)
 
     async def model_info(self, timeout: float = 30.0) -> dict[str, Any]:
         """Holds ``weight_version`` and ``model_path`` among others."""

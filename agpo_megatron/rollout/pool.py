@@ -13,7 +13,10 @@ Life of a server::
   received all of them.
 * READY: serves.
 * DEAD: a request got no answer. It is probed with a real generation; it comes back as READY if it still reports the
-  weight version it had, else as QUARANTINED.
+  weight version it had and no publish has begun since, else as QUARANTINED.
+
+``Server.version`` is only ever that of the current weights, or "": a publish begins by taking it from every server
+(``retire_versions``), whatever its state, and only a complete transfer gives it back.
 """
 
 from __future__ import annotations
@@ -52,12 +55,16 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Server:
-    """What the pool knows of a server. ``in_flight``: samples. ``version``: last complete publish, "" if none."""
+    """What the pool knows of a server. ``in_flight``: samples. ``version``: the current weights, "" if it lacks them.
+
+    ``drains``: how often its samples were ended on purpose; tells such an abort from one of the server's own.
+    """
 
     client: ServerClient
     state: State = State.STARTING
     in_flight: int = 0
     version: str = ""
+    drains: int = 0
     reason: str = "has not generated yet"
     since: float = field(default_factory=time.monotonic)
 
@@ -170,6 +177,7 @@ class RolloutPool:
         failures: list[ServerError] = []
         while True:
             async with self._slot(n, avoid=[error.url for error in failures]) as server:
+                drains = server.drains
                 try:
                     outputs = await server.client.generate(prompt.tokens, sampling, n)
                 except ServerError as error:
@@ -185,6 +193,12 @@ class RolloutPool:
                     if all(output.finish_reason != "abort" for output in outputs):
                         return outputs
                     log.info("group %s was aborted; generating it again", prompt.group_id)
+                    if server.drains == drains:
+                        failures.append(
+                            ServerError(
+                                server.url, "/generate", 200, "aborted by the server itself"
+                            )
+                        )
             if len(failures) >= self._config.attempts:
                 met = "; ".join(str(error) for error in failures)
                 raise RolloutError(
@@ -249,27 +263,41 @@ class RolloutPool:
             self._none_ready_since = max(self._none_ready_since, time.monotonic())
             self._changed.notify_all()
 
-    async def drain(self, servers: Sequence[Server], seconds: float, abort: bool = True) -> None:
-        """Return when nothing is in flight on ``servers``; with ``abort`` running samples end now (and are made again).
+    async def drain(self, servers: Sequence[Server], seconds: float) -> None:
+        """End the running samples of ``servers`` (they are made again); return when nothing is in flight there.
 
-        Aborting repeatedly catches requests that were on their way when the first abort arrived.
+        Aborting repeatedly catches requests that were on their way when the first abort arrived. A server that does
+        not end its samples within ``seconds`` is DEAD afterwards: it holds nobody up.
         """
-        async with waiting_async("samples in flight to end before a publish", seconds):
-            while busy := [s for s in servers if s.in_flight]:
-                if abort:
-                    for server in busy:
-                        await self._abort(server)
-                async with self._changed:
-                    await self._within(0.1)
-
-    async def _abort(self, server: Server) -> None:
+        for server in servers:
+            server.drains += 1
         try:
-            await server.client.abort_all()
+            async with waiting_async("samples in flight to end before a publish", seconds):
+                while busy := [s for s in servers if s.in_flight and s.alive]:
+                    await asyncio.gather(*(self._abort(server, seconds / 2) for server in busy))
+                    async with self._changed:
+                        await self._within(0.1)
+        except WaitExpired as expired:
+            for server in servers:
+                if server.in_flight and server.alive:
+                    await self.mark_dead(server, str(expired))
+
+    async def _abort(self, server: Server, seconds: float) -> None:
+        try:
+            await server.client.abort_all(seconds)
         except ServerError as error:
             if error.status == 0:
                 await self.mark_dead(server, str(error))
 
     # States
+
+    async def retire_versions(self, reason: str) -> None:
+        """New weights exist: no server serves, not even one that is DEAD now, before it has received them."""
+        async with self._changed:
+            for server in self.servers:
+                if server.state is State.READY:
+                    self._set(server, State.QUARANTINED, reason, "")
+                server.version = ""
 
     async def quarantine(self, server: Server, reason: str) -> None:
         await self._move(server, State.QUARANTINED, reason, version="")
@@ -283,14 +311,18 @@ class RolloutPool:
 
     async def _move(self, server: Server, state: State, reason: str, version: str) -> None:
         async with self._changed:
-            if server.state is not state:
-                log.info("rollout server %s -> %s (%s)", server, state.value, reason)
-                server.since = time.monotonic()
-                lost = server.state is State.READY
-                if lost and sum(s.state is State.READY for s in self.servers) == 1:
-                    self._none_ready_since = time.monotonic()
-            server.state, server.reason, server.version = state, reason, version
-            self._changed.notify_all()
+            self._set(server, state, reason, version)
+
+    def _set(self, server: Server, state: State, reason: str, version: str) -> None:
+        """``self._changed`` must be held."""
+        if server.state is not state:
+            log.info("rollout server %s -> %s (%s)", server, state.value, reason)
+            server.since = time.monotonic()
+            lost = server.state is State.READY
+            if lost and sum(s.state is State.READY for s in self.servers) == 1:
+                self._none_ready_since = time.monotonic()
+        server.state, server.reason, server.version = state, reason, version
+        self._changed.notify_all()
 
     async def _probe(self, server: Server) -> None:
         """Forever: bring a server that is not READY one state further when it allows."""
@@ -318,7 +350,9 @@ class RolloutPool:
     async def _revive(self, server: Server) -> None:
         await server.client.ready()
         held = await server.client.weight_version()
-        if server.version and held == server.version:
-            await self.mark_ready(server, server.version)
-        else:
-            await self.quarantine(server, f"holds weights {held!r}, awaits a publish")
+        async with self._changed:  # one step with the comparison: a publish may begin at any time
+            if server.version and held == server.version:
+                self._set(server, State.READY, "", held)
+            else:
+                reason = f"holds weights {held!r}, awaits a publish"
+                self._set(server, State.QUARANTINED, reason, "")

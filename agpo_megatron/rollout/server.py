@@ -29,6 +29,13 @@ class ServerLaunch:
     env: dict[str, str]
 
 
+def server_dtype(config: Config) -> str:
+    """Precision of the servers, float32 or bfloat16: what they load, and what is published to them."""
+    if config.rollout.dtype != "auto":
+        return config.rollout.dtype
+    return {"fp32": "float32", "bf16": "bfloat16"}[config.policy.dtype]
+
+
 def server_command(
     config: Config,
     model_path: str,
@@ -39,21 +46,20 @@ def server_command(
 ) -> ServerLaunch:
     """Command of rollout server number ``index`` for the Hugging Face folder ``model_path``.
 
-    Pure, but for looking whether this machine has a GPU when ``cluster.device`` is ``auto``.
+    Pure, but for looking whether this machine has a GPU when ``cluster.device`` is ``auto``. It looks for the driver's
+    device file, since the supervisor that calls it must not load torch; the trainers ask torch. Where the two could
+    disagree (a torch without CUDA on a GPU machine), set ``cluster.device``.
     """
     rollout = config.rollout
     device = config.cluster.device
     if device == "auto":
         device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-    dtype = rollout.dtype
-    if dtype == "auto":
-        dtype = "float32" if config.policy.dtype == "fp32" else "bfloat16"
     flags: dict[str, object] = {
         "model-path": model_path,
         "host": host,
         "port": port,
         "device": device,
-        "dtype": dtype,
+        "dtype": server_dtype(config),
         "tp-size": rollout.tensor_parallel,
         "random-seed": config.seed + index,
         "max-running-requests": rollout.max_in_flight,

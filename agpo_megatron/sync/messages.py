@@ -36,21 +36,25 @@ class TrainerPublishing(Protocol):
     """What publishing needs of the trainer; the controller's trainer client implements it.
 
     A failed transfer comes back in ``StageReport.error``, so that the trainer lives on; a failed trainer raises.
+    ``seconds``: of each call, the time after which nobody needs its result any more.
     """
 
-    async def publish_open(self, epoch: str, world_size: int) -> Mapping[int, tuple[str, int]]:
+    async def publish_open(
+        self, epoch: str, world_size: int, seconds: float
+    ) -> Mapping[int, tuple[str, int]]:
         """Each stage's source opens a fresh group of ``world_size`` (itself and the servers' ranks), named
-        ``group_name(epoch, stage)``, closing the one before; returns (host, port) by stage without waiting for members.
+        ``group_name(epoch, stage)``, closing the one before, which releases members that wait in it; returns
+        (host, port) by stage without waiting for members.
         """
         ...
 
-    async def publish_send(self, version: WeightVersion) -> PublishReport:
+    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
         """Broadcast all buckets of all stages through the open groups; a trainer that holds another step than
-        ``version.step`` refuses (``WeightSource.refuse``)."""
+        ``version.step`` refuses (``WeightSource.refuse``). Gives up, and closes the groups, after ``seconds``."""
         ...
 
-    async def score_tokens(self, tokens: list[int]) -> list[float]:
-        """Log-probs of ``tokens[1:]`` at temperature 1 under the current weights."""
+    async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
+        """The step whose weights the trainer holds, and log-probs of ``tokens[1:]`` at temperature 1 under them."""
         ...
 
 

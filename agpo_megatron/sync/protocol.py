@@ -3,14 +3,17 @@
 SGLang writes live tensors in place and stages nothing, so a transfer cannot be rolled back. A server is therefore
 quarantined from the first byte until all of this held for it:
 
-    stop dispatch -> end or set aside what runs -> pause_generation -> [open the update groups, when members changed]
-    -> begin_weight_update -> buckets (no flush, no version) -> end_weight_update
-    -> checksums equal those of the other servers, and the trainer's where they can be reproduced
+    stop dispatch -> end what runs -> pause_generation -> [open the update groups, when members changed]
+    -> begin_weight_update, the trainer scores fixed tokens -> buckets (no flush, no version) -> end_weight_update
+    -> checksums equal the trainer's, or, where those cannot be reproduced, those that most servers report
     -> flush_cache -> update_weight_version -> continue_generation -> log-probs of fixed tokens equal the trainer's
     -> dispatch again
 
 A server that fails gets everything again through a group of its own; the others go on, next time under a new membership
-epoch. Nothing is generated on a paused server: that call would block.
+epoch. A server that hangs costs the time of one call; it is DEAD then, and must receive everything when it comes back:
+a publish begins by taking the version from all servers. Deadlines are nested, the trainer's broadcast first, then the
+servers' calls, the pass, the trainer's command and the publish, so that one that expires leaves time to go on. Nothing
+is generated on a paused server: that call would block.
 """
 
 from __future__ import annotations
@@ -18,22 +21,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerError
 from agpo_megatron.rollout.pool import RolloutPool, Server, State
-from agpo_megatron.sync.messages import PublishReport, TrainerPublishing, group_name
+from agpo_megatron.sync.groups import UpdateGroups
+from agpo_megatron.sync.messages import PublishReport, TrainerPublishing
+from agpo_megatron.sync.transfer import Transfer
 from agpo_megatron.types import WeightVersion
 from agpo_megatron.wait import waiting_async
 
 log = logging.getLogger(__name__)
 TRANSFER_SHARE = 1 / 3
-"""Of the publish's time for one pass, so that a hung server leaves time to send again to the healthy ones."""
+"""Of the publish's remaining time for one pass, so that a hung server leaves time to send again to the healthy ones."""
+SEND_SHARE = 0.6
+"""Of the pass's remaining time for the trainer to send."""
+RECEIVE_SHARE = 0.8
+"""The same for the servers to receive: longer, so that the trainer's end decides."""
+
+Hashes = list[dict[str, str]]
+"""Hash of every weight by name, per tensor-parallel rank of a server."""
 
 
 class PublishError(RuntimeError):
@@ -49,42 +60,6 @@ class Publication:
     bytes: int
     seconds: dict[str, float]
     probe_diff_max: float
-
-
-@dataclass(frozen=True)
-class Membership:
-    """The servers of the open update groups, in rank order. ``epoch`` names the groups."""
-
-    epoch: str
-    servers: tuple[Server, ...]
-
-
-@dataclass
-class _Transfer:
-    """One pass over some servers. ``failed``: server -> why; a failed one takes no further part."""
-
-    servers: list[Server]
-    deadline: float
-    failed: dict[Server, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    report: PublishReport | None = None
-    probe_diff: float = 0.0
-
-    @property
-    def left(self) -> list[Server]:
-        return [s for s in self.servers if s not in self.failed]
-
-    @property
-    def seconds_left(self) -> float:
-        return max(0.1, self.deadline - time.monotonic())
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
 class Publisher:
@@ -111,11 +86,14 @@ class Publisher:
         self._server_ranks, self._backend = server_ranks, backend
         self._probe_tokens, self._probe_tolerance = list(probe_tokens), probe_tolerance
         self._timeout = timeout
-        self._members = Membership("", ())
-        self._joined: dict[Server, list[str]] = {}
-        self._epochs = 0
-        self._name = f"publish-{secrets.token_hex(4)}"  # a server never takes a group name twice
-        self._version: WeightVersion | None = None
+        self._groups = UpdateGroups(trainer, server_ranks, backend)
+        self._version: WeightVersion | None = (
+            None  # None: a publish waits for its turn, or there was none
+        )
+        self._reported: dict[
+            Server, Hashes
+        ] = {}  # under the current version, by each server's last transfer
+        self._agreed: Hashes | None = None
         self._one_at_a_time = asyncio.Lock()
         pool.refresh = self._refresh
 
@@ -124,31 +102,54 @@ class Publisher:
 
         Returns when at least one serves it; its version carries the digest. Raises PublishError, WaitExpired.
         """
-        deadline = time.monotonic() + self._timeout
+        self._version = None  # no server needs the weights of before any more
         name = f"publish of weights {version.step}"
-        async with self._one_at_a_time, waiting_async(name, self._timeout), self._dispatch_closed():
+        async with self._turn(name) as deadline, self._dispatch_closed():
             self._version = replace(version, digest="")
+            self._agreed = None
+            self._reported.clear()
+            # Also of servers that are dead now: they miss this publish.
+            await self._pool.retire_versions(f"awaits weights {version.step}")
             while True:
                 await self._pool.wait_alive(1, deadline - time.monotonic())
                 targets = [s for s in self._pool.servers if s.alive]
-                transfers = [await self._transfer(targets)]
-                transfers += [await self._transfer([s]) for s in transfers[0].failed if s.alive]
+                transfers = [await self._transfer(targets, self._version, deadline)]
+                transfers += [
+                    await self._transfer([s], self._version, deadline)
+                    for s in transfers[0].failed
+                    if s.alive
+                ]
                 if any(transfer.left for transfer in transfers):
-                    return self._publication(transfers)
+                    return _publication(transfers)
                 why = "; ".join(f"{s.url}: {t.failed[s]}" for t in transfers for s in t.failed)
                 if any(server.alive for server in self._pool.servers):
                     raise PublishError(f"no rollout server holds weights {version.step}: {why}")
                 log.warning("publish: lost every rollout server (%s); waiting for one", why)
 
     async def _refresh(self, server: Server) -> None:
-        """Give one quarantined server the current weights while the others serve."""
-        async with self._one_at_a_time:
+        """Give one quarantined server the current weights while the others serve; not while a publish is under way.
+
+        To wait for its turn here would hold up the probe, and with it the revival that the publish may wait for.
+        """
+        if self._one_at_a_time.locked():
+            return
+        async with self._turn(f"publish to {server.url} alone") as deadline:
             if self._version is None or server.state is not State.QUARANTINED:
                 return
-            async with waiting_async(f"publish to {server.url} alone", self._timeout):
-                transfer = await self._transfer([server])
+            transfer = await self._transfer([server], self._version, deadline)
             if transfer.failed:
                 log.warning("publish to %s alone failed: %s", server.url, transfer.failed[server])
+
+    @asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[float]:
+        """One publish at a time; yields its deadline (monotonic seconds), which begins with its turn."""
+        async with waiting_async(f"the turn of the {name}", self._timeout):
+            await self._one_at_a_time.acquire()
+        try:
+            async with waiting_async(name, self._timeout):
+                yield time.monotonic() + self._timeout
+        finally:
+            self._one_at_a_time.release()
 
     @asynccontextmanager
     async def _dispatch_closed(self) -> AsyncIterator[None]:
@@ -158,204 +159,188 @@ class Publisher:
         finally:
             await self._pool.open_dispatch()
 
-    def _publication(self, transfers: Sequence[_Transfer]) -> Publication:
-        good = [transfer for transfer in transfers if transfer.left]
-        assert self._version is not None and good[0].report is not None
-        seconds: dict[str, float] = {}
-        for transfer in transfers:
-            for phase, took in transfer.seconds.items():
-                seconds[phase] = seconds.get(phase, 0.0) + took
-        return Publication(
-            self._version,
-            [server.url for transfer in good for server in transfer.left],
-            sum(stage.bytes for stage in good[0].report.stages.values()),
-            seconds,
-            max(transfer.probe_diff for transfer in good),
-        )
-
     # One pass
 
-    async def _transfer(self, servers: Sequence[Server]) -> _Transfer:
+    async def _transfer(
+        self, servers: Sequence[Server], version: WeightVersion, deadline: float
+    ) -> Transfer:
         """The whole order for ``servers``. Afterwards each is READY or named in ``failed`` (QUARANTINED or DEAD)."""
-        run = _Transfer(list(servers), time.monotonic() + self._timeout * TRANSFER_SHARE)
+        now = time.monotonic()
+        run = Transfer(self._pool, list(servers), version, now + TRANSFER_SHARE * (deadline - now))
+        try:
+            await self._carry_out(run)
+        except BaseException:
+            self._groups.forget()
+            raise
+        if run.failed:
+            self._groups.forget()
+        if run.left and self._version is not None:
+            self._version = run.version
+        return run
+
+    async def _carry_out(self, run: Transfer) -> None:
         with run.phase("drain"):
-            await self._pool.drain(run.servers, run.seconds_left)
+            await self._pool.drain(run.servers, run.call_seconds)
         with run.phase("pause"):
             for server in run.servers:
-                await self._pool.quarantine(server, "receives new weights")
-            await self._each(run, lambda s: s.client.pause("abort", run.seconds_left))
+                if server.alive:
+                    await self._pool.quarantine(server, "receives new weights")
+                else:
+                    run.failed[server] = server.reason
+            await run.each(lambda s: s.client.pause("abort", run.call_seconds))
         with run.phase("open"):
-            await self._open_groups(run)
+            await self._groups.open(run)
         with run.phase("begin"):
-            await self._each(run, lambda s: s.client.begin_update(run.seconds_left))
+            # The trainer scores what it is about to send: afterwards an update may have changed its weights.
+            expected, _ = await asyncio.gather(
+                self._expected_logprobs(run),
+                run.each(lambda s: s.client.begin_update(run.call_seconds)),
+            )
         with run.phase("send"):
             await self._send(run)
         with run.phase("end"):
-            await self._each(run, lambda s: s.client.end_update(run.seconds_left))
+            await run.each(lambda s: s.client.end_update(run.call_seconds))
         with run.phase("check"):
-            expected, _ = await asyncio.gather(self._expected_logprobs(run), self._check(run))
-        version = self._version_sent(run)
+            await self._check(run)
         with run.phase("resume"):
-            await self._each(run, lambda s: self._resume(s, version, run))
+            await run.each(lambda s: self._resume(s, run))
         with run.phase("probe"):
-            await self._each(run, lambda s: self._probe(s, expected, run))
+            await run.each(lambda s: self._probe(s, expected, run))
         for server in run.left:
-            await self._pool.mark_ready(server, str(version))
-        if run.failed:
-            self._members = Membership("", ())
-        if run.left:
-            self._version = version
-        return run
+            await self._pool.mark_ready(server, str(run.version))
 
-    async def _each(self, run: _Transfer, call: Callable[[Server], Awaitable[object]]) -> None:
-        """``call(server)`` on all servers left, at once; one that fails leaves the transfer."""
-
-        async def guarded(server: Server) -> None:
-            try:
-                await call(server)
-            except ServerError as error:
-                await self._fail(run, server, str(error), dead=error.status == 0)
-
-        await asyncio.gather(*(guarded(server) for server in run.left))
-
-    async def _fail(self, run: _Transfer, server: Server, reason: str, dead: bool = False) -> None:
-        log.error("publish: %s leaves the transfer: %s", server.url, reason)
-        run.failed[server] = reason
-        await (self._pool.mark_dead if dead else self._pool.quarantine)(server, reason)
-
-    async def _open_groups(self, run: _Transfer) -> None:
-        """One group per stage for exactly the servers left; kept from publish to publish while they stay the same."""
-        servers = tuple(run.left)
-        if servers == self._members.servers:
-            return
-        assert self._version is not None
-        self._epochs += 1
-        epoch = f"{self._name}-epoch{self._epochs}"
-        self._members = Membership(epoch, servers)
-        await self._each(run, lambda s: self._leave_groups(s, run))
-        world_size = 1 + len(servers) * self._server_ranks
-        addresses = await self._trainer.publish_open(epoch, world_size)
-        for stage, address in sorted(addresses.items()):
-            await self._each(run, lambda s: self._join(s, stage, address, world_size, run))  # noqa: B023 (awaited here)
-
-    async def _join(
-        self, server: Server, stage: int, address: tuple[str, int], world_size: int, run: _Transfer
-    ) -> None:
-        offset = 1 + self._members.servers.index(server) * self._server_ranks
-        name = group_name(self._members.epoch, stage)
-        self._joined.setdefault(server, []).append(name)
-        await server.client.init_group(
-            name, address, offset, world_size, self._backend, run.seconds_left
-        )
-
-    async def _leave_groups(self, server: Server, run: _Transfer) -> None:
-        for name in self._joined.pop(server, []):
-            try:
-                await server.client.destroy_group(name, run.seconds_left)
-            except ServerError as error:
-                if error.status == 0:
-                    raise
-                log.debug("publish: %s", error)  # a restarted server does not know the group
-
-    async def _send(self, run: _Transfer) -> None:
-        """Trainer and servers at the same time; the servers' HTTP calls carry the errors and the deadline."""
+    async def _send(self, run: Transfer) -> None:
+        """Trainer and servers at the same time. The trainer gives up first, which releases the servers that wait with
+        it for one that hangs; that one's call then ends at its own deadline, and the pass has time left."""
         if not run.left:
             return
-        assert self._version is not None
-        receiving = asyncio.create_task(self._each(run, lambda s: self._receive(s, run)))
+        until = time.monotonic() + RECEIVE_SHARE * run.seconds_left
+        receiving = asyncio.create_task(run.each(lambda s: self._receive(s, until, run)))
         try:
-            run.report = await self._trainer.publish_send(self._version)
-            # After an error the trainer has closed the groups, so the servers' calls end too.
+            run.report = await self._trainer.publish_send(
+                run.version, SEND_SHARE * run.seconds_left
+            )
             await receiving
         finally:
             receiving.cancel()
         errors = [f"stage {n}: {s.error}" for n, s in run.report.stages.items() if s.error]
-        if run.report.step != self._version.step:
-            errors.append(f"the trainer holds step {run.report.step}, not {self._version.step}")
+        if run.report.step != run.version.step:
+            errors.append(f"the trainer holds step {run.report.step}, not {run.version.step}")
+        sent = _with_digest(run.version, run.report)
+        if not errors and run.version.digest not in ("", sent.digest):
+            errors.append(f"digest {sent.digest} instead of {run.version.digest} as before")
+        run.version = sent
         if errors:
             reason = f"the trainer did not send: {'; '.join(errors)}"
             for server, met in run.failed.items():
                 run.failed[server] = f"{reason} ({met})"
             for server in run.left:
-                await self._fail(run, server, reason)
+                await run.fail(server, reason)
 
-    async def _receive(self, server: Server, run: _Transfer) -> None:
+    async def _receive(self, server: Server, until: float, run: Transfer) -> None:
         try:
             for stage, buckets in enumerate(self._plan):
                 for bucket in buckets:
                     await server.client.receive_bucket(
-                        group_name(self._members.epoch, stage),
+                        self._groups.name(stage),
                         [spec.name for spec in bucket],
                         [spec.dtype for spec in bucket],
                         [spec.shape for spec in bucket],
-                        run.seconds_left,
+                        max(0.1, until - time.monotonic()),
                     )
         except ServerError as error:
             # Closing its end releases the trainer, and the other servers, from a broadcast that it will not join.
             if error.status:
-                await self._leave_groups(server, run)
+                await self._groups.leave(server, run)
             raise
-
-    def _version_sent(self, run: _Transfer) -> WeightVersion:
-        """The version with a digest of what all stages sent."""
-        assert self._version is not None
-        stages = run.report.stages if run.report else {}
-        text = " ".join(f"{number}:{stage.digest}" for number, stage in sorted(stages.items()))
-        return replace(self._version, digest=hashlib.sha256(text.encode()).hexdigest()[:12])
 
     # Is it what was sent?
 
-    async def _expected_logprobs(self, run: _Transfer) -> list[float]:
-        return await self._trainer.score_tokens(self._probe_tokens) if run.left else []
+    async def _expected_logprobs(self, run: Transfer) -> list[float] | None:
+        """None when the trainer holds other weights, so that it cannot say."""
+        if not run.left:
+            return None
+        step, logprobs = await self._trainer.score_tokens(self._probe_tokens, run.seconds_left)
+        if step != run.version.step:
+            log.warning("publish: the trainer scored under step %d, not %s", step, run.version)
+            return None
+        return logprobs
 
-    async def _check(self, run: _Transfer) -> None:
+    async def _check(self, run: Transfer) -> None:
         """Compare the servers' weight checksums with the trainer's, or, where those are not known, with each other."""
-        found: dict[Server, list[dict[str, str]]] = {}
+        found: dict[Server, Hashes] = {}
 
         async def fetch(server: Server) -> None:
-            found[server] = await server.client.checksums(run.seconds_left)
+            found[server] = await server.client.checksums(run.call_seconds)
 
-        await self._each(run, fetch)
+        await run.each(fetch)
         if run.report is None:
             return
         stages = run.report.stages.values()
-        expected = {k: v for s in stages for k, v in (s.checksums or {}).items()}
-        known = all(s.checksums is not None for s in stages) and self._server_ranks == 1
+        if self._server_ranks == 1 and all(stage.checksums is not None for stage in stages):
+            sent = {k: v for stage in stages for k, v in (stage.checksums or {}).items()}
+            agreed: Hashes | None = [sent]
+            whose = "the trainer's"
+        else:
+            self._reported.update({server: found[server] for server in run.left})
+            if self._agreed is None:
+                self._agreed = majority(list(self._reported.values()))
+            agreed = self._agreed
+            whose = "those of most servers"
         for server in run.left:
-            if known:
-                wrong = differing(expected, found[server][0])
-                other = "the trainer's"
-            else:
-                same = sum(found[server] == found[s] for s in run.left)
-                wrong = [] if 2 * same > len(run.left) else ["weights"]
-                other = "most servers'"
-            if wrong:
+            if agreed is None:
+                await run.fail(server, "the servers' checksums differ, and no majority agrees")
+            elif wrong := differing(agreed, found[server]):
                 shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
-                await self._fail(run, server, f"checksums differ from {other}: {shown}")
+                await run.fail(server, f"checksums differ from {whose}: {shown}")
 
-    async def _resume(self, server: Server, version: WeightVersion, run: _Transfer) -> None:
-        await server.client.flush_cache(run.seconds_left)
-        await server.client.set_weight_version(str(version), run.seconds_left)
-        await server.client.continue_generation(run.seconds_left)
+    async def _resume(self, server: Server, run: Transfer) -> None:
+        await server.client.flush_cache(run.call_seconds)
+        await server.client.set_weight_version(str(run.version), run.call_seconds)
+        await server.client.continue_generation(run.call_seconds)
 
-    async def _probe(self, server: Server, expected: Sequence[float], run: _Transfer) -> None:
-        found = await server.client.score(self._probe_tokens, timeout=run.seconds_left)
+    async def _probe(self, server: Server, expected: Sequence[float] | None, run: Transfer) -> None:
+        found = await server.client.score(self._probe_tokens, timeout=run.call_seconds)
+        if expected is None:
+            return
         diff = max(abs(a - b) for a, b in zip(found, expected, strict=True))
         run.probe_diff = max(run.probe_diff, diff)
         if not diff <= self._probe_tolerance:  # also when it is NaN
-            await self._fail(
-                run,
+            await run.fail(
                 server,
                 f"log-probs of fixed tokens differ from the trainer's by up to {diff:.2e} "
                 f"(allowed: {self._probe_tolerance:.0e})",
             )
 
 
-def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def _publication(transfers: Sequence[Transfer]) -> Publication:
+    good = [transfer for transfer in transfers if transfer.left]
+    assert good[0].report is not None
+    seconds: dict[str, float] = {}
+    for transfer in transfers:
+        for phase, took in transfer.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + took
+    return Publication(
+        good[0].version,
+        [server.url for transfer in good for server in transfer.left],
+        sum(stage.bytes for stage in good[0].report.stages.values()),
+        seconds,
+        max(transfer.probe_diff for transfer in good),
+    )
+
+
+def _with_digest(version: WeightVersion, report: PublishReport) -> WeightVersion:
+    """The version with a digest of what all stages sent."""
+    text = " ".join(f"{number}:{stage.digest}" for number, stage in sorted(report.stages.items()))
+    return replace(version, digest=hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def majority(reports: Sequence[Hashes]) -> Hashes | None:
+    """What more than half of the servers report; None when no such half agrees."""
+    return next((r for r in reports if 2 * reports.count(r) > len(reports)), None)
+
+
+def differing(expected: Hashes, found: Hashes) -> list[str]:
     """Names in ``expected`` whose hash in ``found`` is another or missing (``found`` may hold constant buffers too)."""
-    return sorted(name for name, value in expected.items() if found.get(name) != value)
-
-
-def fixed_tokens(vocab_size: int, count: int = 32) -> list[int]:
-    """The same spread-out token ids on every call: a probe sequence."""
-    return [(7919 * i + 13) % vocab_size for i in range(1, count + 1)]
+    pairs = zip(expected, found, strict=True)
+    return sorted({name for e, f in pairs for name, value in e.items() if f.get(name) != value})

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from agpo_megatron.wait import WaitExpired, waiting
 log = logging.getLogger(__name__)
 IN_FLIGHT = 2
 """Buckets held at once: one being sent while the next is prepared."""
+ENDING_SECONDS = 1.0
+"""For the sending thread to report, once the last broadcast has ended or passed its deadline."""
 DIGEST_CHUNK = 1 << 22
 """64-bit words hashed at once: bounds the digest's scratch memory at 32 MB."""
 
@@ -75,7 +78,7 @@ class WeightSource:
     def open(self, host: str, name: str, world_size: int, timeout: float) -> int:
         """Offer a group called ``name`` at ``host``; returns its port at once, members join in the background.
 
-        ``timeout``: seconds for the members to join, and for each broadcast.
+        ``timeout``: seconds for the members to join.
         """
         self.close()
         limit = datetime.timedelta(seconds=timeout)
@@ -84,28 +87,37 @@ class WeightSource:
         )
         self._store, self._join_error = store, None
         self._joining = threading.Thread(
-            target=self._join, args=(store, name, world_size, limit), daemon=True
+            target=self._join, args=(host, store.port, name, world_size, limit), daemon=True
         )
         self._joining.start()
         return store.port
 
     def _join(
-        self, store: dist.Store, name: str, world_size: int, limit: datetime.timedelta
+        self, host: str, port: int, name: str, world_size: int, limit: datetime.timedelta
     ) -> None:
-        # The prefixes that init_custom_process_group and torch's _new_process_group_helper put before every key.
-        keys = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
-        keys = dist.PrefixStore(f"{self._device}/", keys)
+        joining = threading.current_thread()
         try:
+            # A client of its own: ``close`` can end the store while this thread, and the servers, wait in it.
+            store = dist.TCPStore(
+                host, port, world_size, is_master=False, timeout=limit, wait_for_workers=False
+            )
+            # The prefixes that init_custom_process_group and torch's _new_process_group_helper put before every key.
+            keys = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
+            keys = dist.PrefixStore(f"{self._device}/", keys)
             group = _backend(self._device, keys, world_size, limit)
         except Exception as error:
-            self._join_error = error
+            if self._joining is joining:
+                self._join_error = error
             return
-        if self._store is store:  # not closed or opened anew meanwhile
+        if self._joining is joining:  # not closed or opened anew meanwhile
             self._group = group
 
     def close(self) -> None:
-        """Leave the group. Members that wait in a broadcast fail at once with a closed connection."""
+        """Leave the group. Members that join, or wait in a broadcast, fail at once with a closed connection."""
+        group = self._group
         self._store = self._group = self._joining = None
+        if group is not None and self._device == "cuda":
+            group.abort()  # a kernel that waits for a lost member holds its thread otherwise; never run on a GPU yet
 
     def refuse(self, reason: str) -> StageReport:
         """Send nothing; closes the group, so that members already waiting for the first bucket fail at once."""
@@ -116,26 +128,28 @@ class WeightSource:
         """Send all buckets, each as one uint8 broadcast; SGLang: load_format ``flattened_bucket``.
 
         The calling thread draws ``buckets`` (which may itself gather over TP) and copies them flat; another thread runs
-        the collectives. ``buckets`` is always drawn to its end, since other ranks take part in its gathers. Failures,
-        the deadline included, come back in ``error``, after which the group is closed.
+        the collectives. ``buckets`` is always drawn to its end (or its own failure), since other ranks take part in its
+        gathers. Failures, the deadline included, come back in ``error``, after which the group is closed.
         """
         started = time.monotonic()
-        sender = _Sender(self._joined_group, started + seconds)
+        sender = _Sender(self._joined_group, started + seconds, self._device)
         digest = hashlib.sha256()
         checksums = ServerChecksums() if self._server_checksums else None
         total = 0
         with waiting("publish: broadcast of the weights", seconds):
-            for bucket in buckets:
-                if sender.error:
-                    continue
-                flat = self.flatten(bucket)
-                total += flat.numel()
-                sender.put(flat)
-                for name, tensor in bucket:
-                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                    if checksums is not None:
-                        checksums.add(name, tensor)
-                digest.update(word_sum(flat).to_bytes(8, "little"))
+            with sender.stopped_by_errors():
+                for bucket in buckets:
+                    if sender.error:
+                        continue
+                    with sender.stopped_by_errors():
+                        flat = self.flatten(bucket)
+                        total += flat.numel()
+                        sender.put(flat)
+                        for name, tensor in bucket:
+                            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                            if checksums is not None:
+                                checksums.add(name, tensor)
+                        digest.update(word_sum(flat).to_bytes(8, "little"))
             sender.finish()
         took = time.monotonic() - started
         if sender.error:
@@ -167,14 +181,19 @@ class WeightSource:
 
 
 class _Sender:
-    """Broadcasts flat buckets, in order, in a thread of its own. ``error``: why it stopped, or ""."""
+    """Broadcasts flat buckets, in order, in a thread of its own. ``error``: why it stopped, or "".
 
-    def __init__(self, group: Callable[[float], Any], deadline: float) -> None:
+    On a GPU (none of these lines has run on one yet) it has a stream of its own, so that the next bucket is prepared on
+    the caller's stream meanwhile.
+    """
+
+    def __init__(self, group: Callable[[float], Any], deadline: float, device: str) -> None:
         self.error = ""
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
         self._get_group = group
         self._deadline = deadline
         self._slots = threading.Semaphore(IN_FLIGHT)
-        self._queue: queue.Queue[Tensor | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[Tensor, torch.cuda.Event | None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -186,27 +205,54 @@ class _Sender:
         if not self._slots.acquire(timeout=self._left()):
             self.error = self.error or "the broadcast did not end before its deadline"
         if not self.error:
-            self._queue.put(flat)
+            self._queue.put(
+                (flat, torch.cuda.current_stream().record_event() if self._stream else None)
+            )
+
+    @contextmanager
+    def stopped_by_errors(self) -> Iterator[None]:
+        """An exception inside becomes ``error``."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("publish: the weights could not be prepared")
+            self.error = self.error or f"the weights could not be prepared: {error}"
 
     def finish(self) -> None:
+        """Return once all is sent or ``error`` says why not; the thread ends then, or when the group is closed."""
         self._queue.put(None)
-        self._thread.join(self._left())
+        self._thread.join(ENDING_SECONDS + (0 if self.error else self._left()))
         if self._thread.is_alive():
             self.error = self.error or "the broadcast did not end before its deadline"
 
     def _run(self) -> None:
         try:
+            if self._stream:
+                torch.cuda.set_device(
+                    self._stream.device
+                )  # the current device is each thread's own
             group = self._get_group(self._left())
-            options = dist.BroadcastOptions()
-            options.rootRank = options.rootTensor = 0
-            while (flat := self._queue.get()) is not None and not self.error:
-                group.broadcast([flat], options).wait()
-                if flat.is_cuda:
-                    torch.cuda.current_stream().synchronize()
+            while (item := self._queue.get()) is not None and not self.error:
+                self._broadcast(group, *item)
                 self._slots.release()
         except Exception as error:
-            self.error = f"broadcast to the rollout servers failed: {error}"
+            self.error = self.error or f"broadcast to the rollout servers failed: {error}"
             self._slots.release()
+
+    def _broadcast(self, group: Any, flat: Tensor, ready: torch.cuda.Event | None) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        if self._stream is None or ready is None:
+            # Gloo ends it by closing its connections, which releases the members too. NCCL's watchdog would end the
+            # process: there only ``close`` ends it.
+            options.timeout = datetime.timedelta(seconds=self._left())
+            group.broadcast([flat], options).wait()
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            flat.record_stream(self._stream)
+            group.broadcast([flat], options).wait()
+            self._stream.synchronize()
 
 
 def word_sum(flat: Tensor) -> int:

@@ -72,6 +72,7 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
         config.train,
         temperature=1.0 if mode == "sft" else config.rollout.temperature,
         seed=config.seed,
+        timeout=config.cluster.command_timeout,
     )
     if mode != "sft" and config.algorithm.loss.kl.coef > 0:
         policy.keep_reference()  # before any checkpoint is loaded: the run's initial weights

@@ -38,7 +38,8 @@ class PolicyPublisher:
     def send(
         self, plan: list[list[list[dict[str, Any]]]], seconds: float, step: int, held: int
     ) -> dict[str, Any]:
-        """Broadcast this stage's buckets; ``plan[stage][bucket]`` lists the tensors as the servers expect them.
+        """Broadcast this stage's buckets within ``seconds``; ``plan[stage][bucket]`` lists the tensors as the servers
+        expect them.
 
         ``step``: whose weights are wanted; ``held``: whose the policy holds. Nothing is sent if they differ.
         """
@@ -56,6 +57,8 @@ class PolicyPublisher:
             return {"stage": None, "step": held}
         specs = [[tensor_spec(entry) for entry in bucket] for bucket in plan[stage]]
         report = self._source.broadcast(bucketed(tensors, specs), seconds)
+        for _ in tensors:
+            pass  # what a refused plan left: the other ranks take part in its gathers
         return {"stage": stage, "step": held, "report": asdict(report)}
 
 

@@ -88,21 +88,40 @@ class TrainerService:
         return Command(**handed) if handed else None
 
     def load(self, checkpoint: str | None) -> dict[str, Any]:
-        """A checkpoint with optimizer and RNG state, or the initial Hugging Face weights."""
-        if checkpoint is None:
-            self._policy.load_hf(self._initial_weights)
-            self._step = 0
-        else:
+        """A checkpoint with optimizer and RNG state; None keeps the initial weights that the policy was built with.
+
+        Raises ValueError for None after an update: a run begins anew in a new process.
+        """
+        if checkpoint is not None:
             self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+        elif self._step:
+            raise ValueError(
+                f"the policy is at step {self._step}, no longer at the initial weights"
+            )
         return {"step": self._step, "backend": self._policy.backend.dist_backend}
 
     def update(
-        self, journal: str, step: int, plan: list[list[list[int]]], loss: dict[str, Any], lr: float
+        self,
+        journal: str,
+        record: str,
+        step: int,
+        plan: list[list[list[int]]],
+        loss: dict[str, Any],
+        lr: float,
     ) -> dict[str, Any]:
-        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows."""
+        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows.
+
+        Raises ValueError when the policy is not at the step before.
+        """
+        if step != self._step + 1:
+            raise ValueError(
+                f"step {step} was asked for, the weights are those of step {self._step}"
+            )
         reader, settings = self._reader(journal), LossSettings(**loss)
-        record = reader.record(step)
-        batches = [reader.sequences(record, rows) for rows in plan[self._policy.layout.dp_rank]]
+        rows_of_step = reader.read_record(record)
+        batches = [
+            reader.sequences(rows_of_step, rows) for rows in plan[self._policy.layout.dp_rank]
+        ]
         if settings.old_logprobs == "rollout":
             batches = [[replace(s, old_logprobs=s.rollout_logprobs) for s in b] for b in batches]
         stats: dict[str, Any] = self._policy.update(batches, loss=settings, lr=lr)
@@ -118,7 +137,7 @@ class TrainerService:
         path: str,
     ) -> dict[str, Any]:
         """Log-probs of journaled samples, [segment, row, digest] each, under the current (``policy``) or the
-        ``reference`` weights; rank 0 writes them to ``path`` and answers their mean entropy."""
+        ``reference`` weights; rank 0 writes them to ``path`` and answers their mean entropy and the file's digest."""
         reader = self._reader(journal)
 
         def sequence(number: int) -> TrainSequence:
@@ -131,17 +150,21 @@ class TrainerService:
             scores = self._policy.score(batches, every_token=False)
         if self._control.rank != 0:
             return {}
-        write_scores(Path(path), {name: score.logprobs for name, score in scores.items()})
+        logprobs = {name: score.logprobs for name, score in scores.items()}
         tokens = sum(len(score.logprobs) for score in scores.values())
         total = sum(score.entropy * len(score.logprobs) for score in scores.values())
-        return {"entropy": total / max(tokens, 1)}
+        return {
+            "entropy": total / max(tokens, 1),
+            "digest": write_scores(Path(path), logprobs),
+        }
 
     def score(self, tokens: list[int], temperature: float) -> dict[str, Any]:
         """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
         sequence = TrainSequence("probe", tokens, 1.0, [1] * len(tokens), 1.0)
         batches = [[sequence]] if self._policy.layout.dp_rank == 0 else []
         scores = self._policy.score(batches, temperature=temperature)
-        return {"logprobs": scores["probe"].logprobs if "probe" in scores else None}
+        logprobs = scores["probe"].logprobs if "probe" in scores else None
+        return {"step": self._step, "logprobs": logprobs}
 
     def publish_send(self, **request: Any) -> dict[str, Any]:
         return self._publisher.send(**request, held=self._step)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,11 @@ import psutil
 import pytest
 from kills import check_nothing_lost_or_repeated, command, finish
 from tiny_run import write_run
+
+from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
+from agpo_megatron.config.loading import resolve_config
+from agpo_megatron.config.record import resolved_yaml
+from agpo_megatron.config.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -83,13 +87,52 @@ def test_a_port_in_use(config: Path) -> None:
     assert str(port) in message and "rollout.port" in message
 
 
+def test_an_answer_that_could_never_be_confirmed(config: Path) -> None:
+    data = config.parent / "train.jsonl"
+    data.write_text(data.read_text() + '{"prompt": "1+1:", "answer": "two"}\n')
+    outcome = finish(config, config.parent / "run")
+    assert outcome.exit_code == 1
+    assert "problem 101: the answer 'two' holds no number" in outcome.output
+
+
+def begin(config: Path, mode: str = "train") -> Path:
+    """A run folder as the first moment of a run leaves it."""
+    resolved = resolve_config(config, [], str(config.parent / "run"))
+    folder = RunFolder(config.parent / "run")
+    folder.path.mkdir()
+    refuse_another_run(resolved.config, folder, mode)
+    folder.config.write_text(resolved_yaml(resolved.config, resolved.provenance))
+    return folder.path
+
+
 def test_another_run_in_the_folder(config: Path) -> None:
-    run_dir = config.parent / "run"
-    run_dir.mkdir()
-    check = [sys.executable, "-m", "agpo_megatron", "check", str(config), "--run-dir", str(run_dir)]
-    (run_dir / "config.yaml").write_text(subprocess.check_output(check, text=True))
-    message = refused(config, "--set", "seed=2")
+    begin(config)
+    message = refused(config, "--set", "seed=2", "--set", "train.steps=9", "--set", "train.lr=0.5")
     assert "holds another run" in message and "seed: 1 in the run folder, 2 now" in message
+    assert "train.lr" in message and "train.steps" not in message
+
+
+def test_a_finished_run_is_not_shown_as_the_result_of_another_config(config: Path) -> None:
+    (begin(config) / "done.json").write_text('{"mode": "train", "steps": 4}')
+    assert "algorithm.preset" in refused(config, "--set", "algorithm.preset=grpo")
+
+
+def test_changed_data_is_another_run(config: Path) -> None:
+    begin(config)
+    data = config.parent / "train.jsonl"
+    data.write_text(data.read_text() + '{"prompt": "1+1:", "answer": "2"}\n')
+    assert "data.path: its content has changed" in refused(config)
+
+
+def test_a_folder_in_use(config: Path) -> None:
+    folder = RunFolder(config.parent / "run")
+    folder.path.mkdir()
+    with only_command_on(folder):
+        assert "is in use by another agpo-megatron" in refused(config)
+
+
+def test_replay_of_what_is_no_run(config: Path) -> None:
+    assert "is not a journal" in refused(config, "--replay", "/nowhere/run")
 
 
 def test_a_server_that_dies_while_it_starts(config: Path) -> None:
@@ -108,6 +151,7 @@ def test_a_server_that_dies_while_it_starts(config: Path) -> None:
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
+@pytest.mark.full
 def test_a_full_disk_ends_the_run_and_loses_nothing(config: Path) -> None:
     run_dir = config.parent / "run"
     run_dir.mkdir()

@@ -34,12 +34,13 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a rank reports; tensors only from the rank that publishes its stage."""
+    """What a rank reports; tensors only from the rank that publishes its stage. ``layers``: of its stage."""
 
     stats: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+    layers: dict[int, list[int]] = field(default_factory=dict)
     step: int = -1
 
 
@@ -49,7 +50,7 @@ def execute(rank: int, case: Case) -> Outcome:
     from agpo_megatron.policy import backend
 
     backend.activate("cpu")
-    from agpo_megatron.policy import checkpoint, parallel
+    from agpo_megatron.policy import checkpoint, parallel, weights
     from agpo_megatron.policy.policy import Policy
 
     policy = Policy.build(
@@ -57,6 +58,7 @@ def execute(rank: int, case: Case) -> Outcome:
     )
     try:
         outcome = Outcome()
+        outcome.layers[policy.layout.pp_rank] = weights.layer_numbers(policy.chunks)
         if case.before:
             outcome.step, _ = checkpoint.load(case.before, policy)
         mine = case.plan[policy.layout.dp_rank]
@@ -95,6 +97,6 @@ def merged(outcomes: list[Outcome]) -> Outcome:
     whole = Outcome(stats=outcomes[0].stats, step=outcomes[0].step)
     for outcome in outcomes:
         assert outcome.stats == whole.stats, "ranks report different statistics"
-        for part in ("weights", "gradients", "scores"):
+        for part in ("weights", "gradients", "scores", "layers"):
             getattr(whole, part).update(getattr(outcome, part))
     return whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import multiprocessing
 import os
 import socket
@@ -67,14 +69,22 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
         OMP_NUM_THREADS="1",
     )
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    while True:
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
+    for call in itertools.count():
         try:
             function, args = pipe.recv()
         except EOFError:
             return
+        # Every call joins anew and leaves again: a layout makes dozens of groups, each with threads of its own.
+        rendezvous = dist.PrefixStore(f"call-{call}", store)
+        dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)
         try:
             pipe.send((True, function(rank, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+        finally:
+            dist.destroy_process_group()
+            gc.collect()

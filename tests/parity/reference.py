@@ -84,6 +84,20 @@ def log_probs(
     return chosen, -(table.exp() * table).sum(-1)
 
 
+def mean_entropy(
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    sequences: Sequence[TrainSequence],
+    temperature: float = 1.0,
+) -> float:
+    """Entropy in nats, averaged over the tokens that train."""
+    picked = [
+        log_probs(weights, config, s.tokens, temperature)[1][[t - 1 for t in s.trained()]]
+        for s in sequences
+    ]
+    return float(torch.cat(picked).mean())
+
+
 def loss(
     weights: Mapping[str, Tensor],
     config: Mapping[str, Any],

@@ -16,12 +16,14 @@ from ranks import Ranks
 from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
+from agpo_megatron.controller.publishing import stage_layers
 from agpo_megatron.policy.objective import LossSettings
 
 LENGTHS = [40, 7, 23, 1, 2, 16, 31, 12]
 TRAIN = {"adam_eps": 1e-5, "lr": 1e-3, "grad_clip": 0.0}
 PPO = {"loss": LossSettings(), "lr": 1e-3}
-GRADIENT, LOSS = 1e-5, 1e-6
+NLL = {"loss": LossSettings("nll"), "lr": 1e-3}
+GRADIENT, LOSS, BF16 = 1e-5, 1e-6, 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def pools() -> Any:
 
 
 def layout(**axes: Any) -> PolicyConfig:
-    return PolicyConfig(dtype="fp32", logprob_chunk=32, **axes)
+    return PolicyConfig(**{"dtype": "fp32", "logprob_chunk": 32, **axes})
 
 
 def split(replicas: int, micro: int) -> cases.Plan:
@@ -114,16 +116,36 @@ MATRIX = {
 def test_loss_and_every_gradient(pools: Any, models: dict[str, Path], name: str) -> None:
     model, axes = MATRIX[name]
     found = run(pools, models[model], layout(**axes), temperature=0.7)
-    loss, grads = reference.gradients(
+    task = (
         tiny_models.weights_of(models[model]),
         tiny_models.CONFIGS[model],
         tiny_models.sequences(LENGTHS),
-        kind="ppo",
-        temperature=0.7,
     )
+    loss, grads = reference.gradients(*task, kind="ppo", temperature=0.7)
     assert found.stats[0]["loss/unclipped"] == pytest.approx(loss, abs=LOSS)
+    entropy = reference.mean_entropy(*task, temperature=0.7)
+    assert found.stats[0]["policy/entropy"] == pytest.approx(entropy, abs=1e-5)
     error, tensor = worst(found.gradients, grads)
     assert error < GRADIENT, f"{tensor} is off by {error:.1e}"
+
+
+def test_bf16(pools: Any, models: dict[str, Path]) -> None:
+    """Activations have 8 bits, gradients are summed in fp32: small deviations everywhere, large ones nowhere."""
+    axes = {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True, **PLAIN}
+    found = run(pools, models["tied"], layout(dtype="bf16", **axes), update=NLL)
+    task = (
+        tiny_models.weights_of(models["tied"]),
+        tiny_models.TIED,
+        tiny_models.sequences(LENGTHS),
+    )
+    loss, grads = reference.gradients(*task, kind="nll")
+    assert found.stats[0]["loss/policy"] == pytest.approx(loss, rel=BF16)
+    assert found.stats[0]["policy/entropy"] == pytest.approx(
+        reference.mean_entropy(*task), rel=BF16
+    )
+    for name, expected in grads.items():
+        error = (found.gradients[name].double() - expected).norm() / expected.norm()
+        assert error < 4 * BF16, f"{name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +190,7 @@ def test_the_loss_scale_does_not_depend_on_the_split(
         models["llama"],
         layout(**axes, **PLAIN),
         plan=split(axes.get("data_parallel", 1), micro),
-        update={"loss": LossSettings("nll"), "lr": 1e-3},
+        update=NLL,
     )
     loss, grads = reference.gradients(
         tiny_models.weights_of(models["llama"]),
@@ -229,6 +251,38 @@ def test_a_checkpoint_continues_in_every_other_layout(
                 assert mine[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), (name, key)
         error, tensor = worst(found.weights, {n: w.double() for n, w in whole.weights.items()})
         assert error < 1e-4, f"{name}: {tensor} is off by {error:.1e}"
+
+
+def test_a_tied_checkpoint_of_two_stages_continues_on_one(
+    pools: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first and the last stage hold a copy each of the one embedding."""
+    saved = str(tmp_path / "step2")
+    both = layout(tensor_parallel=2, pipeline_parallel=2)
+    whole = run(pools, models["tied"], both, steps=4)
+    run(pools, models["tied"], both, steps=2, after=saved)
+    expected = {n: w.double() for n, w in whole.weights.items()}
+    for axes in ({"data_parallel": 2}, {"pipeline_parallel": 2}):
+        found = run(pools, models["tied"], layout(**axes), steps=2, before=saved)
+        for mine, wanted in zip(found.stats, whole.stats[2:], strict=True):
+            for key in ("loss/policy", "grad_norm", "policy/entropy"):
+                assert mine[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6), (axes, key)
+        error, tensor = worst(found.weights, expected)
+        assert error < 1e-4, f"{axes}: {tensor} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"pipeline_parallel": 2}, {"pipeline_parallel": 2, "virtual_pipeline": 2}],
+    ids=["pp2", "pp2-vpp2"],
+)
+def test_megatron_places_layers_where_publishing_expects_them(
+    pools: Any, models: dict[str, Path], axes: dict[str, Any]
+) -> None:
+    policy = layout(**axes)
+    found = run(pools, models["llama"], policy)
+    expected = stage_layers(tiny_models.LLAMA["num_hidden_layers"], policy)
+    assert [found.layers[stage] for stage in range(2)] == expected
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ CONFIGS = {"llama": LLAMA, "tied": TIED, "llama3": LLAMA3, "qwen2": QWEN2}
 
 
 def write(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
-    """A checkpoint folder with seeded random weights, large enough that every part of the model matters."""
+    """A checkpoint folder with seeded random weights, large enough that every part of the model matters; of values that
+    bf16 holds exactly."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     c = config
@@ -88,6 +89,7 @@ def write(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
             tensors[name] = 0.3 * noise
         else:
             tensors[name] = noise * (0.5 if "embed" in name else 1.0 / shape[-1] ** 0.5)
+    tensors = {name: t.bfloat16().float() for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -17,6 +17,7 @@ import psutil
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.journal import JournalReader
+from agpo_megatron.journal.reader import valid_files
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.types import WeightVersion
 
@@ -48,57 +49,63 @@ def finish(config: Path, run_dir: Path, *more: str, timeout: float = 240) -> Out
     return Outcome(result.returncode, result.stdout + result.stderr)
 
 
-def kill_at(config: Path, run_dir: Path, role: str, phase: str, timeout: float = 240) -> Outcome:
-    """Start the run, SIGKILL ``role`` as soon as the controller enters ``phase`` ("update step 2"), wait for the end.
+def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float = 240) -> Outcome:
+    """Start the run; SIGKILL each role as soon as the controller enters its phase ("update step 2"); wait for the end.
 
     Asserts that no process of the run is left.
     """
     folder = RunFolder(run_dir)
-    started = time.time()
+    before = set(folder.logs.glob("controller.*"))
     run = subprocess.Popen(
         command(config, run_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    pattern = re.compile(rf"phase {re.escape(phase)}$", re.MULTILINE)
-    deadline = time.monotonic() + timeout
-    while not any(pattern.search(p.read_text()) for p in logs_since(folder, started)):
-        assert run.poll() is None, f"the run ended before {phase}:\n{run.communicate()[0]}"
-        assert time.monotonic() < deadline, f"{phase} was not reached in {timeout} s"
-        time.sleep(0.005)
-    pids = json.loads(folder.processes.read_text())
-    descendants = psutil.Process(run.pid).children(recursive=True)
-    os.kill(pids[role], signal.SIGKILL)
+    descendants: set[psutil.Process] = set()
+    for role, phase in kills:
+        pattern = re.compile(rf"phase {re.escape(phase)}$", re.MULTILINE)
+        deadline = time.monotonic() + timeout
+        while not any(pattern.search(p.read_text()) for p in new_logs(folder, before)):
+            assert run.poll() is None, f"the run ended before {phase}:\n{run.communicate()[0]}"
+            assert time.monotonic() < deadline, f"{phase} was not reached in {timeout} s"
+            time.sleep(0.005)
+        pids = json.loads(folder.processes.read_text())
+        descendants |= set(psutil.Process(run.pid).children(recursive=True))
+        os.kill(pids[role], signal.SIGKILL)
     output, _ = run.communicate(timeout=timeout)
     _, alive = psutil.wait_procs(descendants, timeout=15)
     assert not alive, f"left behind: {[' '.join(p.cmdline()[:6]) for p in alive]}"
     return Outcome(run.returncode, output)
 
 
-def logs_since(folder: RunFolder, started: float) -> list[Path]:
-    return [p for p in folder.logs.glob("controller.*") if p.stat().st_mtime >= started - 1]
+def controller_log(run_dir: Path) -> str:
+    return "".join(p.read_text() for p in sorted((run_dir / "logs").glob("controller.*")))
+
+
+def new_logs(folder: RunFolder, before: set[Path]) -> set[Path]:
+    return set(folder.logs.glob("controller.*")) - before
 
 
 def check_nothing_lost_or_repeated(
     run_dir: Path, steps: int, prompts: int, group_size: int
 ) -> None:
-    """Every step once, every prompt once and in order, every sample once, all of it from the step's own weights."""
+    """Every step once, every prompt once and in order, every sample journaled once, all from the step's own weights."""
     folder = RunFolder(run_dir)
     assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, steps + 1))
     reader = JournalReader(folder.journal)
     assert reader.steps() == list(range(1, steps + 1))
-    seen: Counter[str] = Counter()
+    trained: list[str] = []
     for step in range(1, steps + 1):
         record = reader.record(step)
         assert record.cursor == step * prompts
         assert WeightVersion.parse(record.weight_version).step == step - 1
-        expected = [
-            f"g{position:09d}.{i}"
-            for position in range((step - 1) * prompts, step * prompts)
-            for i in range(group_size)
-        ]
-        assert [row.sample_id for row in record.rows] == expected
-        seen.update(expected)
+        trained += [row.sample_id for row in record.rows]
         for row in record.rows:
             sample = reader.segment(row.ref.segment).slice(row.ref.row, 1).to_pylist()[0]
             spans = json.loads(sample["versions"])
             assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
-    assert set(seen.values()) == {1}
+    assert trained == [f"g{p:09d}.{i}" for p in range(steps * prompts) for i in range(group_size)]
+    journaled = Counter(
+        f"{row['group_id']}.{row['index']}"
+        for name in valid_files(folder.journal)[0]
+        for row in reader.segment(name).select(["group_id", "index"]).to_pylist()
+    )
+    assert journaled == Counter(trained), "a journaled sample was generated again, or never trained"

@@ -24,7 +24,12 @@ class FakeServer:
         self.port = 0
         self.controls: list[tuple[str, dict[str, Any]]] = []
         self.refuse: list[str] = []  # control endpoints that fail once each
+        self.drop: list[str] = []  # control endpoints whose connection breaks once each
+        self.stall: dict[str, asyncio.Event] = {}  # control endpoints that wait before they answer
         self.checksums = {"w": "1"}
+        self.spans: list[dict[str, Any]] | None = (
+            None  # weight_versions of an answer; None: all of it
+        )
 
     @property
     def url(self) -> str:
@@ -49,6 +54,12 @@ class FakeServer:
     async def _control(self, request: web.Request) -> web.Response:
         name, body = request.match_info["control"], await request.json()
         self.controls.append((name, body))
+        if name in self.stall:
+            await self.stall[name].wait()
+        if name in self.drop:
+            self.drop.remove(name)
+            assert request.transport is not None
+            request.transport.close()
         if name in self.refuse:
             self.refuse.remove(name)
             return web.json_response({"success": False, "message": f"no {name} today"}, status=400)
@@ -65,6 +76,8 @@ class FakeServer:
         return web.json_response({"weight_version": self.version})
 
     async def _abort(self, _: web.Request) -> web.Response:
+        if "abort_request" in self.stall:
+            await self.stall["abort_request"].wait()
         self.aborted = True
         self.release.set()
         return web.Response()
@@ -85,7 +98,9 @@ class FakeServer:
         meta = {
             "finish_reason": {"type": reason},
             "weight_version": self.version,
-            "weight_versions": [{"version": self.version, "start": 0, "end": 2}],
+            "weight_versions": self.spans
+            if self.spans is not None
+            else [{"version": self.version, "start": 0, "end": 2}],
             "input_token_logprobs": [[None, 0, None]]
             + [[-1.0, t, None] for t in body["input_ids"][1:]],
             "output_token_logprobs": [[self.logprob, 7, None], [-0.25, 2, None]],

@@ -220,6 +220,32 @@ def test_a_loss_that_is_not_finite_does_not_pass(loss):
             method(loss)
 
 
+def scoped(weights, losses):
+    """Eq. 1e."""
+    return sum(w * CLIP.value(loss) for w, loss in zip(weights, losses, strict=True))
+
+
+@pytest.mark.parametrize("tie, tied", [("zero", 0.0), ("half", 0.5), ("full", 1.0)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 400.0])
+@pytest.mark.parametrize("minimum", [0.0, -0.25])
+@pytest.mark.parametrize(
+    "above, gate",
+    [(1e-9, "tie"), (-9e-7, "tie"), (9e-7, "tie"), (1.1e-6, 1), (1e-5, 1), (-1e-5, 0)],
+)
+def test_a_tie_is_not_decided_by_rounding(above, gate, minimum, scale, tie, tied):
+    """Equal lengths give L = c up to float32 rounding of its terms, of either sign: a tie in both
+    cases. The value reported follows the gate."""
+    phi = Adaptive("max0", minimum=minimum * scale, tie=tie)
+    loss = (minimum + above) * scale
+    assert phi.gain(loss, scale) == (tied if gate == "tie" else gate)
+    assert phi.value(loss, scale) == (loss if gate == 1 else minimum * scale)
+
+
+def test_the_scale_of_a_token_mean_is_1():
+    assert CLIP.gain(9e-7) == CLIP.value(9e-7) == 0
+    assert CLIP.gain(2e-6) == 1 and CLIP.value(2e-6) == 2e-6
+
+
 def test_scopes_worked_example():
     """Two groups, A = +1, -1 each; lengths 300, 100 and 100, 200: micro-batches are the groups."""
     a, lengths = [1.0, -1.0, 1.0, -1.0], [300, 100, 100, 200]
@@ -230,11 +256,11 @@ def test_scopes_worked_example():
     assert whole == pytest.approx(-0.142857, abs=6e-7)
     assert (CLIP.value(whole), CLIP.gain(whole)) == (0, 0)
     # the authors' 1 / accumulation steps, and the weights of their tokens
-    assert CLIP.scoped_value([0.5, 0.5], micro) == pytest.approx(0.166667, abs=6e-7)
+    assert scoped([0.5, 0.5], micro) == pytest.approx(0.166667, abs=6e-7)
     assert sum(0.5 * x for x in micro) == pytest.approx(-0.083333, abs=6e-7)
-    assert CLIP.scoped_value([4 / 7, 3 / 7], micro) == pytest.approx(0.142857, abs=6e-7)
+    assert scoped([4 / 7, 3 / 7], micro) == pytest.approx(0.142857, abs=6e-7)
     shares = [x * n for x, n in zip(w, lengths, strict=True)]
-    assert CLIP.scoped_value(shares, [-x for x in a]) == pytest.approx(0.428571, abs=6e-7)
+    assert scoped(shares, [-x for x in a]) == pytest.approx(0.428571, abs=6e-7)
     flat = on_policy_loss(plain(lengths, "seq_mean_token_mean"), lengths, a)
     assert flat == pytest.approx(0, abs=1e-12)
 

@@ -49,6 +49,7 @@ def algorithm(preset: str) -> AlgorithmConfig:
 def step(groups: list[JournaledGroup], preset: str, **changes):
     request = {
         "step": 1,
+        "attempt": 1,
         "cursor": len(groups),
         "version": WeightVersion(0, 1),
         "algorithm": algorithm(preset),

@@ -276,7 +276,15 @@ def test_the_saved_config_reads_back_equal_and_says_what_set_each_value(tmp_path
     assert "  group_size: 8" in lines
 
 
-@given(st.one_of(st.text(), st.integers(), st.booleans(), st.floats(allow_nan=False)))
+@given(
+    st.one_of(
+        st.text(),
+        st.integers(),
+        st.booleans(),
+        st.floats(allow_nan=False),
+        st.lists(st.text(), max_size=3),
+    )
+)
 def test_any_value_survives_being_written(value: Any) -> None:
     line = yaml_line("key", value)
     assert "\n" not in line

@@ -60,7 +60,7 @@ def run_in(folder: Path, *overrides: str) -> tuple[Run, Pool, Rollouts]:
     async def as_is(group: Group) -> Group:
         return group
 
-    rewards: Any = SimpleNamespace(score_group=as_is)
+    rewards: Any = SimpleNamespace(score_group=as_is, take_busy_seconds=lambda: 0.5)
     stream: Any = SimpleNamespace(prompt_at=lambda p: Prompt(p, [1, 2, 3 + p], str(p)))
     return run, pool, Rollouts(pool, rewards, stream, [])
 

@@ -58,8 +58,10 @@ def test_round_trip_of_groups_and_steps(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journaled = journal.append([make_group(0), make_group(1)])
     assert [j.group for j in journaled] == [make_group(0), make_group(1)]
-    committed = journal.commit_step(make_step(1, journaled))
+    committed = make_step(1, journaled)
+    name = journal.commit_step(committed)
     reader = JournalReader(tmp_path)
+    assert reader.step_names() == {1: name}
     assert reader.steps() == [1]
     assert reader.record(1) == committed
     sequences = reader.sequences(committed, [4, 0])
@@ -110,7 +112,7 @@ def test_the_same_step_of_a_later_attempt_does_not_collide(tmp_path: Path) -> No
 
 def test_a_half_written_file_is_not_a_step(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    name = f".step-00000001-a{journal.attempt:06d}.arrow.99.tmp"
+    name = f".step-00000001-a{journal.attempt:06d}-0123456789abcdef.arrow.99.tmp"
     (tmp_path / "steps" / name).write_bytes(b"half")
     assert Journal(tmp_path).committed_steps() == []
 
@@ -118,27 +120,33 @@ def test_a_half_written_file_is_not_a_step(tmp_path: Path) -> None:
 def test_damage_is_refused_with_the_file_name(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journaled = journal.append([make_group(0)])
-    record = journal.commit_step(make_step(1, journaled))
+    record = make_step(1, journaled)
+    step = tmp_path / "steps" / journal.commit_step(record)
     segment = tmp_path / "samples" / journaled[0].refs[0].segment
-    data = bytearray(segment.read_bytes())
-    data[len(data) // 2] ^= 1
-    segment.write_bytes(data)
-    with pytest.raises(JournalError, match=segment.name):
-        reader = JournalReader(tmp_path)
-        reader.read_patience = 0.0
-        reader.sequences(record)
-    segment.unlink()
-    with pytest.raises(JournalError, match="is missing"):
-        reader = JournalReader(tmp_path)
-        reader.read_patience = 0.0
-        reader.sequences(record)
+    for path in (segment, step):
+        whole = path.read_bytes()
+        for damage in (flip_a_bit(whole), None):
+            reader = JournalReader(tmp_path)
+            reader.read_patience = 0.0
+            if damage is None:
+                path.unlink()
+            else:
+                path.write_bytes(damage)
+            with pytest.raises(JournalError, match=path.name):
+                reader.sequences(record) if path is segment else reader.read_record(step.name)
+        path.write_bytes(whole)
+
+
+def flip_a_bit(data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[len(changed) // 2] ^= 1
+    return bytes(changed)
 
 
 def test_prune_keeps_what_later_steps_and_pending_groups_need(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     a, b = journal.append([make_group(0), make_group(1)])
-    (c,) = journal.append([make_group(2)])
-    (d,) = journal.append([make_group(3)])
+    c, d = journal.append([make_group(2), make_group(3)])
     journal.commit_step(make_step(1, [a]))
     journal.commit_step(make_step(2, [b]))
     journal.commit_step(make_step(3, [c]))
@@ -147,6 +155,19 @@ def test_prune_keeps_what_later_steps_and_pending_groups_need(tmp_path: Path) ->
     again = Journal(tmp_path)
     assert again.committed_steps() == [3] and again.pending_groups() == {3: d}
     assert again.reader.sequences(again.reader.record(3))
+    with pytest.raises(JournalError, match="superseded"):
+        journal.prune(before_step=4)
+
+
+def test_prune_keeps_pending_groups_that_share_a_segment_with_old_steps(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    a, ahead = journal.append([make_group(0), make_group(5)])
+    (b,) = journal.append([make_group(1)])
+    journal.commit_step(make_step(1, [a]))
+    journal.commit_step(make_step(2, [b]))
+    journal.prune(before_step=3)
+    assert Journal(tmp_path).pending_groups() == {5: ahead}
+    assert Journal(tmp_path).committed_steps() == [2]  # the newest stays: its cursor is needed
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:

@@ -43,13 +43,26 @@ def test_without_a_terminal_a_step_is_one_plain_line() -> None:
     with Progress(60, "tiny_cpu", console) as progress:
         progress.phase("rollout")
         progress.step(STEP)
-        progress.step({"step": 8, "loss/clip_gate": 1.0, "response/tokens_correct_mean": math.nan})
+        nobody_right = {"reward/accuracy": 0.0, "response/tokens_correct_mean": math.nan}
+        progress.step({"step": 8, "loss/clip_gate": 1.0, **nobody_right})
+        progress.step({"step": 9, "loss/clip_gate": 1.0, "loss/policy": 0.5})
     assert stream.getvalue().splitlines() == [
         "tiny_cpu: 60 steps",
         "step  7/60  accuracy 0.625  tokens 41.2 (correct 33.5)  loss +0.0000 gate closed  812 tok/s  3.2 s",
-        "step  8/60  accuracy -  tokens - (correct -)  loss - gate open  - tok/s  - s",
+        "step  8/60  accuracy 0.000  tokens - (correct -)  loss - gate open  - tok/s  - s",
+        "step  9/60  loss +0.5000  - tok/s  - s",
     ]
     assert plain_line(STEP, 60) == stream.getvalue().splitlines()[1]
+
+
+def test_a_long_run_prints_about_a_hundred_lines_and_always_the_last_step() -> None:
+    console, stream = screen(terminal=False)
+    with Progress(401, "long", console) as progress:
+        for step in range(1, 402):
+            progress.step({"step": step})
+    lines = stream.getvalue().splitlines()[1:]
+    assert len(lines) == 101
+    assert lines[0].startswith("step   4/401") and lines[-1].startswith("step 401/401")
 
 
 def test_on_a_terminal_the_display_shows_numbers_phase_and_time_left() -> None:

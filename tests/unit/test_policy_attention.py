@@ -56,8 +56,18 @@ def test_each_sequence_as_if_alone(lengths: list[int]) -> None:
 
 def test_padding_never_more_than_doubles() -> None:
     lengths = [100, 90, 50, 49, 30, 24, 12, 1, 1]
-    buckets = buckets_of(lengths)
+    buckets = buckets_of(lengths, torch.device("cpu"))
     assert [b.count for b in buckets] == [3, 2, 2, 2]
     assert sum(b.tokens for b in buckets) == sum(lengths)
     assert all(b.count * b.longest <= 2 * b.tokens for b in buckets)
     assert buckets[3].slots is None, "equal lengths need no padding"
+
+
+def test_nothing_is_left_on_the_host() -> None:
+    """On the meta device, as on a GPU, an index on the CPU would not do."""
+    lengths = [9, 5, 5, 2, 1]
+    query, key = (torch.empty(22, 1, n, DIM, device="meta") for n in (HEADS, GROUPS))
+    packed = PackedSequences.of(torch.arange(22, device="meta"), lengths)
+    assert {b.slots.device.type for b in packed.buckets if b.slots is not None} == {"meta"}
+    core = PackedAttention(SimpleNamespace(kv_channels=DIM))  # type: ignore[arg-type]
+    assert core(query, key, key, packed_seq_params=packed).shape == (22, 1, HEADS * DIM)

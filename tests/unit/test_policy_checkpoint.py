@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,27 @@ def test_a_checkpoint_before_the_first_step(folder: Path, tmp_path: Path) -> Non
         assert step(policy) == expected
 
 
-def test_saving_again_replaces_and_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+def inodes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_ino for p in folder.iterdir()}
+
+
+def test_a_complete_checkpoint_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    """Neither by its like, which changes nothing, nor by anything else, which is refused."""
     from agpo_megatron.policy import checkpoint
 
+    target = tmp_path / "c"
     with policy_models.one_rank(folder) as policy:
-        for n in (1, 2):
-            checkpoint.save(tmp_path / "c", policy, n, {})
-        assert checkpoint.load(tmp_path / "c", policy)[0] == 2
+        checkpoint.save(target, policy, 1, {"note": (1, 2)})
+        files = inodes(target)
+        step(policy)
+        checkpoint.save(target, policy, 1, {"note": (1, 2)})
+        for number, extra in ((2, {"note": (1, 2)}), (1, {})):
+            with pytest.raises(checkpoint.CheckpointError, match=r"complete .*step 1.* else"):
+                checkpoint.save(target, policy, number, extra)
+        with pytest.raises(checkpoint.CheckpointError, match=r"\(training, step 1\)"):
+            checkpoint.save_weights(target, policy.chunks, policy.layout, {"note": [1, 2]})
+        assert inodes(target) == files
+        assert checkpoint.load(target, policy)[0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
@@ -124,8 +139,6 @@ def _other_format(c: Path) -> None:
 def test_what_is_no_checkpoint_is_refused(
     folder: Path, saved: Path, tmp_path: Path, damage: Any, words: str
 ) -> None:
-    import shutil
-
     from agpo_megatron.policy import checkpoint
 
     copy = tmp_path / "copy"
@@ -136,20 +149,34 @@ def test_what_is_no_checkpoint_is_refused(
         with pytest.raises(checkpoint.CheckpointError, match=words):
             checkpoint.load(copy, policy)
         assert all(torch.equal(before[n], t) for n, t in policy.named_hf_tensors())
-    assert checkpoint.is_complete(saved)
-    assert not checkpoint.is_complete(tmp_path / "nothing")
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [_unfinished, _flipped, _garbled])
+def test_what_is_no_checkpoint_makes_room(
+    folder: Path, saved: Path, tmp_path: Path, damage: Any
+) -> None:
+    from agpo_megatron.policy import checkpoint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    damage(copy)
+    (copy / "stray").write_text("")
+    with policy_models.one_rank(folder) as policy:
+        checkpoint.save(copy, policy, 1, {})
+        assert checkpoint.load(copy, policy)[0] == 1
+    assert not (copy / "stray").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_save_that_fails_leaves_the_folder_alone(folder: Path, tmp_path: Path) -> None:
     """The place of the temporary folder is taken by something that cannot be removed as a folder."""
     from agpo_megatron.policy import checkpoint
 
+    (tmp_path / ".c.partial").write_text("in the way")
     with policy_models.one_rank(folder) as policy:
-        checkpoint.save(tmp_path / "c", policy, 1, {})
-        (tmp_path / ".c.partial").write_text("in the way")
         with pytest.raises(checkpoint.CheckpointError, match="preparing .*partial"):
             checkpoint.save(tmp_path / "c", policy, 2, {})
-        assert checkpoint.load(tmp_path / "c", policy)[0] == 1
+        assert not (tmp_path / "c").exists()
 
 
 def test_another_models_checkpoint_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all
+from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all, pack_multiple
 from agpo_megatron.types import TrainSequence
 
 
@@ -50,6 +51,15 @@ def test_length_is_a_multiple(multiple: int) -> None:
         assert len(batch.tokens) % multiple == 0
         assert sum(batch.lengths) == len(batch.tokens) == len(batch.positions)
         assert all(a >= b for a, b in pairwise(batch.lengths[:2]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tp", "multiple"),
+    [("none", 1, 16), ("none", 3, 48), ("blockwise", 8, 16), ("mxfp8", 1, 32), ("mxfp8", 3, 96)],
+)
+def test_what_fp8_matmuls_need(recipe: str, tp: int, multiple: int) -> None:
+    config = PolicyConfig.model_validate({"tensor_parallel": tp, "fp8": {"recipe": recipe}})
+    assert pack_multiple(config) == multiple
 
 
 def test_a_filler_trains_nothing() -> None:

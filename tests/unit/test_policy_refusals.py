@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"tensor_parallel": 2}, r"1 ranks, but tensor_parallel 2 x .* = 2"),
         ({"context_parallel": 2}, "context_parallel 2: packed sequences"),
         ({"expert_parallel": 2}, "expert_parallel 2: .* no experts"),
-        ({"virtual_pipeline": 2}, "virtual_pipeline > 1 needs pipeline_parallel"),
-        ({"sequence_parallel": True}, "sequence_parallel needs tensor_parallel"),
+        ({"sequence_parallel": True}, "sequence parallelism without tensor parallelism"),
         ({"fp8": Fp8Config(recipe="blockwise")}, "blockwise needs Transformer Engine"),
     ],
 )
@@ -44,6 +46,7 @@ def test_layouts_and_precisions(folder: Path, changes: dict[str, Any], words: st
     ("changes", "words"),
     [
         ({"tensor_parallel": 3}, "tensor_parallel 3 does not divide num_attention_heads 4"),
+        ({"tensor_parallel": 32}, "tensor_parallel 32 does not divide num_attention_heads 4"),
         (
             {"pipeline_parallel": 3},
             "3 x virtual_pipeline 1 = 3 does not divide num_hidden_layers 2",
@@ -58,15 +61,6 @@ def test_sizes(folder: Path, changes: dict[str, Any], words: str) -> None:
 
     with pytest.raises(ModelError, match=words):
         transformer_config(ModelShape.from_hf(read_config(folder)), PolicyConfig(**changes))
-
-
-def test_a_checkpoint_of_another_shape(folder: Path, tmp_path: Path) -> None:
-    other = policy_models.save(policy_models.hf_model("tied"), tmp_path / "hf")
-    with (
-        policy_models.one_rank(folder) as policy,
-        pytest.raises(ValueError, match="another shape"),
-    ):
-        policy.load_hf(other)
 
 
 def test_another_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +118,47 @@ def test_megatron_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_gpu_libraries_on_a_cpu_run(tmp_path: Path) -> None:
+    """Installed or even imported already: megatron-core must not find them, for they would meet CPU tensors."""
+    for name in ("transformer_engine", "apex"):
+        package = tmp_path / name
+        for folder in ("", "pytorch", "pytorch/optimizers", "optimizers"):
+            (package / folder).mkdir(exist_ok=True)
+            (package / folder / "__init__.py").write_text("FusedAdam = FusedSGD = object\n")
+    program = (
+        "import transformer_engine.pytorch.optimizers\n"
+        "from agpo_megatron.policy import backend\n"
+        "assert not backend.activate('cpu').transformer_engine\n"
+        "from megatron.core.optimizer import distrib_optimizer\n"
+        "assert distrib_optimizer.Adam.__module__ == 'torch.optim.adam', distrib_optimizer.Adam\n"
+        "assert not distrib_optimizer.HAVE_APEX_OR_TE\n"
+        "assert distrib_optimizer.DistributedOptimizer.state_dict.__module__ == backend.__name__\n"
+    )
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("group", ["world", "gloo beside nccl"])
+def test_control_messages_have_the_deadline_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    from agpo_megatron.policy import parallel
+
+    if group != "world":
+        describe = parallel._describe
+
+        def on_nccl(*arguments: Any) -> Any:
+            with monkeypatch.context() as patch:
+                active = dataclasses.replace(backend.current(), dist_backend="nccl")
+                patch.setattr(backend, "_active", active)
+                return describe(*arguments)
+
+        monkeypatch.setattr(parallel, "_describe", on_nccl)
+    with policy_models.one_rank(folder, timeout=77.0) as policy:
+        control = policy.layout.control_group
+        assert (control is torch.distributed.group.WORLD) == (group == "world")
+        limit = control._get_backend(torch.device("cpu")).options._timeout
+        assert limit == datetime.timedelta(seconds=77)

@@ -72,6 +72,31 @@ def test_rollout_difference_counts_known_tokens_only(folder: Path) -> None:
     )
 
 
+ROLLOUT = {"rollout/logprob_abs_diff_mean", "rollout/logprob_abs_diff_max"}
+RATIO = {"policy/ratio_mean", "policy/clip_frac"}
+
+
+def test_what_was_not_measured_is_not_reported(folder: Path) -> None:
+    """Without known rollout log-probs there is no difference to them; supervised tuning has no ratio."""
+    batch = policy_models.sequences([12, 6])
+    known = replace(batch[0], rollout_logprobs=[-1.0] * 12)
+    with policy_models.one_rank(folder) as policy:
+        found = {
+            (loss, len(first.rollout_logprobs) > 0): policy.update(
+                [[first], [batch[1]]], loss=LossSettings(loss), lr=1e-4
+            ).keys()
+            & (ROLLOUT | RATIO)
+            for loss in ("nll", "ppo")
+            for first in (batch[0], known)
+        }
+    assert found == {
+        ("nll", False): set(),
+        ("nll", True): ROLLOUT,
+        ("ppo", False): RATIO,
+        ("ppo", True): RATIO | ROLLOUT,
+    }
+
+
 @pytest.mark.parametrize("when", ["step", "skip_step"])
 def test_a_closed_gate(folder: Path, when: str) -> None:
     """Negative loss: the gradient is 0. ``skip_step`` leaves the weights alone; ``step`` still decays and, with
@@ -100,6 +125,24 @@ def test_the_gate_closes_at_its_bound_and_not_above(folder: Path) -> None:
             stats = policy.update([batch], loss=replace(CLIP, minimum=minimum), lr=1e-9)
             assert stats["loss/clip_gate"] == gate
             assert stats["loss/policy"] == pytest.approx(max(bound, minimum), abs=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_tie_is_told_at_the_scale_of_the_loss(folder: Path, sign: float) -> None:
+    """Terms of hundreds (seq_mean_token_sum) that cancel but for a rounding of float32, well above 1e-6: closed, and
+    the bound is reported. A sum of tiny terms, well below, is no tie."""
+    up, down = policy_models.sequences([30, 30], weight=80.0)
+    rounding = sign * 2e-7
+    up, down = replace(up, advantage=-1.0 - rounding), replace(down, advantage=1.0)
+    tiny = replace(up, loss_weight=1e-9)
+    loss = LossSettings(adaptive="max0")
+    with policy_models.one_rank(folder) as policy:
+        tied = policy.update([[up], [down]], loss=loss, lr=1e-9)
+        opened = policy.update([[tiny]], loss=loss, lr=1e-9)
+    assert 1e-4 < sign * tied["loss/unclipped"] < 2e-3
+    assert tied["loss/clip_gate"] == tied["loss/policy"] == 0.0
+    assert opened["loss/clip_gate"] == 1.0
+    assert opened["loss/policy"] == opened["loss/unclipped"] == pytest.approx(29e-9, rel=1e-5)
 
 
 def test_decay_spares_norms(folder: Path) -> None:

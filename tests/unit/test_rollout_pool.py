@@ -187,7 +187,7 @@ def test_a_non_finite_logprob_is_named(value: float | None) -> None:
 
 def test_closed_gate_and_drain_abort_and_generate_again() -> None:
     async def run() -> None:
-        async with fleet(1) as (pool, (fake,)):
+        async with fleet(1, attempts=1) as (pool, (fake,)):
             fake.release.clear()
             running = groups(pool, 2)
             await until(lambda: fake.busy == 8)
@@ -201,6 +201,90 @@ def test_closed_gate_and_drain_abort_and_generate_again() -> None:
             await pool.open_dispatch()
             done = await asyncio.gather(*running, *waiting)
             assert {s.finish_reason for group in done for s in group.samples} == {"stop"}
+
+    asyncio.run(run())
+
+
+def test_an_abort_that_nobody_asked_for_is_a_failed_attempt() -> None:
+    async def run() -> None:
+        async with fleet(1, attempts=3) as (pool, (fake,)):
+
+            async def abort(_: dict[str, Any]) -> None:
+                fake.aborted = True
+
+            fake.behave = abort
+            with pytest.raises(
+                RolloutError, match=r"failed 3 times .*aborted by the server itself"
+            ):
+                async with asyncio.timeout(5):
+                    await pool.generate_group(prompts(1)[0])
+            assert len(fake.requests) == 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_server_that_ends_nothing_holds_no_drain_up(answers: bool) -> None:
+    async def run() -> None:
+        async with fleet(2) as (pool, (hung, _)):
+            hung.release.clear()
+            running = groups(pool, 1)
+            await until(lambda: hung.busy == 4)
+            if answers:
+                hung.release = asyncio.Event()  # what an abort sets, and no sample waits for
+            else:
+                hung.stall["abort_request"] = asyncio.Event()
+            async with asyncio.timeout(2.5 if answers else 1.8):  # else DEAD after half the time
+                await pool.drain(pool.servers, 2.0)
+            assert [s.state for s in pool.servers] == [State.DEAD, State.READY]
+            for task in running:
+                task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_was_dead_when_versions_were_retired_does_not_serve_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "PROBE_SECONDS", 0.02)
+
+    async def run() -> None:
+        async with fleet(2, probe=True) as (pool, (first, _)):
+            await first.stop()
+            await pool.mark_dead(pool.servers[0], "test")
+            await pool.retire_versions("new weights")
+            assert [s.state for s in pool.servers] == [State.DEAD, State.QUARANTINED]
+            await first.start()  # and still reports version 1.1.a
+            await until(lambda: pool.servers[0].state is not State.DEAD)
+            assert pool.servers[0].state is State.QUARANTINED
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [],
+        [{"version": "1.1.a", "start": 0, "end": 1}],
+        [{"version": "1.1.a", "start": 1, "end": 2}],
+        [{"version": "1.1.a", "start": 0, "end": 3}],
+        [{"version": "", "start": 0, "end": 2}],
+        [{"version": v, "start": s, "end": 2} for v, s in (("1.1.a", 0), ("2.1.b", 1))],
+    ],
+)
+def test_every_token_must_have_a_version(spans: list[dict[str, Any]]) -> None:
+    async def run() -> None:
+        async with fleet(1, attempts=1) as (pool, (fake,)):
+            fake.spans = spans
+            with pytest.raises(RolloutError, match="weight_versions .* do not cover 2 tokens"):
+                await pool.generate_group(prompts(1)[0])
+            fake.spans = [
+                {"version": "1.1.a", "start": 0, "end": 0},
+                {"version": "2.1.b", "start": 0, "end": 1},
+                {"version": "3.1.c", "start": 1, "end": 2},
+            ]
+            group = await pool.generate_group(prompts(1)[0])
+            assert [s.version for s in group.samples[0].versions] == ["1.1.a", "2.1.b", "3.1.c"]
 
     asyncio.run(run())
 

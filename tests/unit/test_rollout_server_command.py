@@ -10,7 +10,12 @@ import sys
 import pytest
 
 from agpo_megatron.config.schema import Config
-from agpo_megatron.rollout.server import STAND_INS, refuse_port_in_use, server_command
+from agpo_megatron.rollout.server import (
+    STAND_INS,
+    refuse_port_in_use,
+    server_command,
+    server_dtype,
+)
 
 
 def config(device: str = "cpu", policy_dtype: str = "fp32", **rollout: object) -> Config:
@@ -62,6 +67,9 @@ def test_gpu_server_gets_no_stand_ins() -> None:
 def test_dtype_key_wins_over_the_policy() -> None:
     launch = server_command(config(dtype="bfloat16"), "m", port=1)
     assert flags(launch.argv)["--dtype"] == "bfloat16"
+    assert server_dtype(config(dtype="bfloat16")) == "bfloat16"
+    assert server_dtype(config(policy_dtype="bf16")) == "bfloat16"
+    assert server_dtype(config(policy_dtype="bf16", dtype="float32")) == "float32"
 
 
 def test_port_in_use_is_named() -> None:

@@ -21,21 +21,22 @@ from agpo_megatron.sync.source import WeightSource, bucketed, word_sum
 class Receiver(threading.Thread):
     """Rank 1 of the group, with the store prefixes of SGLang's init_custom_process_group."""
 
-    def __init__(self, port: int, name: str, sizes: list[int]) -> None:
+    def __init__(self, port: int, name: str, sizes: list[int], world_size: int = 2) -> None:
         super().__init__(daemon=True)
-        self._port, self._name = port, name
+        self._port, self._name, self._world_size = port, name, world_size
         self.buckets = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self.error = ""
         self.start()
 
     def run(self) -> None:
         limit = datetime.timedelta(seconds=20)
-        store = dist.TCPStore("127.0.0.1", self._port, 2, is_master=False, timeout=limit)
+        size = self._world_size
+        store = dist.TCPStore("127.0.0.1", self._port, size, is_master=False, timeout=limit)
         keys = dist.PrefixStore(f"{self._name}/", dist.PrefixStore(self._name, store))
-        group = dist.ProcessGroupGloo(dist.PrefixStore("cpu/", keys), 1, 2, limit)
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         try:
+            group = dist.ProcessGroupGloo(dist.PrefixStore("cpu/", keys), 1, size, limit)
             for bucket in self.buckets:
                 group.broadcast([bucket], options).wait()
         except RuntimeError as error:
@@ -118,6 +119,92 @@ def test_closing_releases_a_waiting_receiver() -> None:
     receiver.join(10)
     assert not receiver.is_alive()
     assert "onnection" in receiver.error  # closed, or reset
+
+
+def test_closing_releases_who_waits_for_a_member_that_does_not_join() -> None:
+    source = WeightSource("cpu", False)
+    receiver = Receiver(source.open("127.0.0.1", "g", 3, 20), "g", [16], world_size=3)
+    time.sleep(0.3)
+    assert receiver.is_alive()
+    source.close()
+    receiver.join(5)
+    assert not receiver.is_alive()
+    assert receiver.error
+
+
+class Hung(threading.Thread):
+    """A member that joins and then receives nothing."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self._port = port
+        self.start()
+
+    def run(self) -> None:
+        limit = datetime.timedelta(seconds=20)
+        store = dist.TCPStore("127.0.0.1", self._port, 3, is_master=False, timeout=limit)
+        keys = dist.PrefixStore("cpu/", dist.PrefixStore("g/", dist.PrefixStore("g", store)))
+        self.group = dist.ProcessGroupGloo(keys, 2, 3, limit)
+
+
+def test_a_hung_member_releases_the_others_at_the_deadline() -> None:
+    source, size = WeightSource("cpu", False), 16_000_000
+    port = source.open("127.0.0.1", "g", 3, 20)
+    receiver, hung = Receiver(port, "g", [size] * 3, world_size=3), Hung(port)
+    started = time.monotonic()
+    report = source.broadcast(
+        iter([[("x", torch.zeros(size, dtype=torch.uint8))] for _ in range(3)]), 1.0
+    )
+    assert "Timed out" in report.error or "deadline" in report.error
+    receiver.join(2)
+    assert not receiver.is_alive()  # its group's own limit is 20 s
+    assert time.monotonic() - started < 5
+    assert "onnection" in receiver.error
+    hung.join(5)
+
+
+def test_weights_that_cannot_be_prepared_are_an_error_and_end_the_sender() -> None:
+    drawn, threads = [], set(threading.enumerate())
+
+    def failing() -> Iterator[list[tuple[str, Tensor]]]:
+        yield [("a", torch.zeros(4))]
+        raise RuntimeError("gather broke")
+
+    def out_of_order() -> Iterator[list[tuple[str, Tensor]]]:
+        for name in ("v_proj", "q_proj", "k_proj"):
+            drawn.append(name)
+            yield [(f"model.layers.0.self_attn.{name}.weight", torch.zeros(2, 2))]
+
+    for buckets, message in ((failing(), "gather broke"), (out_of_order(), "out of order")):
+        source = WeightSource("cpu", True)
+        receiver = Receiver(source.open("127.0.0.1", "g", 2, 20), "g", [16, 16])
+        before = time.monotonic()
+        report = source.broadcast(buckets, 20)
+        assert time.monotonic() - before < 5
+        assert "could not be prepared" in report.error
+        assert message in report.error
+        receiver.join(5)
+        assert not receiver.is_alive()  # released: the group is closed
+        assert "no update group is open" in source.broadcast(iter([]), 1).error
+    assert drawn == ["v_proj", "q_proj", "k_proj"]  # to the end: other ranks gather for it
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_closing_aborts_an_nccl_group() -> None:
+    aborted = []
+
+    class Group:
+        def abort(self) -> None:
+            aborted.append(True)
+
+    for device, count in (("cpu", 0), ("cuda", 1)):
+        source = WeightSource(device, False)
+        source._group = Group()
+        source.close()
+        source.close()
+        assert len(aborted) == count
 
 
 @pytest.mark.parametrize(

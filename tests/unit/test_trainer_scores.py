@@ -31,7 +31,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
             answer = service.score_samples(
                 str(journal.folder), rows, [[[0, 3], [1, 2, 4, 5]]], weights, str(path)
             )
-            return read_scores(path), answer["entropy"]
+            return read_scores(path, answer["digest"]), answer["entropy"]
 
         policy.keep_reference()
         start, entropy = score("policy")
@@ -43,9 +43,9 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         )
         assert 0 < entropy < 4.2  # log 61
 
-        journal.commit_step(make_step(1, journaled))
+        name = journal.commit_step(make_step(1, journaled))
         loss = {**vars(LossSettings()), "kl_coef": 0.1, "old_logprobs": "rollout"}
-        stats = service.update(str(journal.folder), 1, [[[0, 1], [2, 3, 4, 5]]], loss, 1e-2)
+        stats = service.update(str(journal.folder), name, 1, [[[0, 1], [2, 3, 4, 5]]], loss, 1e-2)
         assert stats["loss/kl"] > 0, "against the journaled reference log-probs"
         assert stats["policy/ratio_mean"] != 1.0, "the ratio starts from the server's log-probs"
         trained = sum(len(s.loss_mask) - 1 for j in journaled for s in j.group.samples)

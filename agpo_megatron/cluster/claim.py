@@ -1,0 +1,130 @@
+"""Whose a run folder is: one command at a time, and one run for good."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agpo_megatron.config import Config, ConfigError
+from agpo_megatron.config.loading import leaves, resolve_config
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.journal.records import write_durably
+
+# What may change while a run goes on: how it is carried out. Everything else is what the run *is*.
+FREE = (
+    "run.",
+    "journal.",
+    "cluster.",
+    "prepare.",
+    "model.path",  # of these the content is compared
+    "data.path",
+    "eval.path",
+    "sft.",
+    "train.micro_batch_tokens",
+    "rollout.servers",
+    "rollout.tensor_parallel",
+    "rollout.port",
+    "rollout.max_in_flight",
+    "rollout.mem_fraction",
+    "rollout.max_total_tokens",
+    "rollout.start_timeout",
+    "rollout.request_timeout",
+    "rollout.attempts",
+    "reward.timeout",
+    "policy.tensor_parallel",
+    "policy.pipeline_parallel",
+    "policy.virtual_pipeline",
+    "policy.context_parallel",
+    "policy.expert_parallel",
+    "policy.data_parallel",
+    "policy.sequence_parallel",
+    "policy.distributed_optimizer",
+    "policy.recompute",
+    "policy.logprob_chunk",
+)
+
+
+SFT_IDENTITY = (
+    "seed",
+    "data.",
+    "sft.",
+    "policy.dtype",
+    "train.weight_decay",
+    "train.adam",
+    "train.grad",
+)
+
+
+@contextmanager
+def only_command_on(folder: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock; it falls with this process, however that ends. Raises ConfigError if another has it."""
+    with open(folder.lock, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder.path} is in use by another agpo-megatron; stop that one, or use another --run-dir"
+            ) from None
+        yield
+
+
+def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
+    """Raise ConfigError, naming what differs, if the folder holds a run that this one would not continue."""
+    inputs = {key: fingerprint(Path(path)) for key, path in input_paths(config, mode).items()}
+    if not folder.config.exists():
+        write_durably(folder.inputs, json.dumps({"mode": mode, **inputs}, indent=1).encode())
+        return
+    before = leaves(resolve_config(folder.config).config)
+    began_with = json.loads(folder.inputs.read_text())
+    changed = [
+        f"{key}: {before.get(key)!r} in the run folder, {value!r} now"
+        for key, value in leaves(config).items()
+        if before.get(key) != value and is_identity(key, config, mode)
+    ]
+    changed += [
+        f"{key}: its content has changed since the run began"
+        for key, value in inputs.items()
+        if began_with.get(key) != value
+    ]
+    if began_with["mode"] != mode:
+        changed.append(f"the folder was made by {began_with['mode']}, not by {mode}")
+    if changed:
+        raise ConfigError(
+            f"{folder.path} holds another run; give this one its own --run-dir, or take back:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def is_identity(key: str, config: Config, mode: str) -> bool:
+    """Whether a run with another value of ``key`` would be another run."""
+    if mode == "sft":
+        return key.startswith(SFT_IDENTITY) and key not in ("sft.path", "sft.base")
+    if key == "train.steps":  # the learning rate of every step may depend on it
+        return config.train.lr_schedule != "constant"
+    return not key.startswith(FREE)
+
+
+def input_paths(config: Config, mode: str) -> dict[str, str]:
+    """Files and folders whose content is part of what a run is."""
+    if mode == "sft" and config.sft:
+        return {"sft.path": config.sft.path, "sft.base": config.sft.base}
+    paths = {"model.path": config.model.path}
+    if mode == "train":
+        paths["data.path"] = config.data.path
+        if config.eval.path:
+            paths["eval.path"] = config.eval.path
+    return paths
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of a file's content; of a checkpoint folder, of its config and of its weights' names and sizes."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
+    config = (path / "config.json").read_bytes()
+    return hashlib.sha256(config + json.dumps(weights).encode()).hexdigest()
