@@ -8,7 +8,7 @@ from .schema import Config
 def check_algorithm(config: Config) -> tuple[list[str], list[str]]:
     """(contradictions, warnings)."""
     rules = _contradictions(config)
-    doubts = _doubts(config)
+    doubts = _doubts_about_rewards(config) + _doubts_about_the_loss(config)
     return [text for wrong, text in rules if wrong], [text for odd, text in doubts if odd]
 
 
@@ -57,13 +57,15 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def _doubts(config: Config) -> list[tuple[bool, str]]:
+def has_group_baseline(config: Config) -> bool:
+    """Whether advantages compare a response with those to the same prompt."""
+    return config.algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
+
+
+def _doubts_about_rewards(config: Config) -> list[tuple[bool, str]]:
     algorithm = config.algorithm
     advantage, loss, length = algorithm.advantage, algorithm.loss, algorithm.length_reward
     constant = advantage.zero_variance == "constant"
-    bound = loss.clip.kind == "max0"
-    group_baseline = advantage.estimator not in ("reinforce_pp", "batch_norm")
-    terms = (loss.kl.coef > 0 and loss.kl.place == "loss") or loss.entropy.coef > 0
     return [
         (
             constant and loss.mask.zero_variance,
@@ -71,7 +73,17 @@ def _doubts(config: Config) -> list[tuple[bool, str]]:
             "loss.mask.zero_variance removes again; choose one",
         ),
         (
-            constant and bound,
+            loss.mask.zero_variance and not constant and not has_group_baseline(config),
+            f"algorithm: advantage.estimator {advantage.estimator} compares with the whole step, so that zero-variance "
+            "groups have a signal too, which loss.mask.zero_variance removes",
+        ),
+        (
+            constant and not has_group_baseline(config),
+            f"algorithm: advantage.zero_variance constant puts +1 and -1 in the place of what advantage.estimator "
+            f"{advantage.estimator} says of zero-variance groups anyway",
+        ),
+        (
+            constant and loss.clip.kind == "max0",
             "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
             "on most steps",
         ),
@@ -85,10 +97,18 @@ def _doubts(config: Config) -> list[tuple[bool, str]]:
             "algorithm: advantage.zero_variance resample replaces the groups that loss.mask.zero_variance would drop; "
             "the mask acts on what is left when resample_rounds run out only",
         ),
+    ]
+
+
+def _doubts_about_the_loss(config: Config) -> list[tuple[bool, str]]:
+    loss, length = config.algorithm.loss, config.algorithm.length_reward
+    bound = loss.clip.kind == "max0"
+    terms = (loss.kl.coef > 0 and loss.kl.place == "loss") or loss.entropy.coef > 0
+    return [
         (
             bound
-            and group_baseline
-            and loss.clip.scope == "batch"
+            and has_group_baseline(config)
+            and loss.clip.scope in ("batch", "group")
             and loss.aggregation == "seq_mean_token_mean",
             "algorithm: with aggregation seq_mean_token_mean the on-policy loss of complete groups is identically 0, "
             "so loss.clip acts on rounding noise; use token_mean",

@@ -34,12 +34,12 @@ class Scores:
     """What the trainer was asked before the step is decided, by sample id, of the tokens of each loss mask.
 
     ``old``: log-probs under the weights that the step starts from; ``ref``: under the reference policy; each empty
-    where the loss does not need it. ``entropy``: mean of the current policy's, nats.
+    where the loss does not need it. ``entropy``: mean of the current policy's, nats, if it was measured.
     """
 
     old: dict[str, list[float]] = field(default_factory=dict)
     ref: dict[str, list[float]] = field(default_factory=dict)
-    entropy: float = 0.0
+    entropy: float | None = None
 
 
 NO_SCORES = Scores()
@@ -86,6 +86,20 @@ def has_variance(group: Group, algorithm: AlgorithmConfig, reward: RewardConfig)
     return not is_zero_variance(raw_rewards(group, reward), algorithm.advantage.zero_variance_tol)
 
 
+def to_score(
+    journaled: Sequence[JournaledGroup], algorithm: AlgorithmConfig, reward: RewardConfig
+) -> list[JournaledGroup]:
+    """The groups whose log-probs a step may need: not those that the loss mask takes out of it altogether."""
+    kl, mask = algorithm.loss.kl, algorithm.loss.mask
+    in_reward = kl.coef > 0 and kl.place == "reward"
+    drops_groups = (
+        mask.zero_variance and mask.criterion == "group" and mask.denominators == "exclude"
+    )
+    if in_reward or not drops_groups:
+        return list(journaled)
+    return [j for j in journaled if has_variance(j.group, algorithm, reward)]
+
+
 def length_terms(group: Group, algorithm: AlgorithmConfig, max_tokens: int) -> list[float]:
     """The length reward of every sample of a group."""
     settings = algorithm.length_reward
@@ -125,10 +139,13 @@ def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
     return Shaped(raw, bonus, total)
 
 
-def correction_of(sample: Sample, request: StepRequest) -> list[float]:
-    """Rollout correction of each response token; empty when there is none."""
+def correction_of(sample: Sample, kept: bool, request: StepRequest) -> list[float]:
+    """Rollout correction of each response token; empty when there is none, or the sample was dropped unscored.
+
+    Raises KeyError for a sample that trains but was not scored.
+    """
     settings = request.algorithm.loss.correction
-    if settings.kind == "none":
+    if settings.kind == "none" or not (kept or sample.sample_id in request.scores.old):
         return []
     mask = np.array(sample.loss_mask, dtype=bool)
     old = np.zeros(len(mask))
@@ -156,7 +173,7 @@ def build_step(journaled: Sequence[JournaledGroup], request: StepRequest) -> Ste
     masked = [len(s.loss_mask) - s.loss_mask.count(0) for s in samples]
     advantages = _advantages(groups, shaped, masked, request)
     kept = _kept(samples, groups, advantages, request)
-    corrections = [correction_of(sample, request) for sample in samples]
+    corrections = [correction_of(s, k, request) for s, k in zip(samples, kept, strict=True)]
     passing = [len(c) - c.count(0.0) if c else n for c, n in zip(corrections, masked, strict=True)]
     loss = request.algorithm.loss
     trained = [n if k else 0 for n, k in zip(passing, kept, strict=True)]
@@ -166,11 +183,7 @@ def build_step(journaled: Sequence[JournaledGroup], request: StepRequest) -> Ste
         loss.aggregation,
         norm_length=loss.norm_length or request.max_response_tokens,
     )
-    coefficient, applied = loss.entropy.coef, loss.entropy.coef
-    if loss.entropy.target is not None:
-        coefficient, applied = next_entropy_coefficient(
-            request.entropy_state, request.scores.entropy, loss.entropy.target, loss.entropy.delta
-        )
+    coefficient, applied = _entropy_coefficient(request)
     silent_matters = _zero_advantages_matter(request.algorithm, applied)
     refs = [ref for j in journaled for ref in j.refs]
     totals = [r for group in shaped.total for r in group]
@@ -204,6 +217,16 @@ def build_step(journaled: Sequence[JournaledGroup], request: StepRequest) -> Ste
         entropy_coef=applied,
         entropy_state=coefficient,
     )
+
+
+def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
+    """(what the next step starts from, what this step applies)."""
+    settings, entropy = request.algorithm.loss.entropy, request.scores.entropy
+    if settings.target is None:
+        return settings.coef, settings.coef
+    if entropy is None:  # no group was left to measure it on
+        return request.entropy_state, 0.0
+    return next_entropy_coefficient(request.entropy_state, entropy, settings.target, settings.delta)
 
 
 def _advantages(

@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from agpo_megatron.config.schema import Config, LossConfig
-from agpo_megatron.controller.batching import StepRequest, build_step, has_variance
+from agpo_megatron.controller.batching import StepRequest, build_step, has_variance, to_score
 from agpo_megatron.controller.publishing import make_publisher
 from agpo_megatron.controller.run import Evaluation, Recipe, Run, seconds_into
 from agpo_megatron.data.stream import PromptStream
@@ -111,7 +111,9 @@ async def train(run: Run, rollouts: Rollouts) -> None:
                 algorithm=config.algorithm,
                 reward=config.reward,
                 max_response_tokens=config.rollout.max_response_tokens,
-                scores=await run.score(collected.groups, timings),
+                scores=await run.score(
+                    to_score(collected.groups, config.algorithm, config.reward), timings
+                ),
                 entropy_state=entropy_state,
                 discarded=collected.discarded,
                 rounds=collected.rounds,

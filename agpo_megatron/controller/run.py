@@ -137,18 +137,19 @@ class Run:
             or (loss.kl.coef > 0 and loss.kl.place == "reward")
         )
         wanted = [("policy", old), ("reference", loss.kl.coef > 0)]
-        if not any(asked for _, asked in wanted):
+        if not groups or not any(asked for _, asked in wanted):
             return NO_SCORES
         samples = [sample for j in groups for sample in j.group.samples]
         plan = await self.plan([len(s.prompt_tokens) + len(s.response_tokens) for s in samples])
         rows = [[ref.segment, ref.row, j.digest] for j in groups for ref in j.refs]
         found: dict[str, dict[str, list[float]]] = {"policy": {}, "reference": {}}
-        entropy = 0.0
+        entropy = None
         for weights, asked in wanted:
             if not asked:
                 continue
             path = self.folder.scores(weights)
-            with self.phase(f"score with {weights} weights", timings, "time/score"):
+            name = f"score step {self.version.step + 1} with {weights} weights"
+            with self.phase(name, timings, "time/score"):
                 results = await self.trainers.call(
                     "score_samples",
                     journal=str(self.folder.journal),

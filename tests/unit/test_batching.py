@@ -16,6 +16,7 @@ from agpo_megatron.controller.batching import (
     build_step,
     plan_micro_batches,
     staleness,
+    to_score,
 )
 from agpo_megatron.journal.records import SampleRef
 from agpo_megatron.journal.writer import JournaledGroup
@@ -181,6 +182,26 @@ def test_rollout_correction_and_its_denominators(denominators: str, weight: floa
     assert record.metrics["correction/dropped_frac"] == 0.75
 
 
+def test_what_the_mask_drops_is_not_scored() -> None:
+    """And its missing scores change nothing; a sample that trains must have them."""
+    mis = {"loss": {"correction": {"kind": "mis"}, "kl": {"coef": 0.1}}}
+    masked = settings("agpo_v3", mis)
+    assert to_score(E4, masked, RewardConfig()) == [E4[0], E4[2]]
+    for other in (
+        settings("grpo", mis),
+        settings("agpo_v3_authors", mis),
+        settings("agpo_v3", {"loss": {"mask": {"denominators": "keep"}}}),
+        settings("agpo_v3", {"loss": {"kl": {"coef": 0.1, "place": "reward"}}}),
+    ):
+        assert to_score(E4, other, RewardConfig()) == E4
+    alone = step(E4[:1], "agpo_v3", algorithm=masked, scores=SCORES)
+    beside = step(E4[:2], "agpo_v3", algorithm=masked, scores=SCORES)
+    assert [r.loss_weight for r in beside.rows] == [*(r.loss_weight for r in alone.rows), 0, 0]
+    assert beside.rows[2].correction == [] and not beside.rows[2].has_weight
+    with pytest.raises(KeyError):
+        step(E4, "agpo_v3", algorithm=masked, scores=SCORES)
+
+
 def test_kl_in_the_reward_moves_rewards_but_not_the_zero_variance_rule() -> None:
     section = {"loss": {"kl": {"coef": 0.01, "place": "reward", "estimator": "k1"}}}
     algorithm = settings("grpo", section)
@@ -210,6 +231,9 @@ def test_the_entropy_coefficient_is_journaled_and_carried() -> None:
     high = replace(SCORES, entropy=0.9)
     rest = step(E4[:1], "grpo", algorithm=algorithm, scores=high, entropy_state=0.02)
     assert (rest.entropy_coef, rest.entropy_state) == pytest.approx((0.0, 0.015))
+    unknown = replace(SCORES, entropy=None)  # every group was masked
+    rest = step(E4[:1], "grpo", algorithm=algorithm, scores=unknown, entropy_state=0.02)
+    assert (rest.entropy_coef, rest.entropy_state) == (0.0, 0.02)
     fixed = settings("grpo", {"loss": {"entropy": {"coef": 0.01}}})
     assert step(E4, "grpo", algorithm=fixed).entropy_coef == 0.01
     assert step(E4, "grpo").entropy_coef == 0.0

@@ -183,6 +183,17 @@ def test_every_contradiction_is_reported_at_once(tmp_path: Path) -> None:
         (["algorithm.loss.aggregation=seq_mean_token_mean"], "acts on rounding noise"),
         (["algorithm={preset: agpo_v1, length_reward: {groups: all}}"], "fixes at +1"),
         (["algorithm.advantage.zero_variance=resample"], "resample_rounds run out only"),
+        (
+            [
+                "algorithm={preset: agpo, loss: {aggregation: seq_mean_token_mean, clip: {scope: group}}}"
+            ],
+            "acts on rounding noise",
+        ),
+        (["algorithm={preset: agpo_v3, advantage: {estimator: batch_norm}}"], "have a signal too"),
+        (
+            ["algorithm={preset: agpo_v1, advantage: {estimator: reinforce_pp}}"],
+            "reinforce_pp says of zero-variance groups anyway",
+        ),
         (["algorithm.loss.clip.scope=token"], "training on mistakes only"),
         (["algorithm.preset=agpo_v3_authors"], "depends on train.micro_batch_tokens"),
         (["algorithm.loss.mask.criterion=sample"], "exactly at the mean"),
