@@ -131,6 +131,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{fmean(known):.3f}" + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation of what was measured; 0 for one value."""
+    known = [v for v in values if not math.isnan(v)]
+    return stdev(known) if len(known) > 1 else 0.0
+
+
 def mean_known(values: Sequence[float]) -> float:
     known = [v for v in values if not math.isnan(v)]
     return fmean(known) if known else math.nan
@@ -172,14 +178,14 @@ def picture(results: dict[str, list[Finished]], path: Path) -> None:
         steps = sorted(set.intersection(*(set(run.held_out) for run in runs)))
         held_out = [[run.held_out[step]["accuracy"] for run in runs] for step in steps]
         means = [fmean(scores) for scores in held_out]
-        errors = [stdev(scores) if len(scores) > 1 else 0.0 for scores in held_out]
+        errors = [deviation(scores) for scores in held_out]
         panels[0].errorbar(steps, means, errors, color=color, marker="o", capsize=3, label=value)
         panels[0].set_title("held-out accuracy")
         for axes, (name, curve) in zip(panels[1:], CURVES.items(), strict=True):
             series = list(zip(*(curve(run.rows) for run in runs), strict=False))
             x = range(1, len(series) + 1)
             middle = [mean_known(values) for values in series]
-            band = [stdev(values) if len(values) > 1 else 0.0 for values in series]
+            band = [deviation(values) for values in series]
             axes.plot(x, middle, color=color, label=value)
             low, high = (
                 [m + sign * b for m, b in zip(middle, band, strict=True)] for sign in (-1, 1)
