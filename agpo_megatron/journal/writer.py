@@ -85,9 +85,6 @@ class Journal:
         write_durably(self.folder / "steps" / name, data)
         return name
 
-    def committed_steps(self) -> list[int]:
-        return self.reader.steps()
-
     def pending_groups(self) -> dict[int, JournaledGroup]:
         """Groups that are durable but in no committed step, by prompt position (read once, at resume).
 
