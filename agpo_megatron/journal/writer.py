@@ -85,9 +85,6 @@ class Journal:
         write_durably(self.folder / "steps" / name, data)
         return name
 
-    def committed_steps(self) -> list[int]:
-        return self.reader.steps()
-
     def last_step(self) -> StepRecord | None:
         """The newest committed step."""
         steps = self.reader.steps()

@@ -98,7 +98,7 @@ def test_what_a_superseded_writer_still_writes_is_ignored(tmp_path: Path) -> Non
     assert new.pending_groups() == {0: kept}
     assert JournalReader(tmp_path).steps() == []
     third = Journal(tmp_path)
-    assert third.pending_groups() == {0: kept} and third.committed_steps() == []
+    assert third.pending_groups() == {0: kept} and third.reader.steps() == []
 
 
 def test_the_same_step_of_a_later_attempt_does_not_collide(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_half_written_file_is_not_a_step(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     name = f".step-00000001-a{journal.attempt:06d}-0123456789abcdef.arrow.99.tmp"
     (tmp_path / "steps" / name).write_bytes(b"half")
-    assert Journal(tmp_path).committed_steps() == []
+    assert Journal(tmp_path).reader.steps() == []
 
 
 def test_damage_is_refused_with_the_file_name(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_prune_keeps_what_later_steps_and_pending_groups_need(tmp_path: Path) ->
     assert journal.prune(before_step=3) == 3  # two steps, and the segment only they used
     assert JournalReader(tmp_path).steps() == [3]
     again = Journal(tmp_path)
-    assert again.committed_steps() == [3] and again.pending_groups() == {3: d}
+    assert again.reader.steps() == [3] and again.pending_groups() == {3: d}
     assert again.reader.sequences(again.reader.record(3))
     with pytest.raises(JournalError, match="superseded"):
         journal.prune(before_step=4)
@@ -167,7 +167,7 @@ def test_prune_keeps_pending_groups_that_share_a_segment_with_old_steps(tmp_path
     journal.commit_step(make_step(2, [b]))
     journal.prune(before_step=3)
     assert Journal(tmp_path).pending_groups() == {5: ahead}
-    assert Journal(tmp_path).committed_steps() == [2]  # the newest stays: its cursor is needed
+    assert Journal(tmp_path).reader.steps() == [2]  # the newest stays: its cursor is needed
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:
