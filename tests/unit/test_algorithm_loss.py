@@ -115,6 +115,11 @@ def test_gmpo_worked_example():
     assert ratio(1.0, 0.4) == pytest.approx(1.051271, abs=6e-7)
     assert ratio(1.0, 0.15) == pytest.approx(1.012578, abs=6e-7)
     assert ratio(-1.0, 0.15) == pytest.approx(1.064494, abs=6e-7)
+    # each sign has its own bound: 0.3 is cut to 0.15 for A > 0, -0.2 to -0.15 for A < 0
+    for bounds, kept in ((Bounds(9.0, 0.15), 1.012578), (Bounds(0.15, 9.0), 1.051271)):
+        assert -gmpo(rows(MIX, 1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
+    for bounds, kept in ((Bounds(0.15, 9.0), 1.064494), (Bounds(9.0, 0.15), 1.051271)):
+        assert gmpo(rows(MIX, -1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
     assert gmpo(rows(MIX, 1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 0, 1, 0]
     assert gmpo(rows(MIX, -1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 1, 0, 0]
 

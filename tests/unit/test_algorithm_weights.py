@@ -205,6 +205,15 @@ def test_the_gain_is_the_derivative_of_a_non_negative_value(kind, loss, tau):
     assert kind == "none" or phi.value(loss) >= 0
 
 
+def test_beyond_its_exponent_exp_is_a_straight_line():
+    phi = Adaptive("exp", tau=0.5, max_exponent=2.0)
+    slope = math.exp(2.0)
+    assert [phi.gain(x) for x in (1.0, 1.5, 4.0)] == pytest.approx([slope] * 3)
+    assert [phi.value(x) for x in (1.0, 1.5, 4.0)] == pytest.approx(
+        [0.5 * slope, 0.5 * slope + 0.5 * slope, 0.5 * slope + 3.0 * slope]
+    )
+
+
 def test_a_huge_loss_stays_finite():
     for kind in ("exp", "elu", "softplus"):
         phi = Adaptive(kind)

@@ -77,6 +77,75 @@ def test_parts_of_all_ranks_count_once() -> None:
     assert (nothing.loss, nothing.value, nothing.gains) == (0.0, 0.0, {})
 
 
+MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+Packs = list[list[list[TrainSequence]]]
+"""Micro-batches by rank."""
+
+
+def summed(
+    loss: LossSettings, ranks: Packs, known: dict[str, float] | None
+) -> tuple[float, dict[str, float]]:
+    """What all ranks add up to: the gradient with respect to one parameter of every log-prob, and the sums.
+    ``known``: gains by group, folded in before backward."""
+    theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    sums = {"loss": 0.0, "scale": 0.0, "tokens": 0.0}
+    for micro_batches in ranks:
+        for some in micro_batches:
+            batch = pack(some, 16)
+            if known is not None:
+                names = [span.sample_id.partition(".")[0] for span in batch.spans]
+                batch = replace(batch, gains=torch.tensor([known.get(n, 1.0) for n in names]))
+            logprob = -1.0 + theta * batch.targets.double()
+            total, stats = micro_batch_loss(loss, logprob, logprob.detach(), batch)
+            total.backward()
+            sums = {name: value + float(stats[name]) for name, value in sums.items()}
+    assert theta.grad is not None
+    return float(theta.grad), sums
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("adaptive", ["none", "max0", "exp"])
+@settings(max_examples=10, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=8, max_size=8),
+    advantages=st.lists(st.sampled_from([-1.5, -0.5, 0.0, 0.7, 1.2]), min_size=8, max_size=8),
+)
+def test_ranks_and_micro_batches_change_neither_loss_nor_gradient(
+    mode: str,
+    masked: bool,
+    adaptive: str,
+    places: list[tuple[int, int]],
+    advantages: list[float],
+) -> None:
+    """Eight samples on up to three ranks with up to two micro-batches each, some of them empty; the gain folded in
+    before backward, and the same one multiplied in afterwards."""
+    lengths = [3, 7, 2, 5, 9, 1, 4, 6]
+    trained = [0 if masked and a == 0 else n for n, a in zip(lengths, advantages, strict=True)]
+    weights = sequence_weights(trained, trained, mode, 8)  # type: ignore[arg-type]
+    work = [
+        replace(s, loss_weight=w, tokens=[(5 * i + t) % 11 for t in range(len(s.tokens))])
+        for i, (s, w) in enumerate(zip(sequences(lengths, advantages), weights, strict=True))
+    ]
+    ranks: Packs = [[[], []], [[], []], [[], []]]
+    for sequence, (rank, micro) in zip(work, places, strict=True):
+        ranks[rank][micro].append(sequence)
+    loss = LossSettings(adaptive=adaptive)  # type: ignore[arg-type]
+    plain, sums = summed(LossSettings(), [[work]], None)
+    gate = gate_of(loss, [on_policy_parts(work) or {}])
+    shares = [on_policy_parts([s for some in rank for s in some]) or {} for rank in ranks]
+    split_gate = gate_of(loss, shares)
+    assert split_gate.loss == pytest.approx(gate.loss, abs=1e-12)
+    assert split_gate.gains == pytest.approx(gate.gains)
+    assert gate.loss == pytest.approx(sums["loss"], abs=1e-6)
+    known, its = summed(loss, ranks, split_gate.gains)
+    gain = loss.phi.gain(its["loss"], its["scale"])
+    assert its == pytest.approx(sums, abs=1e-12)
+    afterwards = gain * summed(LossSettings(), ranks, None)[0]
+    whole = gain * plain
+    assert [known, afterwards] == pytest.approx([whole, whole], rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("scope", ["batch", "group"])
 def test_a_loss_that_is_not_finite_is_not_hidden_by_the_gate(scope: str) -> None:
     with pytest.raises(ValueError, match="policy loss is nan"):
