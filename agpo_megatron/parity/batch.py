@@ -8,11 +8,13 @@ sides of the clip.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
-from agpo_megatron.algorithm.aggregation import AggregationMode, token_weights
+from torch import Tensor
+
+from agpo_megatron.algorithm.aggregation import AggregationMode, sequence_weights
 from agpo_megatron.types import TrainSequence
 
 LENGTHS = (40, 7, 23, 1, 2, 16, 31, 12, 9, 26, 5)
@@ -29,7 +31,8 @@ Plan = list[list[list[TrainSequence]]]
 class Recorded:
     """One sequence of the batch, without any loss weight: those follow from the whole batch.
 
-    ``loss_mask``: 1 where a token trains. ``old_logprobs``: aligned with the tokens; empty: on-policy, ratio 1.
+    ``loss_mask``: 1 where a token trains. ``old_logprobs``, ``ref_logprobs``: aligned with the tokens; empty: ratio 1,
+    no reference.
     ``kept``: false for sequences of a group that the loss mask drops.
     """
 
@@ -39,6 +42,11 @@ class Recorded:
     advantage: float
     kept: bool = True
     old_logprobs: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def group_id(self) -> str:
+        return self.sample_id.rpartition(".")[0]
 
 
 def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> list[Recorded]:
@@ -61,31 +69,38 @@ def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> 
     return batch
 
 
-def with_old(batch: Sequence[Recorded], logprobs: Any, seed: int = 1) -> list[Recorded]:
-    """The batch off-policy: old log-probs are ``logprobs[sample_id]`` ([n - 1], of the current weights) and a shift
-    that takes about every third ratio beyond the clip."""
-    rng = random.Random(seed)
-    return [
-        replace(
-            s,
-            old_logprobs=[
-                0.0,
-                *(x + rng.uniform(-0.4, 0.4) for x in logprobs[s.sample_id].tolist()),
-            ],
-        )
-        for s in batch
-    ]
+def off_policy(batch: Sequence[Recorded], logprobs: Mapping[str, Tensor]) -> list[Recorded]:
+    """The batch with old and reference log-probs: ``logprobs`` ([n - 1] by sample id, of the current weights) and
+    shifts, which take about every third ratio beyond its clip."""
+    rng = random.Random(1)
+
+    def shifted(values: list[float], by: float) -> list[float]:
+        return [0.0, *(x + rng.uniform(-by, by) for x in values)]
+
+    moved = []
+    for s in batch:
+        values = logprobs[s.sample_id].tolist()
+        old, ref = shifted(values, 0.4), shifted(values, 0.8)
+        moved.append(replace(s, old_logprobs=old, ref_logprobs=ref))
+    return moved
 
 
 def train_sequences(
     batch: Sequence[Recorded], aggregation: AggregationMode, norm_length: int
 ) -> list[TrainSequence]:
-    """As the controller would send them: every token's loss weight from the masks of the whole batch."""
-    weights = token_weights(
-        [s.loss_mask for s in batch], [s.kept for s in batch], aggregation, norm_length
-    )
+    """As the controller would send them: loss weights from the masks of the whole batch."""
+    trained = [sum(s.loss_mask) if s.kept else 0 for s in batch]
+    weights = sequence_weights(trained, trained, aggregation, norm_length)
     return [
-        TrainSequence(s.sample_id, s.tokens, w, s.advantage)
+        TrainSequence(
+            sample_id=s.sample_id,
+            tokens=s.tokens,
+            loss_weight=w,
+            loss_mask=s.loss_mask,
+            advantage=s.advantage,
+            old_logprobs=s.old_logprobs,
+            ref_logprobs=s.ref_logprobs,
+        )
         for s, w in zip(batch, weights, strict=True)
     ]
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.parity.batch import Plan
+from agpo_megatron.policy.objective import LossSettings
 
 
 @dataclass(frozen=True)
 class Case:
-    """Updates in one layout. ``plans``: one per optimizer step; ``update``: further arguments of ``Policy.update``.
+    """Updates in one layout. ``plans``: one per optimizer step.
 
     ``before``/``after``: checkpoint folders to load first and to save last. ``gradients``: report those of the last
     step; ``scores``: those of the last plan, under the weights before it. ``fault``: makes a context inside which all
@@ -28,7 +29,7 @@ class Case:
     policy: PolicyConfig
     train: TrainConfig
     plans: list[Plan]
-    update: dict[str, Any]
+    loss: LossSettings
     temperature: float = 1.0
     before: str = ""
     after: str = ""
@@ -90,7 +91,7 @@ def _execute(policy: Any, case: Case) -> Outcome:
         if case.scores and number == len(case.plans) - 1:
             scored = policy.score(mine)
             outcome.scores = {k: (s.logprobs, s.entropy) for k, s in scored.items()}
-        outcome.stats.append(policy.update(mine, **case.update))
+        outcome.stats.append(policy.update(mine, loss=case.loss, lr=case.train.lr))
     outcome.weights = {n: t.clone() for n, t in policy.named_hf_tensors()}
     if case.gradients:
         outcome.gradients = {n: t.clone() for n, t in policy.named_hf_gradients()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,10 @@ def check(config: Config, ranks: int) -> Iterator[str]:
     )
     yield f"layout   {_layout_of(config.policy)} scaled to {_layout_of(policy)} = {policy.world_size} ranks"
     objective = objective_of(config)
-    yield f"loss     {objective.aggregation}, adaptive {objective.adaptive}, temperature {objective.temperature:g}"
+    yield (
+        f"loss     ppo, {objective.aggregation}, adaptive {objective.adaptive} of each {objective.scope}, "
+        f"temperature {objective.temperature:g}"
+    )
     worst: list[tuple[Finding, Deviation]] = []
     with tempfile.TemporaryDirectory() as folder, Contract(Path(folder)) as contract:
         for finding in findings(contract, tiny, policy, objective, experts=experts):
@@ -137,20 +140,25 @@ def findings(
         step = contract.step(folder, exact, objective, how)
         yield Finding("fp32", how, step.deviations(limits), step.tensors(limits))
     if policy.dtype == "bf16" and not experts:  # rounding would choose other experts
-        step = contract.step(folder, policy, objective, "packed", off_policy=False)
+        plain = replace(objective, kl=0.0)  # at ratio 1, and without a reference
+        step = contract.step(folder, policy, plain, "packed", on_policy=True)
         yield Finding("bf16", "packed", step.deviations(BF16), step.tensors(BF16))
 
 
 def objective_of(config: Config) -> Objective:
     """The loss of ``config`` as far as the reference defines it; never a closed gate, which has no gradient."""
     loss = config.algorithm.loss
+    adaptive = loss.clip.kind if loss.clip.kind in ("max0", "exp") else "none"
     return Objective(
         aggregation=loss.aggregation,
-        adaptive="max0" if loss.clip.enabled else "none",
+        adaptive=adaptive,  # type: ignore[arg-type]
+        scope="group" if loss.clip.scope == "group" else "batch",
         minimum=-1e3,
         clip=(loss.clip_low, loss.clip_high),
+        kl=loss.kl.coef if loss.kl.place == "loss" else 0.0,
+        entropy=loss.entropy.coef,
         temperature=config.rollout.temperature,
-        norm_length=loss.norm_length or 64,
+        norm_length=loss.norm_length or config.rollout.max_response_tokens,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -17,10 +17,10 @@ from agpo_megatron.parity.batch import (
     Plan,
     Recorded,
     Split,
+    off_policy,
     recorded,
     split,
     train_sequences,
-    with_old,
 )
 from agpo_megatron.parity.cases import Case, Outcome, execute, merged
 from agpo_megatron.parity.comparison import (
@@ -32,6 +32,7 @@ from agpo_megatron.parity.comparison import (
 )
 from agpo_megatron.parity.ranks import Ranks
 from agpo_megatron.parity.reference import Objective, Truth, truth
+from agpo_megatron.policy.objective import LossSettings
 from agpo_megatron.types import TrainSequence
 
 
@@ -98,18 +99,18 @@ class Contract:
         return path
 
     def truth(
-        self, model: Path, objective: Objective, *, off_policy: bool = True
+        self, model: Path, objective: Objective, *, on_policy: bool = False
     ) -> tuple[list[Recorded], Truth]:
-        """The recorded batch and what the reference says of it. ``off_policy``: with old log-probs of its own."""
-        key = (model.name, objective, off_policy)
+        """The recorded batch and what the reference says of it. ``on_policy``: at ratio 1, without a reference."""
+        key = (model.name, objective, on_policy)
         if key not in self._truths:
             config = json.loads((model / "config.json").read_text())
             batch = recorded(vocab=config["vocab_size"])
             weights = self._weights[model.name]
-            if off_policy:
+            if not on_policy:
                 current = Objective(temperature=objective.temperature)
-                _, now = self.truth(model, current, off_policy=False)
-                batch = with_old(batch, now.logprobs)
+                _, now = self.truth(model, current, on_policy=True)
+                batch = off_policy(batch, now.logprobs)
             self._truths[key] = batch, truth(weights, config, batch, objective)
         return self._truths[key]
 
@@ -118,17 +119,17 @@ class Contract:
         model: Path,
         policy: PolicyConfig,
         plans: Sequence[Plan],
-        update: dict[str, Any],
+        loss: LossSettings,
         train: TrainConfig,
         **more: Any,
     ) -> Outcome:
         """Any case in any layout. ``more``: further fields of ``Case``."""
-        case = Case(str(model), policy, train, list(plans), {"lr": train.lr, **update}, **more)
+        case = Case(str(model), policy, train, list(plans), loss, **more)
         return merged(self.ranks(policy.world_size).run(execute, case))
 
     def build(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
         """The policy as built (or loaded, ``before=``), not updated."""
-        return self.run(model, policy, [], {}, TrainConfig(), **more)
+        return self.run(model, policy, [], LossSettings(), TrainConfig(), **more)
 
     def step(
         self,
@@ -137,13 +138,13 @@ class Contract:
         objective: Objective,
         how: Split | Cut,
         *,
-        off_policy: bool = True,
+        on_policy: bool = False,
         settings: Callable[[Truth], TrainConfig] = one_step,
         **more: Any,
     ) -> Compared:
         """One step of the recorded batch, cut as ``how`` says, beside the truth. ``settings``: of the optimizer;
         ``more``: as for ``run``."""
-        batch, expected = self.truth(model, objective, off_policy=off_policy)
+        batch, expected = self.truth(model, objective, on_policy=on_policy)
         sequences = train_sequences(batch, objective.aggregation, objective.norm_length)
         cut = partial(split, how=how) if isinstance(how, str) else how
         train = settings(expected)
@@ -151,7 +152,7 @@ class Contract:
             model,
             policy,
             [cut(sequences, policy.data_parallel)],
-            update_arguments(objective, batch),
+            loss_settings(objective),
             train,
             temperature=objective.temperature,
             **more,
@@ -159,15 +160,16 @@ class Contract:
         return Compared(found, expected, self._weights[model.name], train)
 
 
-def update_arguments(objective: Objective, batch: Sequence[Recorded]) -> dict[str, Any]:
-    """``objective`` in the words of ``Policy.update``."""
-    clip: Literal["step"] = "step"
-    old = {s.sample_id: s.old_logprobs for s in batch if s.old_logprobs}
-    return {
-        "loss": objective.kind,
-        "clip_low": objective.clip[0],
-        "clip_high": objective.clip[1],
-        "gate_min": objective.minimum if objective.adaptive == "max0" else None,
-        "when_clipped": clip,
-        "old_logprobs": old or None,
-    }
+def loss_settings(objective: Objective) -> LossSettings:
+    """``objective`` in the policy's words."""
+    return LossSettings(
+        policy=objective.kind,
+        clip_low=objective.clip[0],
+        clip_high=objective.clip[1],
+        adaptive=objective.adaptive,
+        minimum=objective.minimum,
+        tau=objective.tau,
+        scope=objective.scope,
+        kl_coef=objective.kl,
+        entropy_coef=objective.entropy,
+    )

@@ -29,16 +29,20 @@ ROUTE_MARGIN = 1e-5
 class Objective:
     """The loss of a whole step by its definition (docs/algorithm.md).
 
-    ``aggregation``: how token losses become L. ``adaptive``: phi of L: "max0" is max(L, ``minimum``), "exp" is
-    tau exp(L / tau). ``clip``: lower and upper distance of the ratio from 1. ``norm_length``: of the aggregation
-    seq_mean_token_sum_norm.
+    ``aggregation``: how token losses become L. ``adaptive``: phi of L, or (``scope`` "group") of each group's share of
+    it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL term (k3)
+    and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from 1.
+    ``norm_length``: of the aggregation seq_mean_token_sum_norm.
     """
 
     kind: Literal["ppo", "nll"] = "ppo"
     aggregation: AggregationMode = "token_mean"
     adaptive: Literal["none", "max0", "exp"] = "none"
+    scope: Literal["batch", "group"] = "batch"
     minimum: float = 0.0
-    tau: float = 0.5
+    tau: float = 4.0
+    kl: float = 0.0
+    entropy: float = 0.0
     clip: tuple[float, float] = (0.2, 0.28)
     temperature: float = 1.0
     norm_length: int = 64
@@ -152,7 +156,8 @@ def log_probs(
 @dataclass(frozen=True)
 class Truth:
     """What every layout must reproduce. ``loss``: L before, ``value``: after the adaptive part. ``gradients``: of
-    ``value``. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every token but the first."""
+    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every token
+    but the first."""
 
     loss: float
     value: float
@@ -199,24 +204,52 @@ def adapt(loss: Tensor, objective: Objective) -> Tensor:
     return loss
 
 
+def adapted_loss(losses: Mapping[str, list[Tensor]], objective: Objective) -> tuple[Tensor, Tensor]:
+    """L and phi of it; per group p of weight W_p and loss S_p it is sum W_p phi(S_p / W_p). ``losses``: of each group's
+    sequences."""
+    everything = [x for group in losses.values() for x in group]
+    loss = aggregate(everything, objective)
+    if objective.scope == "batch":
+        return loss, adapt(loss, objective)
+    value = torch.zeros_like(loss)
+    for name in losses:
+        inside = [float(g == name) for g, group in losses.items() for _ in group]
+        part = aggregate([x * i for x, i in zip(everything, inside, strict=True)], objective)
+        weight = aggregate(
+            [torch.full_like(x, i) for x, i in zip(everything, inside, strict=True)], objective
+        )
+        value = value + weight * adapt(part / weight, objective)
+    return loss, value
+
+
+def other_terms(chosen: Tensor, entropy: Tensor, s: Recorded, objective: Objective) -> Tensor:
+    """beta k3 - c H of each token after the first, with k3 = e^-d + d - 1 of the log-ratio d to the reference."""
+    total = -objective.entropy * entropy
+    if objective.kl:
+        d = chosen - torch.tensor(s.ref_logprobs[1:], dtype=torch.float64)
+        total = total + objective.kl * ((-d).exp() + d - 1)
+    return total
+
+
 def truth(
     weights: Weights, config: Mapping[str, Any], batch: Sequence[Recorded], objective: Objective
 ) -> Truth:
     """Loss, gradient, log-probs and entropies of one step on ``batch``."""
     leaves = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
-    losses, trained_entropy = [], []
+    losses: dict[str, list[Tensor]] = {}
+    others, trained_entropy = [], []
     logprobs, entropies = {}, {}
-    for sequence in batch:
-        chosen, entropy = log_probs(leaves, config, sequence.tokens, objective.temperature)
-        logprobs[sequence.sample_id] = chosen.detach()
-        entropies[sequence.sample_id] = entropy.detach()
-        mask = torch.tensor(sequence.loss_mask[1:], dtype=torch.bool)
-        if sequence.kept and mask.any():
-            losses.append(token_losses(chosen, sequence, objective)[mask])
+    for s in batch:
+        chosen, entropy = log_probs(leaves, config, s.tokens, objective.temperature)
+        logprobs[s.sample_id] = chosen.detach()
+        entropies[s.sample_id] = entropy.detach()
+        mask = torch.tensor(s.loss_mask[1:], dtype=torch.bool)
+        if s.kept and mask.any():
+            losses.setdefault(s.group_id, []).append(token_losses(chosen, s, objective)[mask])
+            others.append(other_terms(chosen, entropy, s, objective)[mask])
             trained_entropy.append(entropy.detach()[mask])
-    loss = aggregate(losses, objective)
-    value = adapt(loss, objective)
-    value.backward()
+    loss, value = adapted_loss(losses, objective)
+    (value + aggregate(others, objective)).backward()
     return Truth(
         loss=loss.item(),
         value=value.item(),

@@ -28,7 +28,7 @@ AXES: dict[str, tuple[Any, ...]] = {
         "seq_mean_token_sum",
         "seq_mean_token_sum_norm",
     ),
-    "adaptive": ("none", "max0"),
+    "adaptive": ("none", "max0", "exp"),
     "embeddings": ("untied", "tied"),
     "recompute": ("none", "selective", "full"),
     "distributed optimizer": (False, True),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 
@@ -12,7 +13,7 @@ from agpo_megatron.controller.publishing import stage_layers
 from agpo_megatron.parity import models
 from agpo_megatron.parity.batch import BUDGET, Plan
 from agpo_megatron.parity.comparison import BF16, EXPERTS, FP32, Limits, failures
-from agpo_megatron.parity.contract import Contract, Cut, one_step, update_arguments
+from agpo_megatron.parity.contract import Contract, Cut, loss_settings, one_step
 from agpo_megatron.parity.reference import Objective, Truth
 from agpo_megatron.types import TrainSequence
 
@@ -42,8 +43,8 @@ def check(
 
 def all_on_the_first(work: list[TrainSequence], replicas: int) -> Plan:
     """Three micro-batches, in one of them nothing trains; the other replicas have none."""
-    masked = [s for s in work if not any(s.loss_weights)]
-    rest = [s for s in work if any(s.loss_weights)]
+    masked = [s for s in work if not s.trained()]
+    rest = [s for s in work if s.trained()]
     return [[rest[:4], masked, rest[4:]], *([] for _ in range(replicas - 1))]
 
 
@@ -111,7 +112,7 @@ def test_the_controllers_plan(contract: Contract) -> None:
     ids=["tp2-sp-pp2", "cp2-dp2"],
 )
 def test_bf16(contract: Contract, axes: dict[str, Any]) -> None:
-    check(contract, {"dtype": "bf16", **axes}, in_pieces(3), limits=BF16, off_policy=False)
+    check(contract, {"dtype": "bf16", **axes}, in_pieces(3), limits=BF16, on_policy=True)
 
 
 @pytest.mark.parametrize("axes", [{"pipeline_parallel": 2}, INTERLEAVED], ids=["pp2", "pp2-vpp2"])
@@ -147,13 +148,37 @@ def test_the_norm_of_the_whole_gradient_clips(
     assert {d.quantity for d in found if not d.passes} <= {"gradient"}, "scaled in place or not"
 
 
+@pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize(
+    "axes",
+    [{"data_parallel": 2, **SEQUENCE_PARALLEL}, {"context_parallel": 2, **INTERLEAVED}],
+    ids=["tp2-sp-dp2", "pp2-vpp2-cp2"],
+)
+def test_the_adaptive_part_with_other_terms(
+    contract: Contract, axes: dict[str, Any], scope: Literal["batch", "group"], on_policy: bool
+) -> None:
+    """Its gain is known before backward, and does not touch the entropy bonus and the KL term; groups are spread over
+    replicas."""
+    kl = 0.0 if on_policy else 0.3
+    objective = Objective(adaptive="exp", scope=scope, kl=kl, entropy=0.2, tau=1.0)
+    found = contract.step(
+        contract.model("dense-untied-4", models.LLAMA3),
+        PolicyConfig(dtype="fp32", **axes),
+        objective,
+        "packed",
+        on_policy=on_policy,
+    )
+    assert list(failures(found.deviations())) == []
+
+
 def test_supervised(contract: Contract) -> None:
     found = contract.step(
         contract.model("dense-tied-4", models.QWEN2),
         PolicyConfig(dtype="fp32", pipeline_parallel=2, context_parallel=2),
         Objective(kind="nll"),
         "packed",
-        off_policy=False,
+        on_policy=True,
     )
     assert list(failures(found.deviations())) == []
 
@@ -163,17 +188,12 @@ def test_a_closed_gate_leaves_the_weights_alone(contract: Contract) -> None:
     model = contract.model("dense-untied-4", models.LLAMA3)
     objective = Objective(adaptive="max0", minimum=100.0)
     _, truth = contract.truth(model, objective)
-    update = {
-        **update_arguments(objective, contract.truth(model, objective)[0]),
-        "when_clipped": "skip_step",
-    }
-    up, down = ([TrainSequence("g0.0", [1, 2, 3], [0.0, 1.0, 1.0], a)] for a in (-150.0, 101.0))
-    update["old_logprobs"] = None
+    up, down = ([TrainSequence("g0.0", [1, 2, 3], 1.0, [0, 1, 1], a)] for a in (-150.0, 101.0))
     found = contract.run(
         model,
         PolicyConfig(dtype="fp32", data_parallel=2),
         [[[up], [down]]],
-        update,
+        replace(loss_settings(objective), when_clipped="skip_step"),
         one_step(truth),
         scores=False,
     )

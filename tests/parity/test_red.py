@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import planted
 import pytest
 
@@ -63,12 +65,7 @@ def test_a_denominator_of_each_replica(contract: Contract, aggregation: str) -> 
         plan = []
         for share in shares:
             mine = train_sequences(share, objective.aggregation, objective.norm_length)
-            halved = [
-                TrainSequence(
-                    s.sample_id, s.tokens, [w / replicas for w in s.loss_weights], s.advantage
-                )
-                for s in mine
-            ]
+            halved = [replace(s, loss_weight=s.loss_weight / replicas) for s in mine]
             plan += split(halved, 1, "packed")
         return plan
 

@@ -14,6 +14,7 @@ from agpo_megatron.parity.batch import Plan, recorded, split, train_sequences
 from agpo_megatron.parity.cases import Outcome
 from agpo_megatron.parity.comparison import worst
 from agpo_megatron.parity.contract import Contract
+from agpo_megatron.policy.objective import LossSettings
 
 TRAIN = TrainConfig(lr=1e-3, adam_eps=1e-5, grad_clip=1.0, weight_decay=0.01)
 """With AdamW's usual eps of 1e-8 rounding of the smallest gradients grows to whole steps."""
@@ -37,7 +38,7 @@ def train(
     policy = policy_of(axes)
     chosen = plans(steps.stop, policy.data_parallel)[steps]
     more = {"scores": False, **more}
-    return contract.run(model, policy, chosen, {"loss": "ppo"}, TRAIN, **more)
+    return contract.run(model, policy, chosen, LossSettings(), TRAIN, **more)
 
 
 def drift(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
