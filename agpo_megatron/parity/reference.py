@@ -156,8 +156,8 @@ def log_probs(
 @dataclass(frozen=True)
 class Truth:
     """What every layout must reproduce. ``loss``: L before, ``value``: after the adaptive part. ``gradients``: of
-    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every token
-    but the first."""
+    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every
+    token but the first."""
 
     loss: float
     value: float
