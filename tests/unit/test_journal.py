@@ -41,7 +41,10 @@ def make_step(step: int, journaled: list, version: str = "0.1.abc") -> StepRecor
             len(s.prompt_tokens) + len(s.response_tokens),
             1.0,
             0.5,
-            [0.25] * len(s.loss_mask),
+            0.25,
+            len(s.loss_mask),
+            ref_logprobs=[-1.5] * len(s.loss_mask),
+            correction=[0.0] + [0.5] * (len(s.loss_mask) - 1),
         )
         for j in journaled
         for s, ref in zip(j.group.samples, j.refs, strict=True)
@@ -64,7 +67,12 @@ def test_round_trip_of_groups_and_steps(tmp_path: Path) -> None:
     sequences = reader.sequences(committed, [4, 0])
     assert [s.sample_id for s in sequences] == ["g000000001.1", "g000000000.0"]
     assert sequences[0].tokens == [1, 2, 4, 10, 11, 12]
-    assert sequences[0].loss_weights == [0, 0, 0, 0.25, 0.25, 0.25]
+    assert sequences[0].loss_weight == 0.25
+    assert sequences[0].loss_mask == [0, 0, 0, 0, 1, 1], "a token of correction 0 does not train"
+    assert sequences[0].trained() == [4, 5]
+    assert sequences[0].correction == [0, 0, 0, 0.0, 0.5, 0.5]
+    assert sequences[0].ref_logprobs == [0, 0, 0, -1.5, -1.5, -1.5]
+    assert sequences[0].old_logprobs == []
     assert sequences[0].rollout_logprobs == [0, 0, 0, -0.5, -1.0, -1.5]
     assert sequences[0].advantage == 0.5
 
