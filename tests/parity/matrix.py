@@ -10,6 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.parity import models
+from agpo_megatron.parity.comparison import EXPERTS, FP32, Limits
+from agpo_megatron.parity.contract import Compared, Contract
+from agpo_megatron.parity.reference import Objective
+
 Row = dict[str, Any]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
@@ -108,6 +114,42 @@ def rows(ranks: int, covered: frozenset[Pair] = frozenset()) -> list[Row]:
         held = pairs_of(best)
         missing = [p for p in missing if p not in held]
     return chosen
+
+
+def tiers() -> tuple[list[Row], list[Row]]:
+    """Rows of up to four ranks, and the rows of up to eight for the pairs that those cannot hold."""
+    small = rows(4)
+    return small, rows(8, covered=frozenset().union(*(pairs_of(r) for r in small)))
+
+
+def step_of(contract: Contract, row: Row) -> tuple[Compared, Limits]:
+    """The row, executed, and what it is allowed."""
+    layers = max(4, row["PP"] * row["VPP"])
+    dense = row["EP"] == "dense"
+    kind, family = ("dense", models.DENSE) if dense else ("experts", models.EXPERTS)
+    config = {**family[row["embeddings"]], "num_hidden_layers": layers}
+    policy = PolicyConfig(
+        tensor_parallel=row["TP"],
+        sequence_parallel=row["SP"],
+        pipeline_parallel=row["PP"],
+        virtual_pipeline=row["VPP"],
+        context_parallel=row["CP"],
+        data_parallel=row["DP"],
+        expert_parallel=1 if dense else row["EP"],
+        recompute=row["recompute"],
+        distributed_optimizer=row["distributed optimizer"],
+        dtype="fp32",
+        logprob_chunk=32,
+    )
+    objective = Objective(
+        aggregation=row["aggregation"],
+        adaptive=row["adaptive"],
+        minimum=-100.0,  # open: a closed gate has no gradient to compare
+        temperature=0.7,
+    )
+    model = contract.model(f"{kind}-{row['embeddings']}-{layers}", config)
+    step = contract.step(model, policy, objective, row["micro-batch"])
+    return step, FP32 if dense else EXPERTS
 
 
 def name_of(row: Row) -> str:

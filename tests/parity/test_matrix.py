@@ -6,49 +6,14 @@ import matrix
 import pytest
 from matrix import Row
 
-from agpo_megatron.config.schema import PolicyConfig
-from agpo_megatron.parity import models
-from agpo_megatron.parity.comparison import EXPERTS, FP32, failures
+from agpo_megatron.parity.comparison import failures
 from agpo_megatron.parity.contract import Contract
-from agpo_megatron.parity.reference import Objective
 
-SMALL = matrix.rows(4)
-LARGE = matrix.rows(8, covered=frozenset().union(*(matrix.pairs_of(r) for r in SMALL)))
-
-
-def policy_of(row: Row) -> PolicyConfig:
-    return PolicyConfig(
-        tensor_parallel=row["TP"],
-        sequence_parallel=row["SP"],
-        pipeline_parallel=row["PP"],
-        virtual_pipeline=row["VPP"],
-        context_parallel=row["CP"],
-        data_parallel=row["DP"],
-        expert_parallel=1 if row["EP"] == "dense" else row["EP"],
-        recompute=row["recompute"],
-        distributed_optimizer=row["distributed optimizer"],
-        dtype="fp32",
-        logprob_chunk=32,
-    )
+SMALL, LARGE = matrix.tiers()
 
 
 def check(contract: Contract, row: Row) -> None:
-    layers = max(4, row["PP"] * row["VPP"])
-    kind, family = ("dense", models.DENSE) if row["EP"] == "dense" else ("experts", models.EXPERTS)
-    config = {**family[row["embeddings"]], "num_hidden_layers": layers}
-    objective = Objective(
-        aggregation=row["aggregation"],
-        adaptive=row["adaptive"],
-        minimum=-100.0,
-        temperature=0.7,
-    )
-    step = contract.step(
-        contract.model(f"{kind}-{row['embeddings']}-{layers}", config),
-        policy_of(row),
-        objective,
-        row["micro-batch"],
-    )
-    limits = FP32 if kind == "dense" else EXPERTS
+    step, limits = matrix.step_of(contract, row)
     assert list(failures(step.deviations(limits))) == []
 
 
