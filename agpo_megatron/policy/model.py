@@ -117,6 +117,8 @@ def _experts(shape: ModelShape, policy: PolicyConfig, device: backend.Backend) -
     """Mixture of experts as transformers computes it: softmax router, no load-balancing loss, no token dropped.
 
     Softmax over all experts, then the chosen ones renormalised, equals softmax over the chosen ones.
+    Auxiliary and z losses stay off: Megatron multiplies them by token counts that it divides by when it averages, and
+    here nothing divides, so their weight would depend on the layout.
     """
     if shape.experts is None:
         return {}
