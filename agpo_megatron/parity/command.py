@@ -111,7 +111,10 @@ def check(config: Config, ranks: int) -> Iterator[str]:
         f"temperature {objective.temperature:g}"
     )
     worst: list[tuple[Finding, Deviation]] = []
-    with tempfile.TemporaryDirectory() as folder, Contract(Path(folder)) as contract:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Contract(Path(folder), policy.world_size) as contract,
+    ):
         for finding in findings(contract, tiny, policy, objective, experts=experts):
             yield from table(finding)
             bad = [d for d in [*finding.tensors, *finding.deviations] if not d.passes]

@@ -66,14 +66,16 @@ class Compared:
 
 
 class Contract:
-    """Models, truths and pools of ranks, made once and used by many cases. ``folder``: for checkpoints.
+    """Models, truths and ranks, made once and used by many cases. ``folder``: for checkpoints; ``ranks``: how many to
+    start, more if a case needs them.
 
     A context manager: leaving it ends the ranks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: int) -> None:
         self.folder = folder
-        self._pools: dict[int, Ranks] = {}
+        self._size = ranks
+        self._pool: Ranks | None = None
         self._weights: dict[str, dict[str, Tensor]] = {}
         self._truths: dict[tuple[str, Objective, bool], tuple[list[Recorded], Truth]] = {}
 
@@ -81,14 +83,18 @@ class Contract:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for ranks in self._pools.values():
-            ranks.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def ranks(self, world: int) -> Ranks:
-        """``world`` processes, started when first asked for."""
-        if world not in self._pools or not self._pools[world].alive:
-            self._pools[world] = Ranks(world)
-        return self._pools[world]
+        """At least ``world`` processes, started when first asked for, and again after a failure."""
+        if self._pool is not None and (world > self._size or not self._pool.alive):
+            self._pool.close()
+            self._pool = None
+        if self._pool is None:
+            self._size = max(self._size, world)
+            self._pool = Ranks(self._size)
+        return self._pool
 
     def model(self, name: str, config: dict[str, Any]) -> Path:
         """The checkpoint folder of ``config``, written when first asked for."""
@@ -125,7 +131,8 @@ class Contract:
     ) -> Outcome:
         """Any case in any layout. ``more``: further fields of ``Case``."""
         case = Case(str(model), policy, train, list(plans), loss, **more)
-        return merged(self.ranks(policy.world_size).run(execute, case))
+        world = policy.world_size
+        return merged(self.ranks(world).run(world, execute, case))
 
     def build(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
         """The policy as built (or loaded, ``before=``), not updated."""

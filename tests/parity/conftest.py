@@ -11,5 +11,5 @@ from agpo_megatron.parity.contract import Contract
 
 @pytest.fixture(scope="session")
 def contract(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Contract]:
-    with Contract(tmp_path_factory.mktemp("parity")) as made:
+    with Contract(tmp_path_factory.mktemp("parity"), ranks=4) as made:
         yield made
