@@ -50,7 +50,12 @@ def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[
     Raises CheckpointError on every rank when any rank fails (a full disk, for instance) or when the folder is a
     checkpoint of something else; the folder is then untouched.
     """
-    facts = {"content": "training", "step": step, "extra": extra}
+    facts = {
+        "content": "training",
+        "step": step,
+        "extra": extra,
+        "distributed_optimizer": policy.config.distributed_optimizer,
+    }
     _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
 
 
@@ -116,6 +121,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
             "convert it (tools/convert_hf_checkpoint.py to-hf) and begin a run from the result"
         )
     saved = marker["layout"]
+    _check_optimizer(source, marker, policy)
     with_rng = all(saved.get(axis, 1) == getattr(layout, axis) for axis in ("tp", "pp", "ep"))
     with backend.current().scope():
         state = _state(policy, loading=True, rng=with_rng)
@@ -131,6 +137,22 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
         if with_rng:
             _set_rng(loaded["rng"])
     return int(marker["step"]), dict(marker["extra"])
+
+
+def _check_optimizer(source: Path, marker: dict[str, Any], policy: Policy) -> None:
+    """Megatron's two optimizers store their state in different terms, the plain one's of experts rank by rank."""
+    mine = policy.config.distributed_optimizer
+    if marker.get("distributed_optimizer", mine) != mine:
+        raise CheckpointError(
+            f"checkpoint {source} was saved with policy.distributed_optimizer {str(not mine).lower()}, whose state the "
+            "other optimizer cannot read; set it as it was"
+        )
+    ep = marker["layout"].get("ep", 1)
+    if not mine and ep != policy.layout.ep:
+        raise CheckpointError(
+            f"checkpoint {source} was saved with policy.expert_parallel {ep}; without policy.distributed_optimizer it "
+            f"cannot continue with {policy.layout.ep}; set it as it was"
+        )
 
 
 def load_weights(
@@ -326,7 +348,7 @@ def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
         marker = _checked_marker(target, layout)
     except CheckpointError:
         return False
-    if any(marker[key] != value for key, value in json.loads(json.dumps(facts)).items()):
+    if any(marker.get(key, value) != value for key, value in json.loads(json.dumps(facts)).items()):
         raise CheckpointError(
             f"{target} is a complete checkpoint ({marker['content']}, step {marker['step']}) of something else than is "
             f"to be saved ({facts['content']}, step {facts['step']}); save to another folder or remove it"

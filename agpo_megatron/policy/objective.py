@@ -176,7 +176,9 @@ def scored_parts(
     parts: dict[str, list[PartSum]] = {}
     for batch, sums in zip(batches, values, strict=True):
         for span, loss in zip(batch.spans, sums.tolist(), strict=True):
-            if span.start == span.stop:  # nothing trains: no part of the step, as in ``on_policy_parts``
+            if (
+                span.start == span.stop
+            ):  # nothing trains: no part of the step, as in ``on_policy_parts``
                 continue
             rows = slice(span.start, span.stop)
             w = batch.weights[rows].double()

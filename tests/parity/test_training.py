@@ -14,6 +14,7 @@ from agpo_megatron.parity.batch import Plan, recorded, split, train_sequences
 from agpo_megatron.parity.cases import Outcome
 from agpo_megatron.parity.comparison import worst
 from agpo_megatron.parity.contract import Contract
+from agpo_megatron.parity.ranks import RankFailed
 from agpo_megatron.policy.objective import LossSettings
 
 TRAIN = TrainConfig(lr=1e-3, adam_eps=1e-5, grad_clip=1.0, weight_decay=0.01)
@@ -152,3 +153,37 @@ def test_random_states_of_each_position_come_back(
     for seed, before, expected in ((1, "", True), (9, "", False), (9, saved, True)):
         found = contract.build(model, policy_of(same), seed=seed, before=before).random
         assert (found == was) is expected
+
+
+@pytest.mark.parametrize(
+    ("family", "saved_in", "loaded_in", "words"),
+    [
+        (
+            "dense",
+            {"data_parallel": 2},
+            {"tensor_parallel": 2, "distributed_optimizer": False},
+            "saved with policy.distributed_optimizer true",
+        ),
+        (
+            "experts",
+            {"data_parallel": 2, "expert_parallel": 2, "distributed_optimizer": False},
+            {"distributed_optimizer": False},
+            "saved with policy.expert_parallel 2",
+        ),
+    ],
+    ids=["other-optimizer", "plain-optimizer-of-experts"],
+)
+def test_a_checkpoint_that_cannot_continue_says_why(
+    contract: Contract,
+    tmp_path: Path,
+    family: str,
+    saved_in: dict[str, Any],
+    loaded_in: dict[str, Any],
+    words: str,
+) -> None:
+    config = models.LLAMA3 if family == "dense" else models.MIXTRAL
+    model = contract.model(f"{family}-untied-4", config)
+    saved = str(tmp_path / "step0")
+    contract.build(model, policy_of(saved_in), after=saved)
+    with pytest.raises(RankFailed, match=words):
+        contract.build(model, policy_of(loaded_in), before=saved)
