@@ -1,4 +1,4 @@
-"""``agpo-megatron {prepare,sft,train,eval,check}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,check,parity}``: also ``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "train": "AGPO; a run that finds its run folder continues it",
         "eval": "greedy accuracy on eval.path of the trained policy, or of model.path before training",
         "check": "validate, print the resolved config and where each value comes from",
+        "parity": "loss and gradients of this layout, scaled down, against a reference without any (on the CPU)",
     }
     for name, text in about.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -37,6 +38,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--set", action="append", default=[], metavar="a.b=c", dest="overrides"
         )
         command.add_argument("--run-dir", help="run folder (overrides run.dir)")
+        if name == "parity":
+            command.add_argument(
+                "--ranks",
+                type=int,
+                default=8,
+                metavar="N",
+                help="processes at most (default 8; each takes about half a gigabyte)",
+            )
         if name == "train":
             command.add_argument(
                 "--replay",
@@ -59,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "check":
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
+        if arguments.command == "parity":
+            return parity(resolved.config, arguments.ranks)
         if arguments.command == "prepare":
             from agpo_megatron.data.recipes import prepare
 
@@ -95,6 +106,22 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
     if mode == "train":
         render_summary(folder.path)
     return 0
+
+
+def parity(config: Config, ranks: int) -> int:
+    """Print the report; 0 if all of it passes."""
+    from agpo_megatron.parity.command import check
+    from agpo_megatron.parity.ranks import RankFailed
+
+    line = ""
+    try:
+        for line in check(config, ranks):
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
+    except RankFailed as error:
+        sys.stderr.write(f"agpo-megatron: parity: {error}\n")
+        return 1
+    return 0 if line == "pass" else 1
 
 
 def place(config: Config, mode: str) -> tuple[Config, RunFolder]:

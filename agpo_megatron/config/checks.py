@@ -57,15 +57,12 @@ def _check_layout(policy: PolicyConfig, found: _Findings) -> None:
             f"policy: virtual_pipeline {policy.virtual_pipeline} interleaves the chunks of several stages, but "
             "pipeline_parallel is 1; set pipeline_parallel > 1 or virtual_pipeline 1"
         )
-    if policy.expert_parallel > 1:
+    sharing = policy.context_parallel * policy.data_parallel
+    if sharing % policy.expert_parallel:
         found.errors.append(
-            f"policy: expert_parallel {policy.expert_parallel} needs a model with experts; the supported "
-            "architectures (Llama, Qwen2) are dense; set expert_parallel 1"
-        )
-    if policy.context_parallel > 1:
-        found.errors.append(
-            f"policy: context_parallel {policy.context_parallel} would split packed sequences over ranks, which needs "
-            "an attention that exchanges their parts; this release has none, on CPU or GPU; set context_parallel 1"
+            f"policy: expert_parallel {policy.expert_parallel} does not divide context_parallel "
+            f"{policy.context_parallel} x data_parallel {policy.data_parallel} = {sharing}, the ranks that share the "
+            "experts out"
         )
 
 
@@ -82,6 +79,8 @@ def _check_model_layout(config: Config, found: _Findings) -> None:
         )
     if width := shape.get("intermediate_size"):
         found.divides("tensor_parallel", tp, "intermediate_size", width)
+    if shape:
+        _check_experts(shape.get("num_experts") or shape.get("num_local_experts", 0), policy, found)
     if layers := shape.get("num_hidden_layers"):
         pp, vpp = policy.pipeline_parallel, policy.virtual_pipeline
         if layers % (pp * vpp):
@@ -96,6 +95,21 @@ def _check_model_layout(config: Config, found: _Findings) -> None:
             found.warnings.append(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
                 f"{config.rollout.max_response_tokens} = {longest} exceeds the model's max_position_embeddings {window}"
+            )
+
+
+def _check_experts(experts: int, policy: PolicyConfig, found: _Findings) -> None:
+    if policy.expert_parallel > 1 and not experts:
+        found.errors.append(
+            f"policy: expert_parallel {policy.expert_parallel} needs a model with experts, and this one is dense; set "
+            "expert_parallel 1"
+        )
+    elif experts:
+        found.divides("expert_parallel", policy.expert_parallel, "the number of experts", experts)
+        if policy.tensor_parallel > 1 and not policy.sequence_parallel:
+            found.errors.append(
+                f"policy: tensor_parallel {policy.tensor_parallel} of a model with experts needs sequence_parallel, "
+                "without which megatron-core refuses to train it; set sequence_parallel true"
             )
 
 

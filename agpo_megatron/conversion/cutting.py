@@ -4,10 +4,12 @@ Layouts as megatron-core 0.19 ``SelfAttention`` and ``MLP`` read them:
 grouped QKV rows are, per KV head g,  [q_{g,1} .. q_{g,n}, k_g, v_g]  (n = heads / kv_heads); with fewer KV heads than
 TP ranks the same matrix is simply cut finer and Megatron gathers the activations (attention.py,
 ``get_query_key_value_tensors``), so one rule serves both. fc1 of a gated MLP is [gate; up] on every rank.
+An expert's tensors are cut in the same way, over the ranks that share the expert.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,11 +20,28 @@ from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.conversion.tables import Cut, Rule
 
 
-def check_layout(shape: ModelShape, tp: int) -> None:
-    """Raise ConversionError with the arithmetic when ``tp`` cannot cut a model of this shape."""
-    if tp < 1:
-        raise ConversionError(f"tensor parallel size must be at least 1, found {tp}")
-    for what, size in (("num_attention_heads", shape.heads), ("intermediate_size", shape.ffn)):
+VOCABULARY_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this (and of TP), so that checkpoints of all usual TP sizes agree on it."""
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of embedding and head over all TP ranks."""
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(shape: ModelShape, tp: int, pp: int = 1, vpp: int = 1, ep: int = 1) -> None:
+    """Raise ConversionError with the arithmetic when this layout cannot hold a model of this shape.
+
+    The experts' tensors are cut by ``tp`` as well: Megatron's expert tensor parallelism follows it by default.
+    """
+    for what, size in (("tensor", tp), ("pipeline", pp), ("virtual pipeline", vpp), ("expert", ep)):
+        if size < 1:
+            raise ConversionError(f"{what} parallel size must be at least 1, found {size}")
+    ffn = ("intermediate_size", shape.ffn)
+    if shape.experts:
+        ffn = ("the intermediate size of an expert,", shape.experts.ffn)
+    for what, size in (("num_attention_heads", shape.heads), ffn):
         if size % tp:
             raise ConversionError(f"tensor_parallel {tp} does not divide {what} {size}")
     if shape.kv_heads % tp and tp % shape.kv_heads:
@@ -32,6 +51,29 @@ def check_layout(shape: ModelShape, tp: int) -> None:
     rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     if rows % tp:
         raise ConversionError(f"tensor_parallel {tp} does not divide the {rows} rows of QKV")
+    if shape.layers % (pp * vpp):
+        raise ConversionError(
+            f"pipeline_parallel {pp} x virtual_pipeline {vpp} = {pp * vpp} does not divide "
+            f"num_hidden_layers {shape.layers}"
+        )
+    if ep > 1 and (shape.experts is None or shape.experts.count % ep):
+        count = shape.experts.count if shape.experts else 0
+        raise ConversionError(f"expert_parallel {ep} does not divide the {count} experts")
+
+
+def shard_size(rule: Rule, shape: ModelShape, tp: int, padded_vocab: int) -> tuple[int, ...]:
+    """Shape of ``rule.megatron`` on each of ``tp`` ranks; see ``shard_to_megatron``."""
+    sizes = [shape.sizes(t.dims) for t in rule.hf]
+    rows, rest = sum(size[0] for size in sizes), sizes[0][1:]
+    match rule.cut:
+        case Cut.REPLICATED:
+            return sizes[0]
+        case Cut.ROW:
+            return rows, rest[0] // tp
+        case Cut.VOCABULARY:
+            return padded_vocab // tp, *rest
+        case Cut.COLUMN | Cut.GATED_MLP | Cut.GROUPED_QKV:
+            return rows // tp, *rest
 
 
 def shard_to_megatron(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agpo_megatron.conversion.errors import ConversionError
-from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_rope_spellings
+from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_spellings
 from agpo_megatron.conversion.weight_map import WeightMap
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -200,7 +200,7 @@ def write_hf_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         dtype = _write_shards(partial, tensors, max_shard_bytes)
-        spelled = {**with_both_rope_spellings(config), "dtype": dtype, "torch_dtype": dtype}
+        spelled = {**with_both_spellings(config), "dtype": dtype, "torch_dtype": dtype}
         _write_json(partial / "config.json", spelled)
         if source_dir is not None:
             copy_side_files(Path(source_dir), partial)

@@ -28,6 +28,9 @@ DTYPES = {
 }
 """Name (as torch, Hugging Face configs and SGLang's HTTP API spell it) of each dtype a checkpoint may hold."""
 
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts")
+"""transformers 4 writes Qwen3-MoE's under the first, transformers 5 and every Mixtral under the second."""
+
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -54,11 +57,23 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """Of a mixture-of-experts layer. ``ffn``: of one expert; ``renormalised``: the weights of the ``per_token`` chosen
+    experts sum to 1 (otherwise they are what the softmax over all experts gave them)."""
+
+    count: int
+    per_token: int
+    ffn: int
+    renormalised: bool
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Everything about a decoder that decides parameter shapes and the forward pass.
 
     ``rope_scaling``: None, or the Llama-3 dictionary (``rope_type``, ``factor``, ``low_freq_factor``,
-    ``high_freq_factor``, ``original_max_position_embeddings``). ``qkv_bias`` is set by the architecture.
+    ``high_freq_factor``, ``original_max_position_embeddings``). ``qkv_bias`` and ``qk_norm`` (a norm of each query and
+    key head) are set by the architecture. ``experts``: None for a dense model; ``ffn`` is unused otherwise.
     """
 
     hidden: int
@@ -74,6 +89,8 @@ class ModelShape:
     rope_scaling: Mapping[str, Any] | None
     tied: bool
     qkv_bias: bool
+    qk_norm: bool = False
+    experts: ExpertShape | None = None
 
     @staticmethod
     def from_hf(config: Mapping[str, Any]) -> ModelShape:
@@ -83,6 +100,7 @@ class ModelShape:
         tables do not carry (it would be dropped silently otherwise).
         """
         architecture = architecture_of(config)
+        config = {**dict(architecture.defaults), **config}
         heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
         kv_heads = _size(config, "num_key_value_heads", heads)
         if heads % kv_heads:
@@ -93,7 +111,7 @@ class ModelShape:
             raise ConversionError(
                 f"num_attention_heads {heads} does not divide hidden_size {hidden} and the config has no head_dim"
             )
-        theta, scaling = rope_of(config)
+        theta, scaling = rope_of(config, architecture.rope_theta)
         return ModelShape(
             hidden=hidden,
             layers=_size(config, "num_hidden_layers"),
@@ -101,6 +119,8 @@ class ModelShape:
             kv_heads=kv_heads,
             head_dim=_size(config, "head_dim", hidden // heads),
             ffn=_size(config, "intermediate_size"),
+            experts=_experts(config) if architecture.has_experts else None,
+            qk_norm=architecture.qk_norm,
             vocab_size=_size(config, "vocab_size"),
             max_positions=_size(config, "max_position_embeddings", 2048),
             rms_eps=float(config.get("rms_norm_eps", 1e-6)),
@@ -112,7 +132,11 @@ class ModelShape:
 
     def sizes(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         """The shape that the words of ``HfTensor.dims`` stand for."""
+        experts = self.experts or ExpertShape(0, 0, 0, False)
         words = {
+            "experts": experts.count,
+            "expert_ffn": experts.ffn,
+            "head": self.head_dim,
             "vocab": self.vocab_size,
             "hidden": self.hidden,
             "ffn": self.ffn,
@@ -120,6 +144,21 @@ class ModelShape:
             "kv": self.kv_heads * self.head_dim,
         }
         return tuple(words[word] for word in dims)
+
+
+def _experts(config: Mapping[str, Any]) -> ExpertShape:
+    """Qwen3-MoE has a width of its own for experts, Mixtral the dense one; the count has two spellings."""
+    counts = [config[k] for k in EXPERT_COUNT_KEYS if config.get(k) is not None]
+    if len(set(counts)) > 1:
+        raise ConversionError(f"config.json: {' and '.join(EXPERT_COUNT_KEYS)} disagree ({counts})")
+    count = _size({"num_experts": counts[0]}, "num_experts") if counts else _size(config, "num_experts")
+    per_token = _size(config, "num_experts_per_tok")
+    if per_token > count:
+        raise ConversionError(
+            f"config.json: num_experts_per_tok {per_token} of {count} experts cannot be chosen"
+        )
+    ffn = _size(config, "moe_intermediate_size", _size(config, "intermediate_size"))
+    return ExpertShape(count, per_token, ffn, bool(config.get("norm_topk_prob")))
 
 
 def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -132,7 +171,9 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     return value
 
 
-def rope_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def rope_of(
+    config: Mapping[str, Any], default_theta: float = 10000.0
+) -> tuple[float, dict[str, Any] | None]:
     """RoPE base and scaling from ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5) or both.
 
     Returns (theta, scaling); scaling is None for plain RoPE. Raises ConversionError when the two spellings disagree and
@@ -150,7 +191,7 @@ def rope_of(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         raise ConversionError(
             f"config.json: rope_scaling {old} and rope_parameters {new} disagree; keep one of them"
         )
-    return float(thetas[0]) if thetas else 10000.0, scalings[0] if scalings else None
+    return float(thetas[0]) if thetas else default_theta, scalings[0] if scalings else None
 
 
 def _rope_section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -174,12 +215,18 @@ def _scaling(section: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": "llama3", **{key: section[key] for key in LLAMA3_KEYS}}
 
 
-def with_both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with RoPE written for readers of transformers 4 and of transformers 5 alike."""
-    theta, scaling = rope_of(config)
-    return {
+def with_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with RoPE and number of experts written for readers of transformers 4 and of transformers 5 alike."""
+    architecture = architecture_of(config)
+    theta, scaling = rope_of(config, architecture.rope_theta)
+    spelled = {
         **config,
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
     }
+    if architecture.has_experts:
+        count = ModelShape.from_hf(config).experts
+        assert count is not None
+        spelled |= dict.fromkeys(EXPERT_COUNT_KEYS, count.count)
+    return spelled

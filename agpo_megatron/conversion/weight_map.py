@@ -40,18 +40,27 @@ class WeightMap:
         for layer in layers:
             if not 0 <= layer < self.shape.layers:
                 raise ConversionError(f"layer {layer} is outside 0..{self.shape.layers - 1}")
-            yield from (rule.at(layer) for rule in table if rule.place is Place.LAYER)
+            for rule in table:
+                if rule.place is Place.LAYER:
+                    yield from self._of_layer(rule, layer)
         if last:
             yield from (rule for rule in table if rule.place is Place.FINAL_NORM)
             if not self.shape.tied:
                 yield from (rule for rule in table if rule.place is Place.HEAD)
+
+    def _of_layer(self, rule: Rule, layer: int) -> Iterator[Rule]:
+        if not rule.per_expert:
+            yield rule.at(layer)
+            return
+        assert self.shape.experts is not None
+        yield from (rule.at(layer, expert) for expert in range(self.shape.experts.count))
 
     def rules(self) -> Iterator[Rule]:
         """Every rule of the model in publishing order: each Hugging Face tensor exactly once."""
         return self.stage_rules(range(self.shape.layers), first=True, last=True)
 
     def for_megatron(self, name: str) -> Rule:
-        """The rule of a Megatron parameter, by its name with a global layer number, in either spec's spelling.
+        """The rule of a Megatron parameter, by its name with global layer and expert numbers, in either spec's spelling.
 
         With tied embeddings the ``output_layer.weight`` that Megatron keeps on a last stage without the embedding is
         made of the embedding. Raises ConversionError naming a parameter that no rule covers.

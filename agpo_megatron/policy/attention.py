@@ -3,13 +3,16 @@ sequence parallelism, rotary embedding that restarts with each packed sequence, 
 
 Right padding and a causal mask need no mask tensor: a real query never looks to its right, where the padding is, and
 what padding queries compute is dropped. So sequences of similar length go through one dense, causal SDPA call.
+
+Under context parallelism a rank has some queries of every sequence and gathers all keys and values; which of them a
+query may see is then a mask.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +22,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from agpo_megatron.policy.context import Exchange, Share, all_keys, zigzag
 
 PACKED = "packed"
 """``qkv_format`` of packs made here. Megatron treats only ``'thd'`` specially: it would rotate one sequence at a time.
@@ -31,22 +36,32 @@ class Bucket:
 
     ``tokens``: how many packed tokens it covers; ``slots`` [tokens] int64, on the device of what is attended to: where
     each goes in the dense [count * longest], or None when all sequences are equally long.
+    Under context parallelism it is the bucket of the queries; ``keys`` is that of the whole sequences, ``visible``
+    [count, 1, longest, keys.longest] bool what each query sees. Otherwise both are None, and attention is causal.
     """
 
     tokens: int
     count: int
     longest: int
     slots: Tensor | None
+    keys: Bucket | None = None
+    visible: Tensor | None = None
 
 
-def buckets_of(lengths: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
-    """Cut ``lengths`` (longest first) wherever padding would more than double a sequence. ``device``: of ``slots``."""
+def buckets_of(
+    lengths: Sequence[int], device: torch.device, ranks: int = 1, rank: int = 0
+) -> tuple[Bucket, ...]:
+    """Cut ``lengths`` (longest first) wherever padding would more than double a sequence. ``device``: of the indices.
+    ``ranks``, ``rank``: of the context-parallel group."""
     cuts = [0]
     for i, n in enumerate(lengths):
         if 2 * n < lengths[cuts[-1]]:
             cuts.append(i)
     cuts.append(len(lengths))
-    return tuple(_bucket(lengths[a:b], device) for a, b in pairwise(cuts))
+    runs = [lengths[a:b] for a, b in pairwise(cuts)]
+    if ranks == 1:
+        return tuple(_bucket(run, device) for run in runs)
+    return tuple(_shared_bucket(run, device, ranks, rank) for run in runs)
 
 
 def _bucket(lengths: Sequence[int], device: torch.device) -> Bucket:
@@ -59,28 +74,44 @@ def _bucket(lengths: Sequence[int], device: torch.device) -> Bucket:
     return Bucket(tokens, len(lengths), longest, slots.to(device, non_blocking=True))
 
 
+def _shared_bucket(lengths: Sequence[int], device: torch.device, ranks: int, rank: int) -> Bucket:
+    """The bucket of this rank's queries. Slots between sequences get position 0, so that no softmax is empty."""
+    keys, queries = _bucket(lengths, device), _bucket([n // ranks for n in lengths], device)
+    positions = torch.zeros(queries.count, queries.longest, dtype=torch.int64)
+    for i, n in enumerate(lengths):
+        positions[i, : n // ranks] = zigzag(n, ranks, rank)
+    visible = torch.arange(keys.longest) <= positions[:, None, :, None]
+    return replace(queries, keys=keys, visible=visible.to(device, non_blocking=True))
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What the modules of this file need to know of a pack. ``positions`` [T] int64."""
+    """What the modules of this file need to know of a pack. ``positions`` [T / CP] int64. ``exchange``: None without
+    context parallelism."""
 
     positions: Tensor | None = None
     buckets: tuple[Bucket, ...] = ()
+    exchange: Exchange | None = None
 
     @staticmethod
-    def of(positions: Tensor, lengths: Sequence[int]) -> PackedSequences:
-        """``positions`` [T] int64 on the model's device, ``lengths`` longest first (padding sequences may be shorter
-        and come last)."""
+    def of(share: Share, lengths: Sequence[int]) -> PackedSequences:
+        """``share``: this rank's, on the model's device; ``lengths``: of the whole sequences, longest first (padding
+        sequences may be shorter and come last)."""
+        e = share.exchange
+        ranks, rank = (e.group.size(), e.group.rank()) if e else (1, 0)
         return PackedSequences(
             qkv_format=PACKED,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
-            positions=positions,
-            buckets=buckets_of(lengths, positions.device),
+            positions=share.positions,
+            buckets=buckets_of(lengths, share.positions.device, ranks, rank),
+            exchange=e,
         )
 
 
 def transformer_engine_params(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
-    """The same pack for Transformer Engine: ``cu_seqlens`` [sequences + 1] int32."""
+    """The same pack for Transformer Engine: ``cu_seqlens`` [sequences + 1] int32, of whole sequences; it knows the
+    context-parallel ranks, and the chunks they hold, by itself. Not yet executed on a GPU."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     ends = ends.to(device, non_blocking=True)
     return PackedSeqParams(
@@ -176,15 +207,17 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``query`` [T, 1, heads, d], ``key``/``value`` [T, 1, kv_heads, d]; returns [T, 1, heads * d]."""
+        """``query`` [T, 1, heads, d], ``key``/``value`` [T, 1, kv_heads, d]; returns [T, 1, heads * d]. Of T / CP
+        tokens under context parallelism."""
         buckets: tuple[Bucket, ...] = packed_seq_params.buckets
-        sizes = [b.tokens for b in buckets]
+        keys = torch.cat((key, value), dim=1)  # [T, 2, kv_heads, d]: one exchange for both
+        if packed_seq_params.exchange is not None:
+            keys = all_keys(keys, packed_seq_params.exchange)
         parts = [
-            self._attend(q, k, v, bucket)
-            for q, k, v, bucket in zip(
-                query.squeeze(1).split(sizes),
-                key.squeeze(1).split(sizes),
-                value.squeeze(1).split(sizes),
+            self._attend(q, kv, bucket)
+            for q, kv, bucket in zip(
+                query.squeeze(1).split([b.tokens for b in buckets]),
+                keys.split([(b.keys or b).tokens for b in buckets]),
                 buckets,
                 strict=True,
             )
@@ -192,15 +225,25 @@ class PackedAttention(torch.nn.Module):
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.reshape(query.shape[0], 1, -1)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
-        """One bucket: q [n, heads, d], k and v [n, kv_heads, d] to [n, heads, d]."""
-        heads, dim = q.shape[1:]
-        size, slots = bucket.count * bucket.longest, bucket.slots
-        if slots is not None:
-            q, k, v = (_ToDense.apply(x, slots, size) for x in (q, k, v))
-        q, k, v = (x.view(bucket.count, bucket.longest, -1, dim).transpose(1, 2) for x in (q, k, v))
+    def _attend(self, q: Tensor, kv: Tensor, bucket: Bucket) -> Tensor:
+        """One bucket: q [n, heads, d], kv [m, 2, kv_heads, d] to [n, heads, d]; n = m without context parallelism."""
+        k, v = kv.unbind(1)
+        seen = bucket.keys or bucket
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            _spread(q, bucket),
+            _spread(k, seen),
+            _spread(v, seen),
+            attn_mask=bucket.visible,
+            is_causal=bucket.visible is None,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != kv.shape[2],
         )
-        out = out.transpose(1, 2).reshape(size, heads, dim)
-        return out if slots is None else _FromDense.apply(out, slots)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return out if bucket.slots is None else _FromDense.apply(out, bucket.slots)
+
+
+def _spread(x: Tensor, bucket: Bucket) -> Tensor:
+    """Packed [tokens, heads, d] to dense [count, heads, longest, d]."""
+    if bucket.slots is not None:
+        x = _ToDense.apply(x, bucket.slots, bucket.count * bucket.longest)
+    return x.reshape(bucket.count, bucket.longest, *x.shape[1:]).transpose(1, 2)

@@ -92,6 +92,7 @@ def activate(device: Literal["auto", "cpu", "cuda"] = "auto") -> Backend:
         with _active.scope(), _eager_fusers():
             _patch_rng()
             _patch_token_dispatcher()
+            _patch_uneven_collectives()
     with _active.scope():
         _patch_torch_adamw_checkpoint()
     return _active
@@ -344,6 +345,38 @@ def _patch_token_dispatcher() -> None:
         return original(tensor, as_numpy, False)
 
     mcore.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_uneven_collectives() -> None:
+    """core/tensor_parallel/mappings.py gathers and reduce-scatters parts of different length over the TP ranks of an
+    expert; gloo wants equal ones: parts are padded to the longest, sums are made whole before they are cut."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings as mcore
+
+    gather, reduce_scatter = mcore._gather_along_first_dim, mcore._reduce_scatter_along_first_dim
+
+    def gather_uneven(
+        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, use_global_buffer)
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    def reduce_scatter_uneven(
+        x: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, sizes, use_global_buffer)
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    mcore._gather_along_first_dim = gather_uneven
+    mcore._reduce_scatter_along_first_dim = reduce_scatter_uneven
 
 
 def _patch_torch_adamw_checkpoint() -> None:

@@ -7,6 +7,7 @@ it is not a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -33,6 +34,8 @@ from agpo_megatron.policy.policy import Policy
 
 MARKER = CHECKPOINT_MARKER
 FORMAT = 1
+SHARDING = "fully_reshardable"
+"""Megatron's format of optimizer state in terms of whole parameters."""
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +50,12 @@ def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[
     Raises CheckpointError on every rank when any rank fails (a full disk, for instance) or when the folder is a
     checkpoint of something else; the folder is then untouched.
     """
-    facts = {"content": "training", "step": step, "extra": extra}
+    facts = {
+        "content": "training",
+        "step": step,
+        "extra": extra,
+        "distributed_optimizer": policy.config.distributed_optimizer,
+    }
     _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
 
 
@@ -100,9 +108,9 @@ def _write(
 def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str, Any]]:
     """Restore ``policy`` from a checkpoint saved in any layout; returns (step, extra). Every rank calls it.
 
-    The random state is restored where tensor and pipeline sizes are those of the save; in another layout it stays as
-    seeded. Raises CheckpointError on every rank when the checkpoint is missing, incomplete, damaged, of another shape
-    or without optimizer state.
+    The random state is restored where tensor, pipeline and expert sizes are those of the save; in another layout it
+    stays as seeded. Raises CheckpointError on every rank when the checkpoint is missing, incomplete, damaged, of
+    another shape or without optimizer state.
     """
     source = Path(folder).absolute()
     layout = policy.layout
@@ -113,7 +121,8 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
             "convert it (tools/convert_hf_checkpoint.py to-hf) and begin a run from the result"
         )
     saved = marker["layout"]
-    with_rng = saved["tp"] == layout.tp and saved["pp"] == layout.pp
+    _check_optimizer(source, marker, policy)
+    with_rng = all(saved.get(axis, 1) == getattr(layout, axis) for axis in ("tp", "pp", "ep"))
     with backend.current().scope():
         state = _state(policy, loading=True, rng=with_rng)
         loaded = _together(
@@ -124,10 +133,26 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
         )[0]
         for key, chunk in _chunk_keys(policy.chunks):
             unwrap(chunk).load_state_dict(loaded[key], strict=True)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.optimizer.load_state_dict(_optimizer_state(policy, loaded["optimizer"]))
         if with_rng:
             _set_rng(loaded["rng"])
     return int(marker["step"]), dict(marker["extra"])
+
+
+def _check_optimizer(source: Path, marker: dict[str, Any], policy: Policy) -> None:
+    """Megatron's two optimizers store their state in different terms, the plain one's of experts rank by rank."""
+    mine = policy.config.distributed_optimizer
+    if marker.get("distributed_optimizer", mine) != mine:
+        raise CheckpointError(
+            f"checkpoint {source} was saved with policy.distributed_optimizer {str(not mine).lower()}, whose state the "
+            "other optimizer cannot read; set it as it was"
+        )
+    ep = marker["layout"].get("ep", 1)
+    if not mine and ep != policy.layout.ep:
+        raise CheckpointError(
+            f"checkpoint {source} was saved with policy.expert_parallel {ep}; without policy.distributed_optimizer it "
+            f"cannot continue with {policy.layout.ep}; set it as it was"
+        )
 
 
 def load_weights(
@@ -184,8 +209,9 @@ def _weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> d
 def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
     """The sharded state: fully reshardable, in terms of whole tensors and not of ranks."""
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = _weights(policy.chunks, metadata)
@@ -200,6 +226,29 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
     return state
 
 
+def _optimizer_state(policy: Policy, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """What was loaded, in the shape that this layout's optimizer wants.
+
+    Megatron chains a second distributed optimizer for experts when they are shared out, and keeps what is not a tensor
+    per optimizer of the saving layout. Of that only the step count matters: rates are set before each step, the rest
+    is configuration.
+    """
+    if not policy.config.distributed_optimizer:
+        return loaded
+    whole = loaded if "optimizer" in loaded else loaded[0]
+    step = whole["optimizer"]["param_groups"][0]["step"]
+    optimizers = policy.optimizer.chained_optimizers
+    parts = [loaded] if len(optimizers) == 1 else [loaded[i] for i in range(len(optimizers))]
+    states: dict[int, Any] = {}
+    for i, (optimizer, part) in enumerate(zip(optimizers, parts, strict=True)):
+        states[i] = optimizer.state_dict()
+        for group in states[i]["optimizer"]["param_groups"]:
+            group["step"] = step
+        states[i]["param_state"] = part["param_state"]
+        states[i]["param_state_sharding_type"] = SHARDING
+    return states[0] if len(states) == 1 else states
+
+
 def _chunk_keys(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
     if len(chunks) == 1:
         return [("model", chunks[0])]
@@ -207,20 +256,31 @@ def _chunk_keys(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _rng(layout: Layout) -> ShardedObject:
-    """Random states of this (stage, tensor) position; replicas draw the same."""
-    states = {
+    """Random states of this (stage, tensor, expert) position; replicas draw the same."""
+    return ShardedObject(
+        "rng_state",
+        _random_states(),
+        (layout.pp, layout.tp * layout.ep),
+        (layout.pp_rank, layout.tp_rank * layout.ep + layout.ep_rank),
+        replica_id=layout.expert_dp_rank,
+    )
+
+
+def _random_states() -> dict[str, Any]:
+    return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "accelerator": torch.cuda.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject(
-        "rng_state",
-        states,
-        (layout.pp, layout.tp),
-        (layout.pp_rank, layout.tp_rank),
-        replica_id=(layout.dp_rank, layout.cp_rank, 0),
-    )
+
+
+def random_digest() -> str:
+    """Of all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
+    states = _random_states()
+    parts = [states["torch"], states["accelerator"], *states["tracker"].values()]
+    text = repr((states["python"], sorted(states["tracker"]), [p.tolist() for p in parts]))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _set_rng(states: dict[str, Any]) -> None:
@@ -288,7 +348,7 @@ def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
         marker = _checked_marker(target, layout)
     except CheckpointError:
         return False
-    if any(marker[key] != value for key, value in json.loads(json.dumps(facts)).items()):
+    if any(marker.get(key, value) != value for key, value in json.loads(json.dumps(facts)).items()):
         raise CheckpointError(
             f"{target} is a complete checkpoint ({marker['content']}, step {marker['step']}) of something else than is "
             f"to be saved ({facts['content']}, step {facts['step']}); save to another folder or remove it"

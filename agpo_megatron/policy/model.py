@@ -3,7 +3,6 @@ model class stays a small change."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from agpo_megatron.config.schema import PolicyConfig
-from agpo_megatron.conversion.cutting import check_layout
+from agpo_megatron.conversion.cutting import check_layout, padded_vocabulary
 from agpo_megatron.conversion.errors import ConversionError
 from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.policy import backend
@@ -32,18 +31,9 @@ from agpo_megatron.policy.attention import (
 )
 from agpo_megatron.policy.parallel import Layout
 
-VOCABULARY_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this (and of TP), so that checkpoints of all usual TP sizes agree on it."""
-
 
 class ModelError(ValueError):
     """A model that this layout or this machine cannot hold."""
-
-
-def padded_vocabulary(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of embedding and head over all TP ranks."""
-    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor_parallel)
-    return -(-vocab_size // multiple) * multiple
 
 
 def parameter_dtype(policy: PolicyConfig) -> torch.dtype:
@@ -89,7 +79,7 @@ def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerCo
         # 1F1B exchanges the shape of each micro-batch. Interleaved, with two stages, next and previous are the same
         # rank, and messages of one batch of sends would be mixed up: single sends, all packs of one length.
         variable_seq_lengths=policy.pipeline_parallel > 1 and not interleaved,
-        moe_token_dispatcher_type="alltoall",  # checked although there are no experts: the default refuses the above
+        moe_token_dispatcher_type="alltoall",  # checked without experts too: the default refuses the above
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=True,
@@ -98,6 +88,8 @@ def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerCo
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         apply_rope_fusion=device.transformer_engine,
+        qk_layernorm=shape.qk_norm,
+        **_experts(shape, policy, device),
         **_recompute(policy),
         **_fp8(policy, device),
     )
@@ -105,15 +97,42 @@ def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerCo
 
 def _check_divides(shape: ModelShape, policy: PolicyConfig) -> None:
     try:
-        check_layout(shape, policy.tensor_parallel)
+        check_layout(
+            shape,
+            policy.tensor_parallel,
+            policy.pipeline_parallel,
+            policy.virtual_pipeline,
+            policy.expert_parallel,
+        )
     except ConversionError as error:
         raise ModelError(str(error)) from None
-    stages = policy.pipeline_parallel * policy.virtual_pipeline
-    if shape.layers % stages:
+    if shape.experts and policy.tensor_parallel > 1 and not policy.sequence_parallel:
         raise ModelError(
-            f"pipeline_parallel {policy.pipeline_parallel} x virtual_pipeline {policy.virtual_pipeline} "
-            f"= {stages} does not divide num_hidden_layers {shape.layers}"
+            f"tensor_parallel {policy.tensor_parallel} of a model with experts needs sequence_parallel: megatron-core "
+            "refuses to train it otherwise; set policy.sequence_parallel to true"
         )
+
+
+def _experts(shape: ModelShape, policy: PolicyConfig, device: backend.Backend) -> dict[str, Any]:
+    """Mixture of experts as transformers computes it: softmax router, no load-balancing loss, no token dropped.
+
+    Softmax over all experts, then the chosen ones renormalised, equals softmax over the chosen ones.
+    Auxiliary and z losses stay off: Megatron multiplies them by token counts that it divides by when it averages, and
+    here nothing divides, so their weight would depend on the layout.
+    """
+    if shape.experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_router_topk": shape.experts.per_token,
+        "moe_ffn_hidden_size": shape.experts.ffn,
+        "moe_router_pre_softmax": not shape.experts.renormalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": device.transformer_engine,
+        "expert_model_parallel_size": policy.expert_parallel,
+        "expert_tensor_parallel_size": policy.tensor_parallel,
+    }
 
 
 def _recompute(policy: PolicyConfig) -> dict[str, Any]:
@@ -189,12 +208,25 @@ def unwrap(module: torch.nn.Module) -> Any:
 
 
 def _layer_spec(config: TransformerConfig, virtual: int | None) -> Any:
+    experts = config.num_moe_experts
     if backend.current().transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts,
+            moe_grouped_gemm=experts is not None,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = SequenceParallelRMSNorm
-    layer.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    if experts is not None:
+        # As Transformer Engine's spec stores it: the norm before a router is not part of a linear.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = get_num_layers_to_build(config, vp_stage=virtual)
     return TransformerBlockSubmodules(
         layer_specs=[spec] * layers, layer_norm=SequenceParallelRMSNorm

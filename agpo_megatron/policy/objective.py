@@ -176,6 +176,10 @@ def scored_parts(
     parts: dict[str, list[PartSum]] = {}
     for batch, sums in zip(batches, values, strict=True):
         for span, loss in zip(batch.spans, sums.tolist(), strict=True):
+            if (
+                span.start == span.stop
+            ):  # nothing trains: no part of the step, as in ``on_policy_parts``
+                continue
             rows = slice(span.start, span.stop)
             w = batch.weights[rows].double()
             scale = (w * batch.correction[rows] * batch.advantages[rows]).abs().sum()

@@ -36,7 +36,8 @@ class PackedBatch:
     """One micro-batch on the host (CPU). T tokens, N rows, S sequences (without padding).
 
     ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
-    longest first, padding as trailing sequences of their own (``sum(lengths) == T``).
+    longest first, each with the padding that makes it divisible, the rest of the padding as trailing sequences of
+    their own (``sum(lengths) == T``).
     ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
     ``sequence`` [N] int64 in [0, S): whose row it is. ``weights`` [N] fp32: w of L = sum w l; ``correction`` [N] fp32:
     factor on its policy loss; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and ``has_rollout`` [N] bool,
@@ -74,20 +75,27 @@ class PackedBatch:
 
 
 def pack_multiple(policy: PolicyConfig) -> int:
-    """What the token count of a pack must divide by: TP (sequence parallelism cuts it into equal parts) and the block
-    of rows of an FP8 matmul, 16, MXFP8 32."""
+    """What the token count of a pack must divide by. A context-parallel rank's part of it, by TP (sequence parallelism
+    cuts it into equal parts) and by the block of rows of an FP8 matmul, 16, MXFP8 32."""
     block = 32 if policy.fp8.recipe == "mxfp8" else 16
-    return math.lcm(policy.tensor_parallel, block)
+    return policy.context_parallel * math.lcm(policy.tensor_parallel, block)
+
+
+def sequence_multiple(policy: PolicyConfig) -> int:
+    """What each sequence's length must divide by: context-parallel ranks hold two equal chunks of it each."""
+    return 2 * policy.context_parallel if policy.context_parallel > 1 else 1
 
 
 def pack(
     sequences: Sequence[TrainSequence],
     multiple: int,
     *,
+    each: int = 1,
     every_token: bool = False,
     total: int | None = None,
 ) -> PackedBatch:
-    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens).
+    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens), each
+    one to a multiple of ``each`` before, which divides ``multiple``.
 
     ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
     An empty list gives a filler: ``multiple`` padding tokens and no rows.
@@ -97,11 +105,16 @@ def pack(
     ordered = sorted(sequences, key=lambda s: -len(s.tokens))
     for sequence in ordered:
         _check(sequence)
-    tokens = list(itertools.chain.from_iterable(s.tokens for s in ordered))
-    lengths = [len(s.tokens) for s in ordered]
+    lengths = [_round_up(len(s.tokens), each) for s in ordered]
+    tokens = list(
+        itertools.chain.from_iterable(
+            [*s.tokens, *[PAD_TOKEN] * (n - len(s.tokens))]
+            for s, n in zip(ordered, lengths, strict=True)
+        )
+    )
+    starts = list(itertools.accumulate(lengths, initial=0))
     _pad(tokens, lengths, multiple, total)
     chosen = [list(range(1, len(s.tokens))) if every_token else s.trained() for s in ordered]
-    starts = itertools.accumulate((len(s.tokens) for s in ordered), initial=0)
     rows = [first + t - 1 for first, kept in zip(starts, chosen, strict=False) for t in kept]
     ends = list(itertools.accumulate((len(kept) for kept in chosen), initial=0))
     counts = torch.tensor([len(kept) for kept in chosen], dtype=torch.int64)
@@ -156,6 +169,7 @@ def pack_all(
     multiple: int,
     count: int,
     *,
+    each: int = 1,
     same_length: bool,
     every_token: bool = False,
 ) -> list[PackedBatch]:
@@ -166,8 +180,11 @@ def pack_all(
     work = [*micro_batches, *([[]] * (count - len(micro_batches)))]
     total = None
     if same_length:
-        total = max(_round_up(sum(len(s.tokens) for s in batch) or 1, multiple) for batch in work)
-    return [pack(batch, multiple, every_token=every_token, total=total) for batch in work]
+        sizes = [sum(_round_up(len(s.tokens), each) for s in batch) for batch in work]
+        total = max(_round_up(size or 1, multiple) for size in sizes)
+    return [
+        pack(batch, multiple, each=each, every_token=every_token, total=total) for batch in work
+    ]
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -22,7 +22,10 @@ class LayoutError(ValueError):
 class Layout:
     """Where this rank stands. Sizes and indices of every axis, and the groups collectives run in.
 
+    ``cp_group``: ranks that hold parts of the same sequences.
     ``dp_cp_group``: ranks that hold the same parameters and different tokens: gradients are summed over it.
+    ``ep_group``: ranks of ``dp_cp_group`` that share the experts out, each expert whole on one of them (cut by TP);
+    ``expert_dp_rank`` counts the replicas of that.
     ``control_group``: all ranks over gloo, for host-side values; never on the accelerator's stream.
     """
 
@@ -32,14 +35,19 @@ class Layout:
     pp: int
     vpp: int
     cp: int
+    ep: int
     dp: int
     tp_rank: int
     pp_rank: int
     cp_rank: int
+    ep_rank: int
+    expert_dp_rank: int
     dp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     control_group: dist.ProcessGroup
 
     @property
@@ -62,7 +70,7 @@ class Layout:
 
     def sizes(self) -> dict[str, int]:
         """Sizes of the axes, for records and messages."""
-        return {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp}
+        return {axis: getattr(self, axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")}
 
 
 _layout: Layout | None = None
@@ -74,6 +82,7 @@ def _sizes(policy: PolicyConfig) -> dict[str, int]:
         "pp": policy.pipeline_parallel,
         "vpp": policy.virtual_pipeline,
         "cp": policy.context_parallel,
+        "ep": policy.expert_parallel,
         "dp": policy.data_parallel,
     }
 
@@ -85,8 +94,7 @@ def initialize(policy: PolicyConfig, seed: int, *, timeout: float = 1800.0) -> L
     ``timeout``: seconds after which a collective that some rank never joined raises. ``seed``: of the model-parallel
     random states. Rank order is Megatron's tp-cp-ep-dp-pp: TP neighbours are adjacent, stages far apart.
 
-    Raises LayoutError if the world size is not TP x PP x CP x DP, for context parallelism (packed sequences need
-    Transformer Engine's zig-zag attention, which this release does not drive) and for expert parallelism.
+    Raises LayoutError if the world size is not TP x PP x CP x DP or EP does not divide CP x DP.
     """
     global _layout
     device = backend.current()
@@ -146,15 +154,10 @@ def shutdown() -> None:
 
 def _refuse(policy: PolicyConfig) -> None:
     """What megatron-core would run, wrongly or in vain. What it refuses itself is left to it."""
-    if policy.context_parallel > 1:
+    if policy.context_parallel * policy.data_parallel % policy.expert_parallel:
         raise LayoutError(
-            f"context_parallel {policy.context_parallel}: packed sequences are not split over context-parallel "
-            "ranks in this release; set policy.context_parallel to 1"
-        )
-    if policy.expert_parallel > 1:
-        raise LayoutError(
-            f"expert_parallel {policy.expert_parallel}: the Llama and Qwen2 architectures have no experts; "
-            "set policy.expert_parallel to 1"
+            f"expert_parallel {policy.expert_parallel} does not divide context_parallel {policy.context_parallel} x "
+            f"data_parallel {policy.data_parallel}: those ranks share the experts out"
         )
 
 
@@ -170,6 +173,7 @@ def _initialize_megatron(policy: PolicyConfig, seed: int, timeout: float) -> Non
         ),
         context_parallel_size=policy.context_parallel,
         expert_model_parallel_size=policy.expert_parallel,
+        expert_tensor_parallel_size=policy.tensor_parallel,
         distributed_timeout_minutes=max(1, round(timeout / 60)),
     )
     random.seed(seed)
@@ -191,9 +195,13 @@ def _describe(policy: PolicyConfig, timeout: float) -> Layout:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
         cp_rank=mpu.get_context_parallel_rank(),
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        expert_dp_rank=mpu.get_expert_data_parallel_rank(),
         dp_rank=mpu.get_data_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         pp_group=mpu.get_pipeline_model_parallel_group(),
+        cp_group=mpu.get_context_parallel_group(),
         dp_cp_group=mpu.get_data_parallel_group(with_context_parallel=True),
+        ep_group=mpu.get_expert_model_parallel_group(),
         control_group=control,
     )

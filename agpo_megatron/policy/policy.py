@@ -29,7 +29,7 @@ from agpo_megatron.policy.objective import (
     scored_parts,
 )
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
-from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple
+from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.types import TrainSequence
 
@@ -233,6 +233,10 @@ class Policy:
         # no scope: it would stay open in the consumer between two tensors
         yield from weights.named_hf_tensors(self.chunks, self.weight_map, self.layout)
 
+    def named_hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients of the last update, as ``named_hf_tensors``. See ``weights.named_hf_gradients``."""
+        yield from weights.named_hf_gradients(self.chunks, self.weight_map, self.layout)
+
     def _pack(
         self,
         micro_batches: MicroBatches,
@@ -250,6 +254,7 @@ class Policy:
             micro_batches,
             pack_multiple(self.config),
             total,
+            each=sequence_multiple(self.config),
             same_length=interleaved,
             every_token=every_token,
         )
@@ -258,7 +263,7 @@ class Policy:
         """Statistics of the whole step on every rank: one rank of each replica's last stage contributes."""
         names = [*SUMS, "rollout_diff_max"]
         mine = torch.zeros(len(names), dtype=torch.float64)
-        if results and self.layout.tp_rank == 0:
+        if results and self.layout.speaks_for_replica:
             stacked = torch.stack([torch.stack([r[n] for n in names]) for r in results]).cpu()
             mine[:-1] = stacked[:, :-1].sum(0)
             mine[-1] = stacked[:, -1].max()

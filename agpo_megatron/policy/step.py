@@ -23,6 +23,7 @@ from torch import Tensor
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.attention import PackedSequences, transformer_engine_params
+from agpo_megatron.policy.context import Share, share_of
 from agpo_megatron.policy.objective import LossSettings, micro_batch_loss, sequence_values
 from agpo_megatron.policy.packing import PackedBatch
 from agpo_megatron.policy.parallel import Layout
@@ -89,18 +90,19 @@ def _run(
 ) -> list[dict[str, Tensor]]:
     device = backend.current().device
     on_device = [batch.to(device) for batch in batches]
-    packs = [_packed_params(batch) for batch in on_device]
+    shares = [share_of(batch, layout.cp_group) for batch in on_device]
+    packs = [_packed_params(b, share) for b, share in zip(on_device, shares, strict=True)]
 
     def forward(data: Iterator[int], model: Any) -> tuple[Tensor, Any]:
         index = next(data)
-        batch = on_device[index]
+        share = shares[index]
         output = model(
-            batch.tokens[None],
-            batch.positions[None],
+            share.tokens[None],
+            share.positions[None],
             None,
             packed_seq_params=packs[index],
             output_processor=head,
-            output_processor_context=batch,
+            output_processor_context=(on_device[index], share),
         )
         return output, head.result
 
@@ -118,10 +120,10 @@ def _run(
     return results
 
 
-def _packed_params(batch: PackedBatch) -> Any:
+def _packed_params(batch: PackedBatch, share: Share) -> Any:
     if backend.current().transformer_engine:
         return transformer_engine_params(batch.lengths, batch.tokens.device)
-    return PackedSequences.of(batch.positions, batch.lengths)
+    return PackedSequences.of(share, batch.lengths)
 
 
 class _Head:
@@ -143,28 +145,30 @@ class _Head:
         hidden_states: Tensor,
         output_layer: Any,
         output_weight: Tensor | None,
-        context: PackedBatch,
+        context: tuple[PackedBatch, Share],
         **_: Any,
     ) -> Tensor:
-        """``hidden_states`` [T, 1, H] ([T / TP, 1, H] under sequence parallelism); returns a scalar."""
+        """``hidden_states`` [T / CP, 1, H] ([T / CP / TP, 1, H] under sequence parallelism); returns a scalar."""
+        batch, share = context
         weight = output_layer.weight if output_weight is None else output_weight
-        rows = self._select(hidden_states, context.rows, output_layer.sequence_parallel)
+        rows = self._select(hidden_states, share.rows, output_layer.sequence_parallel)
         result = selected_logprobs(
             rows,
             weight,
-            context.targets,
+            share.targets,
             group=self.layout.tp_group if self.layout.tp > 1 else None,
             vocab_size=self.head.vocab_size,
             temperature=self.head.temperature,
             chunk=self.head.chunk,
         )
+        logprob, entropy = share.whole(result.logprob, result.entropy)
         if self.loss is None:
-            self.stats = {"logprob": result.logprob, "entropy": result.entropy}
-            return result.logprob.sum()
+            self.stats = {"logprob": logprob, "entropy": entropy}
+            return logprob.sum()
         if self.values_only:
-            self.stats = {"values": sequence_values(self.loss, result.logprob, context)}
-            return result.logprob.sum()
-        loss, self.stats = micro_batch_loss(self.loss, result.logprob, result.entropy, context)
+            self.stats = {"values": sequence_values(self.loss, logprob, batch)}
+            return logprob.sum()
+        loss, self.stats = micro_batch_loss(self.loss, logprob, entropy, batch)
         return loss
 
     def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

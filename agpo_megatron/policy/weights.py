@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.conversion.cutting import hf_from_shards, shard_to_megatron
+from agpo_megatron.conversion.cutting import (
+    hf_from_shards,
+    padded_vocabulary,
+    shard_size,
+    shard_to_megatron,
+)
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
+from agpo_megatron.conversion.tables import Rule
 from agpo_megatron.conversion.weight_map import WeightMap
-from agpo_megatron.policy.model import padded_vocabulary, unwrap
+from agpo_megatron.policy import backend
+from agpo_megatron.policy.model import unwrap
 from agpo_megatron.policy.parallel import Layout
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by Megatron name with global layer numbers, over all its chunks."""
+    """This rank's parameters by Megatron name with global layer and expert numbers, over all its chunks."""
     found: dict[str, torch.nn.Parameter] = {}
     for chunk in chunks:
         model = unwrap(chunk)
@@ -54,20 +62,63 @@ def named_hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors of this pipeline stage, in the order of ``WeightMap.stage_rules``, on its TP0 rank of DP0.
 
-    Every TP rank of that replica must exhaust the iterator, for it takes part in the gathers; only TP0 gets anything.
-    Holds one parameter at a time. A yielded tensor may be a view of the live parameter: copy it to keep it.
+    Every rank that holds a part of that replica (the TP ranks of DP0, and of the expert-parallel ranks beside it) must
+    exhaust the iterator, for it takes part in the gathers; only that one rank gets anything. Holds one parameter at a
+    time. A yielded tensor may be a view of the live parameter: copy it to keep it.
     """
-    if layout.dp_rank != 0 or layout.cp_rank != 0:
+    yield from _whole(chunks, weights, layout, lambda parameter: parameter.detach())
+
+
+@torch.no_grad()
+def named_hf_gradients(
+    chunks: Sequence[Any], weights: WeightMap, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
+    """As ``named_hf_tensors``, the fp32 gradients of the last backward pass, summed over all replicas. Every rank must
+    exhaust it. Where the optimizer clipped them in place they are the clipped ones."""
+    for chunk in chunks:
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            if not group.ddp_config.use_distributed_optimizer:
+                continue  # every replica holds the whole sum
+            over = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                parts = list(bucket.grad_data.chunk(over.size()))
+                dist.all_gather(parts, parts[over.rank()].clone(), group=over)
+    yield from _whole(chunks, weights, layout, lambda parameter: parameter.main_grad)
+
+
+def _whole(
+    chunks: Sequence[Any],
+    weights: WeightMap,
+    layout: Layout,
+    value: Callable[[Any], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """``value`` of each parameter, in the Hugging Face tensor it belongs to, whole."""
+    if layout.expert_dp_rank != 0:
         return
     parameters = global_parameters(chunks)
     rules = weights.stage_rules(layer_numbers(chunks), layout.first_stage, layout.last_stage)
     for rule in rules:
-        parameter = parameters.get(rule.megatron_name())
-        if parameter is None:
-            parameter = parameters[rule.megatron_name(transformer_engine=True)]
-        shards = _gather(parameter.detach(), layout)
-        if layout.tp_rank == 0:
+        owner = _owner(rule, weights, layout)
+        shards: list[Tensor] = []
+        if layout.ep_rank == owner:
+            parameter = parameters.get(rule.megatron_name())
+            if parameter is None:
+                parameter = parameters[rule.megatron_name(transformer_engine=True)]
+            shards = _gather(value(parameter), layout)
+        if owner != 0 and layout.tp_rank == 0:
+            dtype = value(next(iter(parameters.values()))).dtype
+            size = shard_size(rule, weights.shape, layout.tp, 0)
+            shards = _handed_over(shards, owner, size, dtype, layout)
+        if layout.tp_rank == 0 and layout.ep_rank == 0:
             yield from hf_from_shards(rule, shards, weights.shape).items()
+
+
+def _owner(rule: Rule, weights: WeightMap, layout: Layout) -> int:
+    """The expert-parallel rank that holds the parameter: experts are dealt out in runs of equal length."""
+    if rule.expert is None:
+        return 0
+    assert weights.shape.experts is not None
+    return rule.expert // (weights.shape.experts.count // layout.ep)
 
 
 def _gather(shard: Tensor, layout: Layout) -> list[Tensor]:
@@ -80,10 +131,31 @@ def _gather(shard: Tensor, layout: Layout) -> list[Tensor]:
     return parts or []
 
 
+def _handed_over(
+    shards: list[Tensor], owner: int, size: tuple[int, ...], dtype: torch.dtype, layout: Layout
+) -> list[Tensor]:
+    """An expert's shards from TP0 of its owner on TP0 of expert-parallel rank 0, in whose ``ep_group`` both are."""
+    group, device = layout.ep_group, backend.current().device
+    if layout.ep_rank == owner:
+        for shard in shards:
+            dist.send(shard.contiguous(), dist.get_global_rank(group, 0), group=group)
+    elif layout.ep_rank == 0:
+        shards = [torch.empty(size, dtype=dtype, device=device) for _ in range(layout.tp)]
+        for shard in shards:
+            dist.recv(shard, dist.get_global_rank(group, owner), group=group)
+    return shards
+
+
+_LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
+_EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weight)\d+")
+
+
 def _global_name(name: str, model: Any) -> str:
-    """``decoder.layers.0.x`` of a stage that begins at global layer 12 -> ``decoder.layers.12.x``."""
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
+    """``decoder.layers.0.x`` of a stage that begins at global layer 12 -> ``decoder.layers.12.x``; experts alike."""
+    if not name.startswith("decoder.layers."):
         return name
-    local, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    layers = model.decoder.layers
+    local = int(_LAYER.search(name)[0])  # type: ignore[index]
+    name = _LAYER.sub(str(layers[local].layer_number - 1), name)
+    first = getattr(layers[local].mlp, "local_expert_indices", [0])[0]
+    return _EXPERT.sub(lambda found: str(first + int(found[0])), name)

@@ -92,6 +92,29 @@ def test_the_shape_of_the_cold_start_base_is_used_before_the_model_exists(tmp_pa
     assert found == ["policy: tensor_parallel 3 does not divide num_attention_heads 8"]
 
 
+@pytest.mark.parametrize(
+    ("experts", "policy", "message"),
+    [
+        (
+            {},
+            "{expert_parallel: 2, data_parallel: 2}",
+            "2 needs a model with experts, and this one",
+        ),
+        (
+            {"num_local_experts": 6},
+            "{expert_parallel: 4, data_parallel: 4}",
+            "expert_parallel 4 does not divide the number of experts 6",
+        ),
+        ({"num_experts": 8}, "{tensor_parallel: 2}", "with experts needs sequence_parallel"),
+    ],
+)
+def test_experts_and_their_layout(
+    tmp_path: Path, experts: dict[str, int], policy: str, message: str
+) -> None:
+    (found,) = problems(tmp_path, f"policy={policy}", shape={**SHAPE, **experts})
+    assert message in found
+
+
 def test_a_damaged_model_config_is_named(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     (tmp_path / "model" / "config.json").write_text("{")
@@ -104,8 +127,7 @@ def test_a_damaged_model_config_is_named(tmp_path: Path) -> None:
     [
         ("policy.sequence_parallel=true", "tensor_parallel is 1"),
         ("policy.virtual_pipeline=2", "pipeline_parallel is 1"),
-        ("policy.expert_parallel=2", "expert_parallel 2 needs a model with experts"),
-        ("policy.context_parallel=2", "context_parallel 2 would split packed sequences"),
+        ("policy.expert_parallel=2", "2 does not divide context_parallel 1 x data_parallel 1 = 1"),
         (
             "algorithm={preset: dapo, length_reward: {buffer: 65}}",
             "buffer 65 exceeds rollout.max_response_tokens 64",

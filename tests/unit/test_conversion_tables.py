@@ -8,7 +8,7 @@ from conversion_models import LLAMA, LLAMA3_SCALING, QWEN2
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agpo_megatron.conversion.errors import ConversionError
-from agpo_megatron.conversion.shape import ModelShape, with_both_rope_spellings
+from agpo_megatron.conversion.shape import ModelShape, with_both_spellings
 from agpo_megatron.conversion.tables import architecture_of
 from agpo_megatron.conversion.weight_map import WeightMap
 
@@ -120,16 +120,16 @@ def test_shape_reads_sizes_and_both_rope_spellings():
     new = {**LLAMA, "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 5e5}}
     ancient = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {**LLAMA3_SCALING, "type": "llama3"}}
     ancient["rope_scaling"].pop("rope_type")
-    for config in (old, new, ancient, with_both_rope_spellings(new), with_both_rope_spellings(old)):
+    for config in (old, new, ancient, with_both_spellings(new), with_both_spellings(old)):
         shape = ModelShape.from_hf(config)
         assert (shape.rope_theta, shape.rope_scaling) == (5e5, LLAMA3_SCALING)
         assert not shape.qkv_bias
         assert shape.head_dim == 6
-    for both in (with_both_rope_spellings(old), with_both_rope_spellings(new)):
+    for both in (with_both_spellings(old), with_both_spellings(new)):
         assert both["rope_theta"] == 5e5
         assert both["rope_scaling"] == LLAMA3_SCALING
         assert both["rope_parameters"] == {**LLAMA3_SCALING, "rope_theta": 5e5}
-    plain = with_both_rope_spellings({**LLAMA, "rope_theta": 7.0})
+    plain = with_both_spellings({**LLAMA, "rope_theta": 7.0})
     assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 7.0}
     assert plain["rope_scaling"] is None
 

@@ -16,8 +16,15 @@ from agpo_megatron.policy.attention import (  # noqa: E402
     PackedSequences,
     buckets_of,
 )
+from agpo_megatron.policy.context import Share  # noqa: E402
 
 HEADS, GROUPS, DIM = 4, 2, 8
+
+
+def packed_alone(positions: torch.Tensor, lengths: list[int]) -> PackedSequences:
+    """A pack that one rank holds whole."""
+    nothing = positions[:0]
+    return PackedSequences.of(Share(positions, positions, nothing, nothing), lengths)
 
 
 def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -42,7 +49,7 @@ def test_each_sequence_as_if_alone(lengths: list[int]) -> None:
     ]
     core = PackedAttention(SimpleNamespace(kv_channels=DIM))  # type: ignore[arg-type]
     positions = torch.cat([torch.arange(n) for n in lengths])
-    packed = core(*leaves, packed_seq_params=PackedSequences.of(positions, lengths))
+    packed = core(*leaves, packed_seq_params=packed_alone(positions, lengths))
     assert packed.shape == (total, 1, HEADS * DIM)
     upstream = torch.randn(packed.shape, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad(packed, leaves, upstream)
@@ -67,7 +74,7 @@ def test_nothing_is_left_on_the_host() -> None:
     """On the meta device, as on a GPU, an index on the CPU would not do."""
     lengths = [9, 5, 5, 2, 1]
     query, key = (torch.empty(22, 1, n, DIM, device="meta") for n in (HEADS, GROUPS))
-    packed = PackedSequences.of(torch.arange(22, device="meta"), lengths)
+    packed = packed_alone(torch.arange(22, device="meta"), lengths)
     assert {b.slots.device.type for b in packed.buckets if b.slots is not None} == {"meta"}
     core = PackedAttention(SimpleNamespace(kv_channels=DIM))  # type: ignore[arg-type]
     assert core(query, key, key, packed_seq_params=packed).shape == (22, 1, HEADS * DIM)

@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changes", "words"),
     [
         ({"tensor_parallel": 2}, r"1 ranks, but tensor_parallel 2 x .* = 2"),
-        ({"context_parallel": 2}, "context_parallel 2: packed sequences"),
-        ({"expert_parallel": 2}, "expert_parallel 2: .* no experts"),
+        ({"context_parallel": 2}, r"1 ranks, but .* x context_parallel 2 x .* = 2"),
+        ({"expert_parallel": 2}, "expert_parallel 2 does not divide context_parallel 1 x"),
         ({"sequence_parallel": True}, "sequence parallelism without tensor parallelism"),
         ({"fp8": Fp8Config(recipe="blockwise")}, "blockwise needs Transformer Engine"),
     ],
@@ -51,6 +51,7 @@ def test_layouts_and_precisions(folder: Path, changes: dict[str, Any], words: st
             {"pipeline_parallel": 3},
             "3 x virtual_pipeline 1 = 3 does not divide num_hidden_layers 2",
         ),
+        ({"expert_parallel": 2}, "expert_parallel 2 does not divide the 0 experts"),
     ],
 )
 def test_sizes(folder: Path, changes: dict[str, Any], words: str) -> None:
@@ -61,6 +62,19 @@ def test_sizes(folder: Path, changes: dict[str, Any], words: str) -> None:
 
     with pytest.raises(ModelError, match=words):
         transformer_config(ModelShape.from_hf(read_config(folder)), PolicyConfig(**changes))
+
+
+def test_routers_have_no_losses_of_their_own() -> None:
+    """Megatron multiplies them by token counts that it divides by later; here nothing divides."""
+    backend.activate("cpu")
+    from agpo_megatron.conversion.shape import ModelShape
+    from agpo_megatron.parity.models import MIXTRAL
+    from agpo_megatron.policy.model import transformer_config
+
+    asked = {**MIXTRAL, "router_aux_loss_coef": 0.02, "output_router_logits": True}
+    config = transformer_config(ModelShape.from_hf(asked), PolicyConfig())
+    assert config.moe_aux_loss_coeff == 0.0
+    assert config.moe_z_loss_coeff is None
 
 
 def test_another_megatron(monkeypatch: pytest.MonkeyPatch) -> None:

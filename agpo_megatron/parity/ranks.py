@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives through many cases: importing Megatron costs seconds, a new layout milliseconds."""
+"""A pool of gloo ranks that lives through many cases: importing Megatron costs seconds, a new world milliseconds."""
 
 from __future__ import annotations
 
@@ -12,32 +12,41 @@ from collections.abc import Callable
 from typing import Any
 
 
-class RankFailed(AssertionError):
+class RankFailed(RuntimeError):
     """A rank raised, or did not answer in time."""
 
 
 class Ranks:
-    """``world`` processes joined over gloo. ``run`` has all of them execute the same function."""
+    """``size`` processes. ``run`` has some of them join over gloo and execute the same function."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, size: int) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        for rank in range(world):
+        self._calls = itertools.count()
+        for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-        """``function(rank, *args)`` on every rank; results in rank order. Raises RankFailed with its traceback."""
-        for pipe in self._pipes:
-            pipe.send((function, args))
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0
+    ) -> list[Any]:
+        """``function(rank, *args)`` on the first ``world`` ranks; results in rank order. The others sit out.
+
+        Raises RankFailed with the traceback of the rank that failed, or after ``timeout`` seconds; the pool is then
+        closed.
+        """
+        joined = self._pipes[:world]
+        call = next(self._calls)
+        for pipe in joined:
+            pipe.send((call, world, function, args))
         results = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in enumerate(joined):
             if not pipe.poll(timeout):
                 self.close()
                 raise RankFailed(
@@ -60,22 +69,16 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        OMP_NUM_THREADS="1",
-    )
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
-    for call in itertools.count():
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    while True:
         try:
-            function, args = pipe.recv()
+            call, world, function, args = pipe.recv()
         except EOFError:
             return
         # Every call joins anew and leaves again: a layout makes dozens of groups, each with threads of its own.

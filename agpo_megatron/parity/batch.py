@@ -1,0 +1,124 @@
+"""The recorded batch that every layout trains on, and the ways to cut it into micro-batches.
+
+It holds what has gone wrong elsewhere: sequences of 1 to 40 tokens, one longer than the packing budget, groups that
+end up on different ranks, a sequence whose mask trains nothing, a group that AGPO's loss mask drops, ratios on both
+sides of the clip.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from agpo_megatron.algorithm.aggregation import AggregationMode, sequence_weights
+from agpo_megatron.types import TrainSequence
+
+LENGTHS = (40, 7, 23, 1, 2, 16, 31, 12, 9, 26, 5)
+GROUP = 3
+BUDGET = 32
+"""Tokens per micro-batch when packing; the longest sequence exceeds it."""
+
+Split = Literal["one", "packed", "big"]
+Plan = list[list[list[TrainSequence]]]
+"""Micro-batches of each data-parallel replica: ``plan[replica][micro_batch]``."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One sequence of the batch, without any loss weight: those follow from the whole batch.
+
+    ``loss_mask``: 1 where a token trains. ``old_logprobs``, ``ref_logprobs``: aligned with the tokens; empty: ratio 1,
+    no reference.
+    ``kept``: false for sequences of a group that the loss mask drops.
+    """
+
+    sample_id: str
+    tokens: list[int]
+    loss_mask: list[int]
+    advantage: float
+    kept: bool = True
+    old_logprobs: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def group_id(self) -> str:
+        return self.sample_id.rpartition(".")[0]
+
+
+def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> list[Recorded]:
+    """A seeded batch: the first third of each sequence is prompt, one trained token in six is masked, advantages have
+    both signs. In every tenth sequence nothing trains; the last group is dropped."""
+    rng = random.Random(seed)
+    batch = []
+    for i, n in enumerate(lengths):
+        prompt = max(1, n // 3)
+        mask = [0] * prompt + [int(rng.random() > 1 / 6) for _ in range(n - prompt)]
+        batch.append(
+            Recorded(
+                sample_id=f"g{i // GROUP}.{i % GROUP}",
+                tokens=[rng.randrange(vocab) for _ in range(n)],
+                loss_mask=[0] * n if i % 10 == 4 else mask,
+                advantage=rng.uniform(-1.5, 1.5),
+                kept=i < len(lengths) - 2,
+            )
+        )
+    return batch
+
+
+def off_policy(batch: Sequence[Recorded], logprobs: Mapping[str, Tensor]) -> list[Recorded]:
+    """The batch with old and reference log-probs: ``logprobs`` ([n - 1] by sample id, of the current weights) and
+    shifts, which take about every third ratio beyond its clip."""
+    rng = random.Random(1)
+
+    def shifted(values: list[float], by: float) -> list[float]:
+        return [0.0, *(x + rng.uniform(-by, by) for x in values)]
+
+    moved = []
+    for s in batch:
+        values = logprobs[s.sample_id].tolist()
+        old, ref = shifted(values, 0.4), shifted(values, 0.8)
+        moved.append(replace(s, old_logprobs=old, ref_logprobs=ref))
+    return moved
+
+
+def train_sequences(
+    batch: Sequence[Recorded], aggregation: AggregationMode, norm_length: int
+) -> list[TrainSequence]:
+    """As the controller would send them: loss weights from the masks of the whole batch."""
+    trained = [sum(s.loss_mask) if s.kept else 0 for s in batch]
+    weights = sequence_weights(trained, trained, aggregation, norm_length)
+    return [
+        TrainSequence(
+            sample_id=s.sample_id,
+            tokens=s.tokens,
+            loss_weight=w,
+            loss_mask=s.loss_mask,
+            advantage=s.advantage,
+            old_logprobs=s.old_logprobs,
+            ref_logprobs=s.ref_logprobs,
+        )
+        for s, w in zip(batch, weights, strict=True)
+    ]
+
+
+def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Plan:
+    """Deal the sequences out to replicas in turn (groups come apart), then cut each share: "one" sequence per
+    micro-batch, "packed" in order up to the budget, or one "big" micro-batch."""
+    shares = [list(sequences[r::replicas]) for r in range(replicas)]
+    if how == "one":
+        return [[[s] for s in share] for share in shares]
+    if how == "big":
+        return [[share] for share in shares]
+    plan: Plan = []
+    for share in shares:
+        packs: list[list[TrainSequence]] = [[]]
+        for s in share:
+            if packs[-1] and sum(len(x.tokens) for x in packs[-1]) + len(s.tokens) > BUDGET:
+                packs.append([])
+            packs[-1].append(s)
+        plan.append(packs)
+    return plan

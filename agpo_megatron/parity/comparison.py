@@ -1,0 +1,149 @@
+"""What a layout found against the truth: one figure per quantity, its limit, and the tensor that is worst."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agpo_megatron.config.schema import TrainConfig
+from agpo_megatron.parity.cases import Outcome
+from agpo_megatron.parity.reference import Truth, adamw_step
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest deviation of each quantity, relative to its largest entry (loss and norm: to the larger of them and 1).
+
+    ``step``: of the change of the parameters by the optimizer. It holds the rounding of the parameters themselves,
+    lr / |parameter| above the rest.
+    """
+
+    loss: float = 1e-6
+    logprob: float = 1e-6
+    entropy: float = 1e-6
+    gradient: float = 1e-5
+    step: float = 1e-4
+
+
+FP32 = Limits()
+EXPERTS = Limits(gradient=1e-4, step=1e-3)
+"""Mixtures of experts: token sums in another order per expert."""
+BF16 = Limits(loss=2e-2, logprob=2e-2, entropy=2e-2, gradient=1e-1, step=float("inf"))
+"""Activations keep 8 bits (2^-8 = 4e-3) and pass through four layers; the sums of many roundings stay within a few of
+them, single entries of a gradient, themselves sums of both signs, within some more."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """``error`` of one quantity; ``worst``: the tensor or sample that has it."""
+
+    quantity: str
+    error: float
+    limit: float
+    worst: str = ""
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.limit  # false for NaN
+
+
+def deviations(
+    found: Outcome,
+    truth: Truth,
+    start: Mapping[str, Tensor],
+    train: TrainConfig,
+    limits: Limits = FP32,
+) -> list[Deviation]:
+    """Of one step of ``found`` from the weights ``start`` [Hugging Face names, fp64].
+
+    Raises ValueError for tensors or samples that are missing or too many.
+    """
+    (stats,) = found.stats
+    stepped, norm = adamw_step(
+        start,
+        truth.gradients,
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+        grad_clip=train.grad_clip,
+    )
+    moved = {n: w.double() - start[n] for n, w in found.weights.items()}
+    logprobs = {k: torch.tensor(lp[1:]) for k, (lp, _) in found.scores.items()}
+    entropies = {k: torch.tensor([h]) for k, (lp, h) in found.scores.items() if len(lp) > 1}
+    return [
+        _scalar("loss", stats["loss/unclipped"], truth.loss, limits.loss),
+        _scalar("adapted loss", stats["loss/policy"], truth.value, limits.loss),
+        _scalar("mean entropy", stats["policy/entropy"], truth.entropy, limits.entropy),
+        _scalar("grad norm", stats["grad_norm"], norm, limits.gradient),
+        worst("log-prob", logprobs, truth.logprobs, limits.logprob, together=True),
+        worst(
+            "entropy",
+            entropies,
+            {k: h.mean()[None] for k, h in truth.entropies.items() if len(h)},
+            limits.entropy,
+            together=True,
+        ),
+        worst("gradient", found.gradients, truth.gradients, limits.gradient),
+        worst("step", moved, {n: stepped[n] - start[n] for n in start}, limits.step),
+    ]
+
+
+def gradient_of_each_tensor(found: Outcome, truth: Truth, limits: Limits) -> list[Deviation]:
+    """Worst first."""
+    each = [
+        worst("gradient", {n: found.gradients[n]}, {n: g}, limits.gradient)
+        for n, g in truth.gradients.items()
+    ]
+    return sorted(each, key=lambda d: -_order(d.error))
+
+
+def worst(
+    quantity: str,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    limit: float,
+    *,
+    together: bool = False,
+) -> Deviation:
+    """The largest |found - expected| of any tensor over that tensor's largest entry (``together``: over the largest of
+    all). Raises ValueError when names or shapes differ."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"{quantity}: {sorted(found.keys() ^ expected.keys())} on one side only")
+    scale = max((_largest(e) for e in expected.values()), default=0.0) if together else None
+    return max(
+        (
+            Deviation(
+                quantity,
+                _largest(found[n].double() - e) / (scale or _largest(e) or 1e-12),
+                limit,
+                n,
+            )
+            for n, e in expected.items()
+        ),
+        key=lambda d: _order(d.error),
+    )
+
+
+def failures(found: list[Deviation]) -> Iterator[str]:
+    """A line for each that does not pass."""
+    for d in found:
+        if not d.passes:
+            at = f" in {d.worst}" if d.worst else ""
+            yield f"{d.quantity} is off by {d.error:.1e}{at}, more than {d.limit:.0e}"
+
+
+def _scalar(quantity: str, found: float, expected: float, limit: float) -> Deviation:
+    return Deviation(quantity, abs(found - expected) / max(1.0, abs(expected)), limit)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _order(error: float) -> float:
+    """NaN is worst."""
+    return float("inf") if error != error else error

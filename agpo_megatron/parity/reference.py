@@ -1,0 +1,283 @@
+"""The independent reference: a decoder, AGPO's loss and AdamW in plain torch, fp64, one process.
+
+It reads Hugging Face tensors by their own names, runs each sequence alone and knows nothing of Megatron, of loss
+weights, of packing, of micro-batches or of ranks. Llama, Qwen2, Qwen3, and their mixtures of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agpo_megatron.algorithm.aggregation import AggregationMode
+from agpo_megatron.parity.batch import Recorded
+
+Weights = Mapping[str, Tensor]
+"""fp64 tensors by their Hugging Face names."""
+
+ROUTE_MARGIN = 1e-5
+"""Router probabilities this close could order differently in fp32: such a batch decides nothing."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a whole step by its definition (docs/algorithm.md).
+
+    ``aggregation``: how token losses become L. ``adaptive``: phi of L, or (``scope`` "group") of each group's share of
+    it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL term (k3)
+    and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from 1.
+    ``norm_length``: of the aggregation seq_mean_token_sum_norm.
+    """
+
+    kind: Literal["ppo", "nll"] = "ppo"
+    aggregation: AggregationMode = "token_mean"
+    adaptive: Literal["none", "max0", "exp"] = "none"
+    scope: Literal["batch", "group"] = "batch"
+    minimum: float = 0.0
+    tau: float = 4.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    clip: tuple[float, float] = (0.2, 0.28)
+    temperature: float = 1.0
+    norm_length: int = 64
+
+
+# ---------------------------------------------------------------- the model
+
+
+def logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> Tensor:
+    """[n, vocabulary] of one sequence."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // heads
+    n, eps = len(tokens), config["rms_norm_eps"]
+    angle = torch.outer(torch.arange(n, dtype=torch.float64), rotary_frequencies(config, dim))
+    cos, sin = (torch.cat([f, f], -1)[:, None] for f in (angle.cos(), angle.sin()))
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weights[name + ".weight"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
+
+    def head_norm(x: Tensor, name: str) -> Tensor:
+        return norm(x, name) if name + ".weight" in weights else x
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    future = torch.ones(n, n, dtype=torch.bool).triu(1)
+    x = weights["model.embed_tokens.weight"][torch.tensor(tokens)]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = norm(x, layer + "input_layernorm")
+        q, k, v = (linear(h, f"{layer}self_attn.{p}_proj").view(n, -1, dim) for p in "qkv")
+        q = rotate(head_norm(q, layer + "self_attn.q_norm"))
+        k = rotate(head_norm(k, layer + "self_attn.k_norm"))
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(dim)
+        attention = scores.masked_fill(future, -math.inf).softmax(-1)
+        mixed = torch.einsum("hij,jhd->ihd", attention, v).reshape(n, heads * dim)
+        x = x + linear(mixed, layer + "self_attn.o_proj")
+        x = x + feed_forward(weights, config, norm(x, layer + "post_attention_layernorm"), layer)
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    return norm(x, "model.norm") @ head.T
+
+
+def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Inverse frequencies [head_dim / 2], with llama3 scaling (Llama 3.1 report, section 3.2) where asked for."""
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    scaling = config.get("rope_scaling") or rope
+    if scaling.get("rope_type") != "llama3":
+        return frequencies
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = ((original * frequencies / (2 * math.pi)) - low) / (high - low)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+
+
+def feed_forward(weights: Weights, config: Mapping[str, Any], x: Tensor, layer: str) -> Tensor:
+    """SwiGLU, or the mixture of its copies: x [n, hidden] to the same."""
+
+    def swiglu(gate: str, up: str, down: str) -> Tensor:
+        hidden = F.silu(x @ weights[gate + ".weight"].T) * (x @ weights[up + ".weight"].T)
+        return hidden @ weights[down + ".weight"].T
+
+    if layer + "mlp.gate_proj.weight" in weights:
+        return swiglu(*(f"{layer}mlp.{p}_proj" for p in ("gate", "up", "down")))
+    mixtral = layer + "block_sparse_moe.gate.weight" in weights
+    room = layer + ("block_sparse_moe" if mixtral else "mlp")
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    share = expert_shares(
+        x @ weights[room + ".gate.weight"].T,
+        config["num_experts_per_tok"],
+        renormalise=mixtral or config["norm_topk_prob"],
+    )
+    outputs = [swiglu(*(f"{room}.experts.{e}.{p}" for p in names)) for e in range(share.shape[1])]
+    return torch.einsum("ne,enh->nh", share, torch.stack(outputs))
+
+
+def expert_shares(router: Tensor, chosen: int, *, renormalise: bool) -> Tensor:
+    """[n, experts]: softmax of the router's logits, kept for the ``chosen`` largest of each token, 0 elsewhere;
+    ``renormalise``: what is kept sums to 1.
+
+    Raises ValueError where rounding could choose other experts: gradients of other routes cannot be compared.
+    """
+    share = router.softmax(-1)
+    ranked = share.sort(-1, descending=True).values
+    margin = float((ranked[:, chosen - 1] - ranked[:, chosen]).detach().min())
+    if margin < ROUTE_MARGIN:
+        raise ValueError(f"two experts of one token are {margin:.1e} apart; take another seed")
+    share = share * (share >= ranked[:, chosen - 1 : chosen])
+    return share / share.sum(-1, keepdim=True) if renormalise else share
+
+
+def log_probs(
+    weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of ``tokens[1:]`` and entropy at those positions, each [n - 1]."""
+    table = (logits(weights, config, tokens)[:-1] / temperature).log_softmax(-1)
+    chosen = table.gather(1, torch.tensor(list(tokens[1:]), dtype=torch.int64)[:, None])[:, 0]
+    return chosen, -(table.exp() * table).sum(-1)
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What every layout must reproduce. ``loss``: L before, ``value``: after the adaptive part. ``gradients``: of
+    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every
+    token but the first."""
+
+    loss: float
+    value: float
+    gradients: dict[str, Tensor]
+    entropy: float
+    logprobs: dict[str, Tensor]
+    entropies: dict[str, Tensor]
+
+
+def token_losses(chosen: Tensor, sequence: Recorded, objective: Objective) -> Tensor:
+    """l of each token after the first, [n - 1]: -log p, or -min(r A, clip(r) A) with r = p / p_old."""
+    if objective.kind == "nll":
+        return -chosen
+    old = chosen.detach()
+    if sequence.old_logprobs:
+        old = torch.tensor(sequence.old_logprobs[1:], dtype=torch.float64)
+    ratio = (chosen - old).exp()
+    low, high = objective.clip
+    bounded = ratio.clamp(1 - low, 1 + high)
+    return -torch.minimum(ratio * sequence.advantage, bounded * sequence.advantage)
+
+
+def aggregate(losses: Sequence[Tensor], objective: Objective) -> Tensor:
+    """L of the trained tokens' losses, one tensor per sequence that has any (docs/algorithm.md, section 4)."""
+    match objective.aggregation:
+        case "token_mean":
+            return torch.cat(list(losses)).mean()
+        case "seq_mean_token_mean":
+            return torch.stack([x.mean() for x in losses]).mean()
+        case "seq_mean_token_sum":
+            return torch.stack([x.sum() for x in losses]).mean()
+        case "seq_mean_token_sum_norm":
+            return torch.stack([x.sum() for x in losses]).mean() / objective.norm_length
+    raise ValueError(f"unknown aggregation {objective.aggregation}")
+
+
+def adapt(loss: Tensor, objective: Objective) -> Tensor:
+    """phi(L)."""
+    match objective.adaptive:
+        case "max0":
+            return loss if loss > objective.minimum else 0 * loss + objective.minimum
+        case "exp":
+            return objective.tau * (loss / objective.tau).exp()
+    return loss
+
+
+def adapted_loss(losses: Mapping[str, list[Tensor]], objective: Objective) -> tuple[Tensor, Tensor]:
+    """L and phi of it; per group p of weight W_p and loss S_p it is sum W_p phi(S_p / W_p). ``losses``: of each group's
+    sequences."""
+    everything = [x for group in losses.values() for x in group]
+    loss = aggregate(everything, objective)
+    if objective.scope == "batch":
+        return loss, adapt(loss, objective)
+    value = torch.zeros_like(loss)
+    for name in losses:
+        inside = [float(g == name) for g, group in losses.items() for _ in group]
+        part = aggregate([x * i for x, i in zip(everything, inside, strict=True)], objective)
+        weight = aggregate(
+            [torch.full_like(x, i) for x, i in zip(everything, inside, strict=True)], objective
+        )
+        value = value + weight * adapt(part / weight, objective)
+    return loss, value
+
+
+def other_terms(chosen: Tensor, entropy: Tensor, s: Recorded, objective: Objective) -> Tensor:
+    """beta k3 - c H of each token after the first, with k3 = e^-d + d - 1 of the log-ratio d to the reference."""
+    total = -objective.entropy * entropy
+    if objective.kl:
+        d = chosen - torch.tensor(s.ref_logprobs[1:], dtype=torch.float64)
+        total = total + objective.kl * ((-d).exp() + d - 1)
+    return total
+
+
+def truth(
+    weights: Weights, config: Mapping[str, Any], batch: Sequence[Recorded], objective: Objective
+) -> Truth:
+    """Loss, gradient, log-probs and entropies of one step on ``batch``."""
+    leaves = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
+    losses: dict[str, list[Tensor]] = {}
+    others, trained_entropy = [], []
+    logprobs, entropies = {}, {}
+    for s in batch:
+        chosen, entropy = log_probs(leaves, config, s.tokens, objective.temperature)
+        logprobs[s.sample_id] = chosen.detach()
+        entropies[s.sample_id] = entropy.detach()
+        mask = torch.tensor(s.loss_mask[1:], dtype=torch.bool)
+        if s.kept and mask.any():
+            losses.setdefault(s.group_id, []).append(token_losses(chosen, s, objective)[mask])
+            others.append(other_terms(chosen, entropy, s, objective)[mask])
+            trained_entropy.append(entropy.detach()[mask])
+    loss, value = adapted_loss(losses, objective)
+    (value + aggregate(others, objective)).backward()
+    return Truth(
+        loss=loss.item(),
+        value=value.item(),
+        gradients={n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()},
+        entropy=float(torch.cat(trained_entropy).mean()),
+        logprobs=logprobs,
+        entropies=entropies,
+    )
+
+
+def adamw_step(
+    weights: Weights,
+    gradients: Weights,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    grad_clip: float,
+) -> tuple[dict[str, Tensor], float]:
+    """The first AdamW step (arXiv:1711.05101) after clipping the global norm; no decay on vectors. Also the norm."""
+    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
+    scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
+    stepped = {}
+    for name, w in weights.items():
+        g, w = gradients[name] * scale, w.double()
+        decay = weight_decay if w.dim() > 1 else 0.0
+        m, v = (1 - betas[0]) * g, (1 - betas[1]) * g * g
+        m_hat, v_hat = m / (1 - betas[0]), v / (1 - betas[1])
+        stepped[name] = w * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + eps)
+    return stepped, norm
