@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from conversion_models import LLAMA, QWEN2, random_weights
 
-from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint, write_hf_checkpoint
+from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
+from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 
 REPO = Path(__file__).parents[2]
 TOOL = REPO / "tools" / "convert_hf_checkpoint.py"
