@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import conversion_cases as cases
+import converter
 import pytest
 import tiny_models
 import torch
@@ -16,17 +15,12 @@ from torch import Tensor
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_hf_checkpoint.py"
 BATCH = tiny_models.sequences([5, 30, 17, 1, 9, 22, 2, 16], vocab=131)
 LOGITS = 1e-5
 
 
 def convert(*command: object) -> None:
-    spec = importlib.util.spec_from_file_location("convert_hf_checkpoint", TOOL)
-    assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main([str(word) for word in command]) == 0
+    assert converter.convert(*command) == 0
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"tensor_parallel": 2}, r"1 ranks, but tensor_parallel 2 x .* = 2"),
         ({"context_parallel": 2}, "context_parallel 2: packed sequences"),
-        ({"expert_parallel": 2}, "expert_parallel 2: .* no experts"),
+        ({"expert_parallel": 2}, "expert_parallel 2 does not divide .* data_parallel 1"),
         ({"sequence_parallel": True}, "sequence parallelism without tensor parallelism"),
         ({"fp8": Fp8Config(recipe="blockwise")}, "blockwise needs Transformer Engine"),
     ],
