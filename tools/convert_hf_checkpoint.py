@@ -7,9 +7,10 @@
     convert_hf_checkpoint.py verify A B [--like HF_DIR] [--tolerance X]
     convert_hf_checkpoint.py inspect DIR
 
-A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds weights
-alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the run began
-from. Tensors are streamed: memory is that of the largest few. An interrupted conversion is taken up by the same command.
+A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds
+weights alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the
+run began from. Tensors are streamed: memory is that of the largest few. The same command takes up an interrupted
+conversion.
 Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 """
 
@@ -62,7 +63,9 @@ FILE_BYTES = 1 << 30  # of one file of a Megatron checkpoint
 Loader = Callable[[str], Tensor]
 
 
-def to_megatron(hf_dir: Path, out: Path, sizes: ParallelSizes, dtype: str | None, workers: int) -> None:
+def to_megatron(
+    hf_dir: Path, out: Path, sizes: ParallelSizes, dtype: str | None, workers: int
+) -> None:
     """Weights of ``hf_dir`` as a Megatron checkpoint; it appears complete or not at all."""
     refuse_existing(out)
     source = HfCheckpoint(hf_dir)
@@ -103,7 +106,12 @@ def plan_megatron(hf_dir: Path, sizes: ParallelSizes, dtype: str | None) -> None
 
 
 def to_hf(
-    megatron_dir: Path, out: Path, like: Path | None, dtype: str | None, max_shard: int, workers: int
+    megatron_dir: Path,
+    out: Path,
+    like: Path | None,
+    dtype: str | None,
+    max_shard: int,
+    workers: int,
 ) -> None:
     """Weights of a Megatron checkpoint as a Hugging Face folder, in ``dtype`` (default: as stored)."""
     refuse_existing(out)
@@ -133,7 +141,9 @@ def _load_as(
     tensors = model.load(rule).items()
     if quantised:  # from the stored values, not from what they round to
         return {
-            name: tensor if name in quantised or "_scale_inv" in name else tensor.to(DTYPES[dtypes[name]])
+            name: tensor
+            if name in quantised or "_scale_inv" in name
+            else tensor.to(DTYPES[dtypes[name]])
             for name, tensor in quantised_tensors(tensors, quantised)
         }
     return {name: tensor.to(DTYPES[dtypes[name]]) for name, tensor in tensors}
@@ -171,8 +181,10 @@ def inspect(folder: Path) -> None:
         return
     checkpoint = HfCheckpoint(folder)
     for spec in checkpoint.specs.values():
-        print(f"{spec.name}  {list(spec.shape)}  {spec.dtype}  {checkpoint.file_of(spec.name).name}")
-    numbers = {d: 0 for d in sorted({spec.dtype for spec in checkpoint.specs.values()})}
+        print(
+            f"{spec.name}  {list(spec.shape)}  {spec.dtype}  {checkpoint.file_of(spec.name).name}"
+        )
+    numbers = dict.fromkeys(sorted({spec.dtype for spec in checkpoint.specs.values()}), 0)
     for spec in checkpoint.specs.values():
         numbers[spec.dtype] += spec.numel
     files = len({checkpoint.file_of(name) for name in checkpoint.specs})
@@ -236,7 +248,13 @@ def _single_dtype(source: HfCheckpoint) -> str:
 def _progress(title: str, total: int, workers: int) -> Iterator[Pace]:
     """A bar on a terminal, nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = ("{task.description}", BarColumn(), DownloadColumn())
     console = Console(stderr=True)
@@ -285,7 +303,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for axis in ("tp", "pp", "vpp", "ep"):
         made.add_argument(f"--{axis}", type=int, default=1, help="of the layout it is cut for (1)")
     made.add_argument("--dtype", choices=DTYPE_NAMES, help="default: as stored")
-    made.add_argument("--plan", action="store_true", help="only say what would be written; needs config.json alone")
+    made.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what would be written; needs config.json alone",
+    )
     add_workers(made)
     made = command("to-hf", "Megatron checkpoint to a Hugging Face folder", "megatron_dir", "out")
     add_like(made)

@@ -146,7 +146,9 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def open_building(target: Path, identity: Mapping[str, Any], overwrite: bool = False) -> Iterator[Building]:
+def open_building(
+    target: Path, identity: Mapping[str, Any], overwrite: bool = False
+) -> Iterator[Building]:
     """The place to build ``target`` in. ``identity`` (JSON values) says what is being made of what: what an earlier
     attempt with the same identity left is taken up, that of another is removed. After an error, finished files stay.
 

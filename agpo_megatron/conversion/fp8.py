@@ -52,7 +52,7 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_blocks(quantised: Tensor, scales: Tensor) -> Tensor:
-    """W ~ Q * S_B in fp32; inverse of ``quantise_blocks``. Raises ConversionError when the shapes do not belong together."""
+    """W ~ Q * S_B in fp32; inverse of ``quantise_blocks``. Raises ConversionError when the shapes do not fit."""
     rows, columns = quantised.shape
     if scales.shape != (-(-rows // BLOCK), -(-columns // BLOCK)):
         raise ConversionError(
@@ -67,7 +67,11 @@ def quantised_names(weights: WeightMap) -> frozenset[str]:
     router and biases keep their precision."""
     linear = (Cut.COLUMN, Cut.ROW, Cut.GROUPED_QKV, Cut.GATED_MLP)
     return frozenset(
-        t.name for rule in weights.rules() if rule.cut in linear for t in rule.hf if len(t.dims) == 2
+        t.name
+        for rule in weights.rules()
+        if rule.cut in linear
+        for t in rule.hf
+        if len(t.dims) == 2
     )
 
 

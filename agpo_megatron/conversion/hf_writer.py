@@ -179,7 +179,7 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_all(file: FileIO, data: memoryview) -> None:

@@ -24,7 +24,10 @@ class CheckpointError(RuntimeError):
 
 
 def write_marker(
-    folder: Path, layout: Mapping[str, int], files: Mapping[str, list[int]], facts: Mapping[str, Any]
+    folder: Path,
+    layout: Mapping[str, int],
+    files: Mapping[str, list[int]],
+    facts: Mapping[str, Any],
 ) -> None:
     """``files``: name -> [size, CRC-32]; ``facts``: content ("training" or "weights"), step, extra."""
     marker = {
@@ -79,4 +82,3 @@ def digest(path: Path) -> list[int]:
         while block := file.read(1 << 22):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
-

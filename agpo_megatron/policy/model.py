@@ -31,6 +31,7 @@ from agpo_megatron.policy.attention import (
 )
 from agpo_megatron.policy.parallel import Layout
 
+
 class ModelError(ValueError):
     """A model that this layout or this machine cannot hold."""
 
@@ -112,9 +113,7 @@ def _check_divides(shape: ModelShape, policy: PolicyConfig) -> None:
         )
 
 
-def _experts(
-    shape: ModelShape, policy: PolicyConfig, device: backend.Backend
-) -> dict[str, Any]:
+def _experts(shape: ModelShape, policy: PolicyConfig, device: backend.Backend) -> dict[str, Any]:
     """Mixture of experts as transformers computes it: softmax router, no load-balancing loss, no token dropped.
 
     Softmax over all experts, then the chosen ones renormalised, equals softmax over the chosen ones.
@@ -210,7 +209,9 @@ def _layer_spec(config: TransformerConfig, virtual: int | None) -> Any:
     experts = config.num_moe_experts
     if backend.current().transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=config.qk_layernorm
+            num_experts=experts,
+            moe_grouped_gemm=experts is not None,
+            qk_layernorm=config.qk_layernorm,
         )
     spec = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"

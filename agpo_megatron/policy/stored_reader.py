@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ class StoredCheckpoint:
             covered += part.numel()
         if out is None or covered != out.numel():
             raise CheckpointError(
-                f"checkpoint {self.folder} holds {covered} of the {torch.Size(size).numel()} values of {key} at {offset}"
+                f"checkpoint {self.folder} holds {covered} of the {torch.Size(size).numel()} values of {key} "
+                f"at {offset}"
             )
         return out
 
@@ -124,8 +125,16 @@ class StoredCheckpoint:
         try:
             with path.open("rb") as file:
                 record = _Record(file, chunk.start, chunk.length)
-                tensor = torch.load(record, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError) as error:
+                tensor = torch.load(
+                    cast("IO[bytes]", record), map_location="cpu", weights_only=True
+                )
+        except (
+            OSError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            EOFError,
+        ) as error:
             raise CheckpointError(f"{path}: cannot read {key} ({error})") from error
         if (
             not isinstance(tensor, Tensor)
@@ -240,7 +249,9 @@ def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTenso
         }
         found = {}
         for key, described in metadata["state_dict_metadata"].items():
-            if type(described).__name__ != "TensorStorageMetadata" or not key.startswith(MODEL_KEYS):
+            if type(described).__name__ != "TensorStorageMetadata" or not key.startswith(
+                MODEL_KEYS
+            ):
                 continue
             chunks = tuple(_chunk(key, chunk, records, files) for chunk in described["chunks"])
             dtype = described["properties"].state[0]
@@ -257,7 +268,10 @@ def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTenso
 
 
 def _chunk(
-    key: str, chunk: _Inert, records: dict[tuple[str, tuple[int, ...]], _Inert], files: dict[str, list[int]]
+    key: str,
+    chunk: _Inert,
+    records: dict[tuple[str, tuple[int, ...]], _Inert],
+    files: dict[str, list[int]],
 ) -> Chunk:
     offset, size = tuple(chunk["offsets"]), tuple(chunk["sizes"])
     info = records[key, offset]
@@ -302,15 +316,12 @@ class _Record(io.RawIOBase):
 
 def _intersection(a: Box, b: Box) -> Box | None:
     offset = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
-    ends = [
-        min(x + n, y + m) for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True)
-    ]
+    ends = [min(x + n, y + m) for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True)]
     size = tuple(end - start for start, end in zip(offset, ends, strict=True))
     return None if any(n <= 0 for n in size) else (offset, size)
 
 
 def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(
-        slice(start - zero, start - zero + n)
-        for start, n, zero in zip(*box, origin, strict=True)
+        slice(start - zero, start - zero + n) for start, n, zero in zip(*box, origin, strict=True)
     )

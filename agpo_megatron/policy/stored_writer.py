@@ -60,7 +60,7 @@ def write_weights(
     """Write the checkpoint ``target``; it appears complete or not at all, and takes up an interrupted attempt.
 
     ``load``: Hugging Face name -> full tensor. ``identity``: what is converted (with ``plan``: whether an earlier
-    attempt was the same). ``extra``: JSON values kept in the marker. ``put_beside``: puts further files into the folder.
+    attempt was the same). ``extra``: JSON values kept in the marker. ``put_beside``: puts more files into the folder.
     Raises ConversionError when ``target`` exists, the disk is full, or ``load`` refuses.
     """
     largest = max(plan.nbytes(rule) for rule in plan.rules)
@@ -93,7 +93,7 @@ def write_weights(
 
 def _without_zip_checksums() -> Any:
     """torch.save would compute a CRC-32 of its own (at a third of the speed); the marker has one of the whole file."""
-    return serialization.patch({"save.compute_crc32": False})
+    return serialization.patch({"save.compute_crc32": False})  # type: ignore[attr-defined]
 
 
 class _Digested(FileIO):
@@ -184,6 +184,4 @@ def _metadata(plan: StorePlan, written: Mapping[str, Mapping[str, Any]]) -> Meta
                 known.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
                 index = MetadataIndex(key, torch.Size(offset))
             storage[index] = _StorageInfo(file, start, length)
-    return Metadata(
-        state_dict_metadata=tensors, storage_data=storage, storage_meta=StorageMeta()
-    )
+    return Metadata(state_dict_metadata=tensors, storage_data=storage, storage_meta=StorageMeta())

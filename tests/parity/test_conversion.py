@@ -1,4 +1,4 @@
-"""Every architecture in every layout: Hugging Face -> Megatron -> Hugging Face bit by bit, logits those of transformers."""
+"""Every architecture in every layout: Hugging Face -> Megatron -> back bit by bit; logits are those of transformers."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         made[name] = model
         model.save_pretrained(root / f"{name}-fp32")
         convert("to-megatron", root / f"{name}-fp32", root / f"{name}-fp32-m", "--tp", 2)
-        convert(
-            "to-megatron", root / f"{name}-fp32", root / f"{name}-bf16-m", "--dtype", "bf16"
-        )
+        convert("to-megatron", root / f"{name}-fp32", root / f"{name}-bf16-m", "--dtype", "bf16")
         convert("to-hf", root / f"{name}-bf16-m", root / f"{name}-bf16")
     return {"root": root, "models": made}
 
@@ -55,7 +53,14 @@ def pools() -> Any:
 
 
 def run(
-    pools: Any, models: dict[str, Any], names: list[str], world: int, dtype: str, tp: int, pp: int, ep: int
+    pools: Any,
+    models: dict[str, Any],
+    names: list[str],
+    world: int,
+    dtype: str,
+    tp: int,
+    pp: int,
+    ep: int,
 ) -> None:
     """``names`` in one layout, which DP fills up to ``world`` ranks."""
     root = models["root"]
@@ -107,7 +112,10 @@ def assert_logits(model: Any, found: cases.Found, name: str, replicas: int) -> N
             assert (found.logits[i] - table).abs().max() < LOGITS, (name, s.sample_id)
         table = table.double().log_softmax(-1)
         expected = [0.0, *(table[t - 1, s.tokens[t]].item() for t in range(1, len(s.tokens)))]
-        assert found.logprobs[s.sample_id] == pytest.approx(expected, abs=LOGITS), (name, s.sample_id)
+        assert found.logprobs[s.sample_id] == pytest.approx(expected, abs=LOGITS), (
+            name,
+            s.sample_id,
+        )
 
 
 EVERY = list(cases.CONFIGS)

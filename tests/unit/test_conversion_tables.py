@@ -34,7 +34,11 @@ def test_tables_name_and_shape_exactly_the_tensors_that_transformers_saves(tmp_p
     (tmp_path / "config.json").write_text(json.dumps(ours))
     again = AutoConfig.from_pretrained(tmp_path, local_files_only=True).to_dict()
     theirs = model.config.to_dict()
-    differ = {k for k in again if again[k] != theirs.get(k)} - {"architectures", "dtype", "_name_or_path"}
+    differ = {k for k in again if again[k] != theirs.get(k)} - {
+        "architectures",
+        "dtype",
+        "_name_or_path",
+    }
     assert differ == set()
 
 

@@ -1,4 +1,4 @@
-"""tools/convert_hf_checkpoint.py as a user runs it: exit codes, messages, there and back, interruption, hostile input."""
+"""tools/convert_hf_checkpoint.py as a user runs it: exit codes, messages, there and back, interruption, damage."""
 
 from __future__ import annotations
 
@@ -74,7 +74,11 @@ def test_another_models_checkpoint_is_refused(tmp_path, capsys):
         ("q-m", "t", r"linear_qkv.bias, output_layer.weight, which the model at hand has no place"),
         ("t-m", "q", "holds decoder.layers.self_attention.linear_qkv.bias with shape []"),
         ("e-m", "x", "q_layernorm.weight, which the model at hand has no place"),
-        ("x-m", "e", "holds decoder.layers.self_attention.linear_qkv.weight with shape [2, 48, 24]"),
+        (
+            "x-m",
+            "e",
+            "holds decoder.layers.self_attention.linear_qkv.weight with shape [2, 48, 24]",
+        ),
     ):
         if like == "q":
             message = message.split(" with")[0]
@@ -117,7 +121,9 @@ def test_inspect(tmp_path, capsys):
     assert convert("inspect", tmp_path / "hf") == 0
     said = capsys.readouterr().out
     assert "model.layers.1.block_sparse_moe.experts.3.w2.weight  [24, 40]  bfloat16" in said
-    numbers = sum(TensorSpec(n, tuple(t.shape), "bool").numel for n, t in random_weights(MIXTRAL).items())
+    numbers = sum(
+        TensorSpec(n, tuple(t.shape), "bool").numel for n, t in random_weights(MIXTRAL).items()
+    )
     assert f"MixtralForCausalLM: 41 tensors in 1 files, {numbers:,} values in bfloat16" in said
     assert convert("inspect", tmp_path / "m") == 0
     said = capsys.readouterr().out
@@ -346,7 +352,9 @@ def _lost_chunk(metadata) -> None:
 
 
 def _other_shape(metadata) -> None:
-    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].size = torch.Size([2, 1, 1])
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].size = torch.Size(
+        [2, 1, 1]
+    )
 
 
 def _outside_marker(m: Path) -> None:
