@@ -56,8 +56,8 @@ def _check_layout(policy: PolicyConfig, found: _Findings) -> None:
         )
     if policy.expert_parallel > 1:
         found.errors.append(
-            f"policy: expert_parallel {policy.expert_parallel} needs a model with experts; the supported "
-            "architectures (Llama, Qwen2) are dense; set expert_parallel 1"
+            f"policy: expert_parallel {policy.expert_parallel}: training with the experts dealt out over ranks is not "
+            "driven in this release (checkpoints convert for it); set expert_parallel 1"
         )
     if policy.context_parallel > 1:
         found.errors.append(

@@ -1,4 +1,4 @@
-"""The independent reference: a Llama/Qwen2 decoder, AGPO's loss and AdamW in plain torch, fp64, one process.
+"""The independent reference: a Llama/Qwen2/Qwen3 decoder, AGPO's loss and AdamW in plain torch, fp64, one process.
 
 It reads Hugging Face tensors by their own names, runs each sequence alone and knows nothing of Megatron, of packing,
 of micro-batches or of ranks.
@@ -59,6 +59,8 @@ def logits(
         q, k, v = (
             linear(h, f"{layer}self_attn.{name}_proj").view(n, -1, dim) for name in ("q", "k", "v")
         )
+        if f"{layer}self_attn.q_norm.weight" in weights:
+            q, k = norm(q, layer + "self_attn.q_norm"), norm(k, layer + "self_attn.k_norm")
         q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
         scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(dim)

@@ -98,6 +98,7 @@ MATRIX = {
         "qwen2",
         {"tensor_parallel": 2, "data_parallel": 2, "sequence_parallel": True, **PLAIN},
     ),
+    "tp4-two-kv-heads-qwen3": ("qwen3", {"tensor_parallel": 4, **PLAIN}),
     "tp4-two-kv-heads": ("llama", {"tensor_parallel": 4, **PLAIN}),
     "pp2-vpp2": ("llama", {"pipeline_parallel": 2, "virtual_pipeline": 2, **PLAIN}),
     "pp2-vpp2-tp2-tied": (

@@ -47,7 +47,14 @@ QWEN2 = {
     "rope_theta": 1000000.0,
     "rms_norm_eps": 1e-6,
 }
-CONFIGS = {"llama": LLAMA, "tied": TIED, "llama3": LLAMA3, "qwen2": QWEN2}
+QWEN3 = {
+    **LLAMA,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+}
+CONFIGS = {"llama": LLAMA, "tied": TIED, "llama3": LLAMA3, "qwen2": QWEN2, "qwen3": QWEN3}
 
 
 def write(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
@@ -77,6 +84,8 @@ def write(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
         if c["model_type"] == "qwen2":
             for name, size in (("q", q), ("k", kv), ("v", kv)):
                 shapes[f"{p}self_attn.{name}_proj.bias"] = (size,)
+        if c["model_type"] == "qwen3":
+            shapes |= {f"{p}self_attn.{name}_norm.weight": (dim,) for name in ("q", "k")}
     shapes["model.norm.weight"] = (hidden,)
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], hidden)
