@@ -1,4 +1,4 @@
-"""Benchmarks of single parts: ``python tools/bench.py PART``. What each measures: tools/benchmarks/PART.py."""
+"""Benchmarks of single parts: ``python tools/bench.py PART [options]``. What they measure: tools/benchmarks/PART.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ PARTS = sorted(p.stem for p in (Path(__file__).parent / "benchmarks").glob("*.py
 
 
 def main() -> int:
-    if sys.argv[1:2] not in [[part] for part in PARTS]:
-        print(f"usage: python tools/bench.py {{{','.join(PARTS)}}}", file=sys.stderr)
+    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
+        print(f"usage: python tools/bench.py {{{','.join(PARTS)}}} [options]", file=sys.stderr)
         return 2
-    result: int = importlib.import_module(f"benchmarks.{sys.argv[1]}").main()
+    part = sys.argv[1]
+    sys.argv = [f"bench.py {part}", *sys.argv[2:]]
+    result: int = importlib.import_module(f"benchmarks.{part}").main()
     return result
 
 

@@ -19,7 +19,6 @@ from agpo_megatron.conversion.errors import ConversionError
 from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.conversion.tables import Cut, Rule
 
-
 VOCABULARY_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this (and of TP), so that checkpoints of all usual TP sizes agree on it."""
 

@@ -11,15 +11,18 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from agpo_megatron.conversion.building import Pace, refuse_existing
 from agpo_megatron.conversion.errors import ConversionError
-from agpo_megatron.conversion.hf_checkpoint import write_hf_checkpoint
+from agpo_megatron.conversion.hf_writer import HfTarget, TensorGroup, write_hf_groups
+from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.conversion.weight_map import WeightMap
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,9 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"  # not a weight: what llama.cpp divides the RoPE frequencies by
 
 
-def convert_gguf(gguf_file: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> None:
+def convert_gguf(
+    gguf_file: str | os.PathLike[str], out_dir: str | os.PathLike[str], pace: Pace | None = None
+) -> None:
     """Write ``out_dir``: bf16 safetensors, config, generation config, and the tokenizer if the file holds one.
 
     Needs the ``gguf`` package; the tokenizer also needs ``transformers``.
@@ -61,20 +66,28 @@ def convert_gguf(gguf_file: str | os.PathLike[str], out_dir: str | os.PathLike[s
             f"{path}: tensors {unmapped[:3]} have no rule and {missing[:3]} are missing"
         )
 
-    def converted() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in weights.hf_shapes().items():
-            tensor = _dequantised(path, tensors[source_names[name]])
-            if tuple(tensor.shape) != shape:
-                raise ConversionError(f"{path}: {name} has shape {list(tensor.shape)}, not {shape}")
-            if name.endswith("self_attn.q_proj.weight"):
-                tensor = _undo_rope_order(tensor, weights.shape.heads)
-            elif name.endswith("self_attn.k_proj.weight"):
-                tensor = _undo_rope_order(tensor, weights.shape.kv_heads)
-            yield name, tensor.to(torch.bfloat16)
+    def load(spec: TensorSpec) -> dict[str, Tensor]:
+        tensor = _dequantised(path, tensors[source_names[spec.name]])
+        if tuple(tensor.shape) != spec.shape:
+            raise ConversionError(
+                f"{path}: {spec.name} has shape {list(tensor.shape)}, not {spec.shape}"
+            )
+        if spec.name.endswith("self_attn.q_proj.weight"):
+            tensor = _undo_rope_order(tensor, weights.shape.heads)
+        elif spec.name.endswith("self_attn.k_proj.weight"):
+            tensor = _undo_rope_order(tensor, weights.shape.kv_heads)
+        return {spec.name: tensor.to(torch.bfloat16)}
 
+    specs = [TensorSpec(n, shape, "bfloat16") for n, shape in weights.hf_shapes().items()]
+    groups = [TensorGroup((spec,), partial(load, spec)) for spec in specs]
+    stat = path.stat()
+    identity = {"gguf": str(path.absolute()), "size": stat.st_size, "changed": stat.st_mtime_ns}
+    refuse_existing(Path(out_dir))
     with tempfile.TemporaryDirectory(prefix="gguf-tokenizer-") as side:
         _write_tokenizer(path, metadata, Path(side))
-        write_hf_checkpoint(out_dir, config, converted(), source_dir=side)
+        write_hf_groups(
+            HfTarget(Path(out_dir), config, Path(side)), groups, identity, pace or Pace()
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

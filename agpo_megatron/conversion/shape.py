@@ -151,7 +151,9 @@ def _experts(config: Mapping[str, Any]) -> ExpertShape:
     counts = [config[k] for k in EXPERT_COUNT_KEYS if config.get(k) is not None]
     if len(set(counts)) > 1:
         raise ConversionError(f"config.json: {' and '.join(EXPERT_COUNT_KEYS)} disagree ({counts})")
-    count = _size({"num_experts": counts[0]}, "num_experts") if counts else _size(config, "num_experts")
+    count = (
+        _size({"num_experts": counts[0]}, "num_experts") if counts else _size(config, "num_experts")
+    )
     per_token = _size(config, "num_experts_per_tok")
     if per_token > count:
         raise ConversionError(

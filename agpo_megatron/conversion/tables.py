@@ -89,8 +89,8 @@ class Architecture:
 
     ``required``: config values the table relies on; a config that says otherwise is refused (absent or null means the
     value given). ``defaults`` and ``rope_theta``: what transformers takes for keys that a config of this class leaves
-    out, where that is not what ``ModelShape.from_hf`` takes anyway. ``derived``: regular expressions of stored tensors that carry nothing
-    (recomputed buffers).
+    out, where that is not what ``ModelShape.from_hf`` takes anyway. ``derived``: regular expressions of stored tensors
+    that carry nothing (recomputed buffers).
     """
 
     name: str
@@ -200,7 +200,9 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
             Cut.REPLICATED,
             ("post_attention_layernorm.weight", ("hidden",)),
         ),
-        _layer("mlp.router.weight", Cut.REPLICATED, (f"{block}.gate.weight", ("experts", "hidden"))),
+        _layer(
+            "mlp.router.weight", Cut.REPLICATED, (f"{block}.gate.weight", ("experts", "hidden"))
+        ),
         _layer(
             experts + "linear_fc1.weight",
             Cut.GATED_MLP,

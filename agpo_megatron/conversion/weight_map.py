@@ -60,7 +60,7 @@ class WeightMap:
         return self.stage_rules(range(self.shape.layers), first=True, last=True)
 
     def for_megatron(self, name: str) -> Rule:
-        """The rule of a Megatron parameter, by its name with global layer and expert numbers, in either spec's spelling.
+        """The rule of a Megatron parameter, by its name with global layer and expert numbers, as either spec has it.
 
         With tied embeddings the ``output_layer.weight`` that Megatron keeps on a last stage without the embedding is
         made of the embedding. Raises ConversionError naming a parameter that no rule covers.

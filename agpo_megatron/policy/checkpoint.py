@@ -13,7 +13,6 @@ import os
 import queue
 import random
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,24 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from agpo_megatron.config.run_folder import CHECKPOINT_MARKER
 from agpo_megatron.policy import backend
+from agpo_megatron.policy.marker import (
+    FORMAT,
+    MARKER,
+    CheckpointError,
+    check_file,
+    digest,
+    read_marker,
+    sync,
+    write_marker,
+)
 from agpo_megatron.policy.model import unwrap
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
+from agpo_megatron.policy.stored import MODEL_KEYS
 
-MARKER = CHECKPOINT_MARKER
-FORMAT = 1
 SHARDING = "fully_reshardable"
 """Megatron's format of optimizer state in terms of whole parameters."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, incomplete, damaged or of another model, or that could not be written."""
 
 
 def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:
@@ -57,14 +60,6 @@ def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[
         "distributed_optimizer": policy.config.distributed_optimizer,
     }
     _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
-
-
-def save_weights(
-    folder: str | os.PathLike[str], chunks: Sequence[Any], layout: Layout, extra: dict[str, Any]
-) -> None:
-    """As ``save``, of the weights alone: what converting needs. ``chunks``: of ``model.build_chunks``."""
-    facts = {"content": "weights", "step": 0, "extra": extra}
-    _write(Path(folder).absolute(), layout, lambda: _weights(chunks), facts)
 
 
 def _write(
@@ -91,18 +86,13 @@ def _write(
             ),
         )
     digests = _together(layout, f"syncing {partial}", lambda: _digest_share(partial, layout))
-    marker = {
-        "format": FORMAT,
-        "layout": layout.sizes(),
-        "megatron_core": backend.MEGATRON_VERSION,
-        "files": {name: value for part in digests for name, value in part.items()},
-        **facts,
-    }
-    _together(
-        layout,
-        f"completing {target}",
-        lambda: _publish(partial, target, marker) if layout.rank == 0 else None,
-    )
+    files = {name: value for part in digests for name, value in part.items()}
+
+    def complete() -> None:
+        write_marker(partial, layout.sizes(), files, facts)
+        _publish(partial, target)
+
+    _together(layout, f"completing {target}", lambda: complete() if layout.rank == 0 else None)
 
 
 def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str, Any]]:
@@ -182,7 +172,7 @@ def _check_all_read(source: Path, state: dict[str, Any], layout: Layout) -> None
     def read() -> tuple[set[str], set[str]]:
         stored = dist_checkpointing.load_tensors_metadata(str(source))
         mine = {part.key for chunk in state.values() for part in chunk.values()}
-        return {key for key in stored if not key.startswith("optimizer.")}, mine
+        return {key for key in stored if key.startswith(MODEL_KEYS)}, mine
 
     answers = _together(layout, f"reading {source}", read)
     unread = sorted(answers[0][0].difference(*(mine for _, mine in answers)))
@@ -307,38 +297,17 @@ def _digest_share(folder: Path, layout: Layout) -> dict[str, list[int]]:
     """Size and CRC-32 of this rank's share of the files, which are also synced to disk."""
     digests = {}
     for name in _share([p.name for p in folder.iterdir() if p.is_file()], layout):
-        digests[name] = _digest(folder / name)
-        _sync(folder / name)
+        digests[name] = digest(folder / name)
+        sync(folder / name)
     return digests
 
 
-def _digest(path: Path) -> list[int]:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [size, crc]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(partial: Path, target: Path, marker: dict[str, Any]) -> None:
-    temporary = partial / f".{MARKER}"
-    temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.rename(partial / MARKER)
-    _sync(partial)
+def _publish(partial: Path, target: Path) -> None:
     if target.exists():  # nothing that could be loaded: ``_holds`` has looked
         (target / MARKER).unlink(missing_ok=True)
         shutil.rmtree(target)
     partial.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
@@ -358,39 +327,14 @@ def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
 
 def _checked_marker(source: Path, layout: Layout) -> dict[str, Any]:
     """The marker, after the ranks together have compared every file with it."""
-    marker = _together(layout, f"reading {source}", lambda: _read_marker(source))[layout.rank]
+    marker = _together(layout, f"reading {source}", lambda: read_marker(source))[layout.rank]
     _together(layout, f"checking {source}", lambda: _check_share(source, marker, layout))
-    return dict(marker)
-
-
-def _read_marker(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"checkpoint {folder} does not exist")
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if marker["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {folder} has format {marker['format']}, this release reads {FORMAT}"
-            )
-        _ = [marker[key] for key in ("files", "layout", "content", "step", "extra")]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {MARKER}: it was never written to its end; use an earlier checkpoint"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MARKER} is damaged ({error})") from error
     return dict(marker)
 
 
 def _check_share(folder: Path, marker: dict[str, Any], layout: Layout) -> None:
     for name in _share(list(marker["files"]), layout):
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-        if _digest(path) != marker["files"][name]:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged: {name} is not what was written; use an earlier checkpoint"
-            )
+        check_file(folder, name, marker["files"][name])
 
 
 def _together(

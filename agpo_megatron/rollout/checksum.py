@@ -8,6 +8,7 @@ embeddings padded with zero rows, so hashing the parts in turn gives the same nu
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ import torch
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+EXPERTS = re.compile(r"(.*\.experts)\.(\d+)\.(?:(gate_proj|w1)|(up_proj|w3)|down_proj|w2)\.weight")
+"""Tensors of an expert: those of all experts are stacked, gate and up of each together (fused_moe_triton/layer.py)."""
 STACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -50,6 +53,11 @@ class ServerChecksums:
 
 def _target(name: str) -> tuple[str, int]:
     """``...self_attn.k_proj.weight`` -> (``...self_attn.qkv_proj.weight``, 1)."""
+    if found := EXPERTS.fullmatch(name):
+        experts, number, gate, up = found.groups()
+        if gate or up:
+            return f"{experts}.w13_weight", 2 * int(number) + (up is not None)
+        return f"{experts}.w2_weight", int(number)
     prefix, _, last = name.rpartition(".")
     module, dot, leaf = prefix.rpartition(".")
     for stacked, parts in STACKED.items():

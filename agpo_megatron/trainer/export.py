@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.conversion.hf_checkpoint import read_config, write_hf_checkpoint
+from agpo_megatron.conversion.hf_checkpoint import read_config
+from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 from agpo_megatron.conversion.shape import dtype_name
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy

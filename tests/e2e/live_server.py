@@ -77,10 +77,15 @@ def server_config(**rollout: object) -> Config:
 
 
 def run_server(folder: Path) -> Iterator[LiveServer]:
-    """Start, yield once it has generated, kill its process group."""
-    model, log = folder / "model", folder / "server.log"
+    """A server of ``tiny_llama``."""
+    model = folder / "model"
     tiny_llama(seed=1).save_pretrained(model)
     write_tokenizer(model)
+    yield from serve(model, folder / "server.log")
+
+
+def serve(model: Path, log: Path) -> Iterator[LiveServer]:
+    """Start a server of a Hugging Face folder in fp32, yield once it has generated, kill its process group."""
     port = free_port()
     launch = server_command(server_config(), str(model), port=port)
     started = time.monotonic()

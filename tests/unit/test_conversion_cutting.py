@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversion_models import LLAMA, QWEN2, random_weights
+from conversion_models import ALL, LLAMA, QWEN2, QWEN3_MOE, random_weights
 
 from agpo_megatron.conversion.cutting import (
     check_layout,
     hf_from_shards,
+    shard_size,
     shard_to_megatron,
 )
 from agpo_megatron.conversion.errors import ConversionError
@@ -18,7 +19,7 @@ from agpo_megatron.conversion.weight_map import WeightMap
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("config", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_there_and_back_is_bit_exact(config, tied, tp, dtype):
     config = {**config, "tie_word_embeddings": tied}
     weights = WeightMap(config)
@@ -92,6 +93,33 @@ def test_gated_mlp_row_vocabulary_and_replicated_pieces():
 def test_a_layout_that_does_not_divide_is_refused_with_the_arithmetic(change, tp, message):
     with pytest.raises(ConversionError, match=message):
         check_layout(WeightMap({**LLAMA, **change}).shape, tp)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"pp": 2, "vpp": 2}, "2 x virtual_pipeline 2 = 4 does not divide num_hidden_layers 2"),
+        ({"ep": 3}, "expert_parallel 3 does not divide the 4 experts"),
+        ({"tp": 4, "ep": 0}, "expert parallel size must be at least 1"),
+    ],
+)
+def test_layouts_of_stages_and_experts(sizes, message):
+    shape = WeightMap(QWEN3_MOE).shape
+    check_layout(shape, tp=4, pp=2, vpp=1, ep=4)
+    with pytest.raises(ConversionError, match=message):
+        check_layout(shape, **{"tp": 1, **sizes})
+    with pytest.raises(ConversionError, match="expert_parallel 2 does not divide the 0 experts"):
+        check_layout(WeightMap(LLAMA).shape, tp=1, ep=2)
+
+
+def test_the_size_of_a_shard_is_known_without_it():
+    for config in ALL.values():
+        weights, source = WeightMap(config), random_weights(config)
+        for rule in weights.rules():
+            full = [source[t.name] for t in rule.hf]
+            for tp in (1, 2, 4):
+                shard = shard_to_megatron(rule, full, weights.shape, tp, tp - 1, 192)
+                assert tuple(shard.shape) == shard_size(rule, weights.shape, tp, 192)
 
 
 def test_wrong_shapes_are_refused_by_name():

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from agpo_megatron.conversion.comparison import differences
 from agpo_megatron.conversion.errors import ConversionError
-from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint, write_hf_checkpoint
+from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
+from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 
 
 def write(folder, config=LLAMA, dtype=torch.float32, **options):

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from conversion_models import LLAMA, LLAMA3_SCALING, QWEN2
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from conversion_models import ALL, LLAMA, LLAMA3_SCALING, MISTRAL, MIXTRAL, QWEN2, QWEN3_MOE
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from agpo_megatron.conversion.errors import ConversionError
+from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 from agpo_megatron.conversion.shape import ModelShape, with_both_spellings
 from agpo_megatron.conversion.tables import architecture_of
 from agpo_megatron.conversion.weight_map import WeightMap
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    ("config", "config_class", "model_class"),
-    [(LLAMA, LlamaConfig, LlamaForCausalLM), (QWEN2, Qwen2Config, Qwen2ForCausalLM)],
-)
-def test_tables_name_and_shape_exactly_the_tensors_of_transformers(
-    config, config_class, model_class, tied
-):
-    config = {**config, "tie_word_embeddings": tied}
-    with torch.device("meta"):
-        model = model_class(
-            config_class(**{k: v for k, v in config.items() if k != "architectures"})
-        )
-    state = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    if tied:
-        state.pop("lm_head.weight")
-    assert WeightMap(config).hf_shapes() == state
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+def test_tables_name_and_shape_exactly_the_tensors_that_transformers_saves(tmp_path, config, tied):
+    settings = {k: v for k, v in config.items() if k != "architectures"}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings, tie_word_embeddings=tied)
+    )
+    model.save_pretrained(tmp_path)
+    checkpoint = HfCheckpoint(tmp_path)
+    weights = checkpoint.weight_map()
+    assert weights.shape.tied is tied
+    assert weights.hf_shapes() == {name: spec.shape for name, spec in checkpoint.specs.items()}
+    # The config as transformers 5 wrote it, and as it reads it back from ours, mean the same model.
+    ours = with_both_spellings({**config, "tie_word_embeddings": tied})
+    assert ModelShape.from_hf(ours) == weights.shape
+    (tmp_path / "config.json").write_text(json.dumps(ours))
+    again = AutoConfig.from_pretrained(tmp_path, local_files_only=True).to_dict()
+    theirs = model.config.to_dict()
+    differ = {k for k in again if again[k] != theirs.get(k)} - {
+        "architectures",
+        "dtype",
+        "_name_or_path",
+    }
+    assert differ == set()
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,35 @@ def test_tables_name_and_shape_exactly_the_tensors_of_transformers(
                 "vocab_size": 128256,
             },
             70_553_706_496,
+        ),
+        # Qwen3-30B-A3B and Mixtral-8x7B.
+        (
+            {
+                **QWEN3_MOE,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "vocab_size": 151936,
+            },
+            30_532_122_624,
+        ),
+        (
+            {
+                **MIXTRAL,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_local_experts": 8,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "vocab_size": 32000,
+            },
+            46_702_792_704,
         ),
         (
             {
@@ -137,7 +176,7 @@ def test_shape_reads_sizes_and_both_rope_spellings():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*not supported.*LlamaFor"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM.*not supported.*LlamaFor"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2.*not supported"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -163,6 +202,65 @@ def test_shape_reads_sizes_and_both_rope_spellings():
 def test_what_the_tables_cannot_carry_is_refused(change, message):
     with pytest.raises(ConversionError, match=message):
         WeightMap({**LLAMA, **change})
+
+
+def test_what_a_left_out_key_means_is_what_transformers_means():
+    """MistralConfig has a window of 4096 unless told otherwise, MixtralConfig another RoPE base."""
+    with pytest.raises(ConversionError, match=r"sliding_window = 4096, which is what its absence"):
+        WeightMap({k: v for k, v in MISTRAL.items() if k != "sliding_window"})
+    for config in ALL.values():
+        short = {k: v for k, v in config.items() if k not in ("architectures", "head_dim")}
+        theirs = AutoConfig.for_model(**short)
+        shape = ModelShape.from_hf(short)
+        assert shape.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert shape.rms_eps == theirs.rms_norm_eps
+        assert shape.kv_heads == theirs.num_key_value_heads
+        assert shape.head_dim == (getattr(theirs, "head_dim", None) or 6)
+        if shape.experts:
+            assert shape.experts.per_token == theirs.num_experts_per_tok
+            assert shape.experts.renormalised == getattr(theirs, "norm_topk_prob", True)
+
+
+def test_both_spellings_of_the_number_of_experts():
+    other = {**QWEN3_MOE, "num_local_experts": QWEN3_MOE["num_experts"]}
+    del other["num_experts"]
+    assert ModelShape.from_hf(other) == ModelShape.from_hf(QWEN3_MOE)
+    both = with_both_spellings(other)
+    assert both["num_experts"] == both["num_local_experts"] == 4
+    with pytest.raises(ConversionError, match=r"num_experts and num_local_experts disagree"):
+        WeightMap({**both, "num_experts": 5})
+    with pytest.raises(ConversionError, match="num_experts must be a positive whole number"):
+        WeightMap({k: v for k, v in other.items() if k != "num_local_experts"})
+    with pytest.raises(ConversionError, match="num_experts_per_tok 5 of 4 experts"):
+        WeightMap({**other, "num_experts_per_tok": 5})
+
+
+def test_names_of_experts_in_both_spellings():
+    weights = WeightMap(QWEN3_MOE)
+    rule = weights.for_megatron("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight")
+    assert weights.for_megatron("decoder.layers.1.mlp.experts.linear_fc1.weight3") == rule
+    assert (rule.layer, rule.expert) == (1, 3)
+    assert [t.name for t in rule.hf] == [
+        f"model.layers.1.mlp.experts.3.{x}_proj.weight" for x in ("gate", "up")
+    ]
+    router = weights.for_megatron("decoder.layers.0.mlp.router.weight")
+    assert (router.hf[0].name, router.expert) == ("model.layers.0.mlp.gate.weight", None)
+    with pytest.raises(ConversionError, match="no rule covers"):
+        weights.for_megatron("decoder.layers.1.mlp.experts.local_experts.4.linear_fc1.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+    ],
+)
+def test_what_the_table_of_qwen3_moe_cannot_carry(change, message):
+    with pytest.raises(ConversionError, match=message):
+        WeightMap({**QWEN3_MOE, **change})
 
 
 def test_qwen2_sliding_window_is_refused_and_model_type_alone_is_enough():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from agpo_megatron.config.schema import Config
-from agpo_megatron.conversion.hf_checkpoint import write_hf_checkpoint
+from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.data.problems import DataError
 from agpo_megatron.data.recipes.writing import data_is_complete, needs_data, write_jsonl

@@ -1,0 +1,275 @@
+"""Writing Hugging Face checkpoint folders: safetensors files streamed tensor by tensor, index, config, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agpo_megatron.conversion.building import (
+    FileJob,
+    MemoryGate,
+    Pace,
+    open_building,
+    publish_folder,
+    refuse_existing,
+)
+from agpo_megatron.conversion.errors import ConversionError
+from agpo_megatron.conversion.hf_checkpoint import (
+    INDEX,
+    SIDE_FILES,
+    SINGLE,
+    STORED_DTYPES,
+    read_config,
+)
+from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_spellings
+
+_NAME_OF_DTYPE = {name: stored for stored, name in STORED_DTYPES.items()}
+GATE_FLOOR = 128 << 20
+"""Bytes that threads may hold together however small the tensors are."""
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors that are made together (q, k and v of one Megatron parameter): ``load`` gives all of ``specs``."""
+
+    specs: tuple[TensorSpec, ...]
+    load: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class HfTarget:
+    """Where a checkpoint goes and how: ``side_files``: folder that tokenizer, chat template and generation config are
+    copied from; ``max_shard_bytes``: of one safetensors file (a single group may be larger); ``quantization``: becomes
+    ``quantization_config``."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    side_files: Path | None = None
+    max_shard_bytes: int = 5 * 10**9
+    quantization: Mapping[str, Any] | None = None
+
+
+def write_hf_groups(
+    target: HfTarget, groups: Sequence[TensorGroup], identity: Mapping[str, Any], pace: Pace
+) -> None:
+    """Write a checkpoint folder that transformers and SGLang load; it appears complete or not at all.
+
+    Memory: the groups that ``pace.workers`` threads hold, together at most twice the largest tensor (or ``GATE_FLOOR``)
+    unless one alone is larger. ``identity``: what is converted and how; an interrupted attempt of the same is resumed.
+    Raises ConversionError when the folder exists, the disk is full, or a group gives something else than it promised.
+    """
+    if not groups:
+        raise ConversionError("no tensors to write")
+    shards = _shards(groups, target.max_shard_bytes)
+    largest = max(spec.nbytes for group in groups for spec in group.specs)
+    gate = MemoryGate(max(2 * largest, GATE_FLOOR))
+    files = {
+        name: FileJob(sum(g.nbytes for g in held), partial(_write_groups, held, gate))
+        for name, held in shards.items()
+    }
+    layout = {name: [s.name for g in held for s in g.specs] for name, held in shards.items()}
+    with open_building(target.folder, {**identity, "files": digest_of(layout)}) as building:
+        building.write(files, pace)
+        specs = {name: [s for g in held for s in g.specs] for name, held in shards.items()}
+        _write_side(building.folder, target.config, specs, target.side_files)
+        if target.quantization is not None:
+            config = read_config(building.folder)
+            config["quantization_config"] = dict(target.quantization)
+            write_json(building.folder / "config.json", config)
+        building.publish()
+
+
+def digest_of(content: Any) -> str:
+    """Short fingerprint of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _shards(groups: Sequence[TensorGroup], max_bytes: int) -> dict[str, list[TensorGroup]]:
+    """File name -> its groups, in order, none above ``max_bytes`` unless it holds one group alone."""
+    shards: list[list[TensorGroup]] = []
+    room = 0
+    for group in groups:
+        if not shards or group.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(group)
+        room -= group.nbytes
+    names = shard_names(len(shards))
+    return dict(zip(names, shards, strict=True))
+
+
+def shard_names(count: int) -> list[str]:
+    """Names of the weight files as transformers gives them."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _write_groups(
+    groups: Sequence[TensorGroup], gate: MemoryGate, path: Path, advance: Callable[[int], None]
+) -> None:
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for group in groups:
+            with gate.hold(2 * group.nbytes):  # what it is made of, and what it is made into
+                tensors = dict(group.load())
+                for spec in group.specs:
+                    yield spec.name, tensors.pop(spec.name)
+            del tensors
+            advance(group.nbytes)
+
+    write_safetensors(path, [spec for group in groups for spec in group.specs], pairs())
+
+
+def write_safetensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """One safetensors file, each tensor written when it comes (any order), none kept.
+
+    Raises ConversionError when the tensors are not exactly those of ``specs``.
+    """
+    header, offsets = _header(specs)
+    left = {spec.name: spec for spec in specs}
+    with FileIO(path, "w") as file:
+        write_all(file, memoryview(len(header).to_bytes(8, "little") + header))
+        for name, tensor in tensors:
+            spec = left.pop(name, None)
+            found = TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+            if found != spec:
+                raise ConversionError(f"{path.name}: expected {spec}, was given {found}")
+            file.seek(8 + len(header) + offsets[name])
+            write_all(file, bytes_of(tensor))
+        if left:
+            raise ConversionError(f"{path.name}: {', '.join(list(left)[:3])} never came")
+
+
+def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """(padded JSON header, offset of each tensor). Wide elements first, so that every tensor is aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for spec in sorted(specs, key=lambda s: -(s.nbytes // max(s.numel, 1))):
+        if spec.name in offsets:
+            raise ConversionError(f"tensor {spec.name} was given twice")
+        offsets[spec.name] = end
+        entries[spec.name] = {
+            "dtype": _NAME_OF_DTYPE[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8), offsets
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Write every byte: one call to the system takes 2 GB at most."""
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _write_side(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, Sequence[TensorSpec]],
+    side_files: Path | None,
+) -> None:
+    """Index (if there are several files), config in both spellings, and what travels with the weights."""
+    specs = [spec for held in files.values() for spec in held]
+    if len(files) > 1:
+        weight_map = {spec.name: name for name, held in files.items() for spec in held}
+        total = sum(spec.nbytes for spec in specs)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    spelled = with_both_spellings(config)
+    dtype = next((s.dtype for s in specs if s.dtype in ("bfloat16", "float32", "float16")), None)
+    if dtype is not None:
+        spelled |= {"dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / "config.json", spelled)
+    if side_files is not None:
+        copy_side_files(side_files, folder)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template and generation config, those that are there."""
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_hf_checkpoint(
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = 5 * 10**9,
+    source_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """As ``write_hf_groups``, of tensors that come once and in their own order (from a live policy, for instance).
+
+    Held in memory up to ``max_shard_bytes``. A failure leaves nothing behind. Raises ConversionError when the folder
+    exists (and ``overwrite`` is false) or the disk refuses.
+    """
+    target = Path(folder).absolute()
+    refuse_existing(target, overwrite)
+    partial_folder = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
+        written: list[list[TensorSpec]] = []
+        for shard in _held(tensors, max_shard_bytes):
+            specs = [TensorSpec(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in shard.items()]
+            write_safetensors(partial_folder / f"shard-{len(written)}", specs, shard.items())
+            written.append(specs)
+        if not written:
+            raise ConversionError("no tensors to write")
+        files = dict(zip(shard_names(len(written)), written, strict=True))
+        for i, name in enumerate(files):
+            (partial_folder / f"shard-{i}").rename(partial_folder / name)
+        _write_side(partial_folder, config, files, Path(source_dir) if source_dir else None)
+        publish_folder(partial_folder, target, overwrite)
+    except OSError as error:
+        raise ConversionError(f"writing {target} failed: {error}") from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _held(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name in seen:
+            raise ConversionError(f"tensor {name} was given twice")
+        seen.add(name)
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        # A copy: what comes may be a view of a live parameter.
+        shard[name] = tensor.detach().to("cpu", copy=True)
+        size += tensor.nbytes
+    if shard:
+        yield shard

@@ -1,0 +1,84 @@
+"""What makes a folder a checkpoint: a marker, written last, that lists every file with its size and CRC-32.
+
+Needs neither Megatron nor process groups; ``checkpoint`` writes the folders of runs, ``stored`` converted ones.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER
+from agpo_megatron.conversion.building import sync
+from agpo_megatron.policy import backend
+
+MARKER = CHECKPOINT_MARKER
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete, damaged or of another model, or that could not be written."""
+
+
+def write_marker(
+    folder: Path,
+    layout: Mapping[str, int],
+    files: Mapping[str, list[int]],
+    facts: Mapping[str, Any],
+) -> None:
+    """``files``: name -> [size, CRC-32]; ``facts``: content ("training" or "weights"), step, extra."""
+    marker = {
+        "format": FORMAT,
+        "layout": dict(layout),
+        "megatron_core": backend.MEGATRON_VERSION,
+        "files": dict(files),
+        **facts,
+    }
+    temporary = folder / f".{MARKER}"
+    temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+    sync(temporary)
+    temporary.rename(folder / MARKER)
+    sync(folder)
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """The marker of ``folder``. Raises CheckpointError when there is none that this release reads."""
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {folder} does not exist")
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if marker["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder} has format {marker['format']}, this release reads {FORMAT}"
+            )
+        _ = [marker[key] for key in ("files", "layout", "content", "step", "extra")]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MARKER}: it was never written to its end; use an earlier checkpoint"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MARKER} is damaged ({error})") from error
+    return dict(marker)
+
+
+def check_file(folder: Path, name: str, promised: list[int]) -> None:
+    """Raise CheckpointError unless the file is what its marker promises."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+    if digest(path) != promised:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {name} is not what was written; use an earlier checkpoint"
+        )
+
+
+def digest(path: Path) -> list[int]:
+    """[size, CRC-32] of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]

@@ -1,0 +1,327 @@
+"""Reading the weights of a Megatron checkpoint piece by piece, without Megatron and without trusting its pickles.
+
+``.metadata`` is a pickle. It is taken apart by an unpickler that knows two dozen names and answers each with an inert
+record of this module: nothing of the file's choosing is imported or called, anything else is refused. The tensors are
+``torch.save`` records, loaded with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from agpo_megatron.conversion.shape import DTYPES, TensorSpec, dtype_name
+from agpo_megatron.conversion.tables import Rule
+from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
+from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
+
+METADATA = ".metadata"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored piece of a tensor: its box, and the record that holds it."""
+
+    box: Box
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A global tensor as stored. ``chunks`` cover it."""
+
+    key: str
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    def chunks_near(self, box: Box) -> Sequence[Chunk]:
+        """Those that may share values with ``box``: of the same indices on the leading axes (layer, expert), where each
+        is of size 1; there may be tens of thousands in all."""
+        axes, by_lead = self._by_lead
+        offset, size = box
+        if any(n != 1 for n in size[:axes]):
+            return self.chunks
+        return by_lead.get(offset[:axes], ())
+
+    @cached_property
+    def _by_lead(self) -> tuple[int, dict[tuple[int, ...], list[Chunk]]]:
+        axes = 0
+        while axes < len(self.size) and all(chunk.box[1][axes] == 1 for chunk in self.chunks):
+            axes += 1
+        found: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in self.chunks:
+            found.setdefault(chunk.box[0][:axes], []).append(chunk)
+        return axes, found
+
+
+class StoredCheckpoint:
+    """A checkpoint folder: ``marker``, ``tensors`` (weights by key, unread), ``read``.
+
+    Raises CheckpointError for a folder that is no complete checkpoint, and for a ``.metadata`` that is damaged or holds
+    anything but descriptions of tensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.marker = read_marker(folder)
+        for name in self.marker["files"]:
+            if name != Path(name).name or name in ("", ".", ".."):
+                raise CheckpointError(f"{folder}: the marker names {name!r}, outside the folder")
+        if METADATA not in self.marker["files"]:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {METADATA} is missing")
+        check_file(folder, METADATA, self.marker["files"][METADATA])
+        self.tensors = _tensors(folder, self.marker["files"])
+
+    def check_files(self, workers: int) -> None:
+        """Compare every file with the marker. Raises CheckpointError naming one that is not what was written."""
+        with ThreadPoolExecutor(workers) as pool:
+            files = self.marker["files"].items()
+            for done in [pool.submit(check_file, self.folder, name, d) for name, d in files]:
+                done.result()
+
+    def read(self, key: str, box: Box) -> Tensor:
+        """A part of the tensor ``key``, from whatever pieces it is stored in. Raises CheckpointError."""
+        tensor = self.tensors.get(key)
+        if tensor is None:
+            raise CheckpointError(f"checkpoint {self.folder} lacks {key}")
+        offset, size = box
+        out: Tensor | None = None
+        covered = 0
+        for chunk in tensor.chunks_near(box):
+            common = _intersection(box, chunk.box)
+            if common is None:
+                continue
+            values = self._load(key, tensor.dtype, chunk)
+            if common == box == chunk.box:
+                return values
+            if out is None:
+                out = torch.empty(size, dtype=tensor.dtype)
+            part = values[_slices(common, chunk.box[0])]
+            out[_slices(common, offset)] = part
+            covered += part.numel()
+        if out is None or covered != out.numel():
+            raise CheckpointError(
+                f"checkpoint {self.folder} holds {covered} of the {torch.Size(size).numel()} values of {key} "
+                f"at {offset}"
+            )
+        return out
+
+    def _load(self, key: str, dtype: torch.dtype, chunk: Chunk) -> Tensor:
+        path = self.folder / chunk.file
+        try:
+            with path.open("rb") as file:
+                record = _Record(file, chunk.start, chunk.length)
+                tensor = torch.load(
+                    cast("IO[bytes]", record), map_location="cpu", weights_only=True
+                )
+        except (
+            OSError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+            EOFError,
+        ) as error:
+            raise CheckpointError(f"{path}: cannot read {key} ({error})") from error
+        if (
+            not isinstance(tensor, Tensor)
+            or tuple(tensor.shape) != chunk.box[1]
+            or tensor.dtype != dtype
+        ):
+            raise CheckpointError(f"{path}: the record of {key} is not what {METADATA} says")
+        return tensor
+
+
+class StoredModel:
+    """The weights of a checkpoint as Hugging Face tensors. ``weights``: the model that it must be of.
+
+    Raises CheckpointError when the stored tensors are not exactly those of that model.
+    """
+
+    def __init__(self, source: StoredCheckpoint, weights: WeightMap) -> None:
+        self.source, self.weights = source, weights
+        expected: dict[str, tuple[int, ...]] = {}
+        for rule in weights.rules():
+            place = stored(rule, weights.shape, weights.shape.vocab_size)
+            expected[place.key] = place.size
+        unread = sorted(source.tensors.keys() - expected.keys())
+        if unread:
+            raise CheckpointError(
+                f"checkpoint {source.folder} holds {', '.join(unread[:3])}, which the model at hand has no place for: "
+                "it was saved from another model"
+            )
+        for key, size in expected.items():
+            tensor = source.tensors.get(key)
+            found = tensor.size if tensor else None
+            # Vocabulary padding: more rows than the vocabulary has.
+            padded = found and not key.startswith("decoder.") and found[0] >= size[0]
+            if found is None or found[1:] != size[1:] or (found != size and not padded):
+                raise CheckpointError(
+                    f"checkpoint {source.folder} holds {key} with shape {list(found or [])}, the model at hand needs "
+                    f"{list(size)}: it was saved from another model"
+                )
+
+    def load(self, rule: Rule) -> dict[str, Tensor]:
+        """The Hugging Face tensors of one parameter, in the stored dtype."""
+        place = stored(rule, self.weights.shape, self.weights.shape.vocab_size)
+        parts = []
+        for box in hf_boxes(rule, self.weights.shape):
+            parts.append(self.source.read(place.key, place.at(box)).view(box[1]))
+        return hf_of(rule, parts, self.weights.shape)
+
+    def specs(self, dtype: str | None = None) -> Iterator[tuple[Rule, list[TensorSpec]]]:
+        """Each rule with the Hugging Face tensors it gives, in ``dtype`` or as stored."""
+        for rule in self.weights.rules():
+            key = stored(rule, self.weights.shape, self.weights.shape.vocab_size).key
+            name = dtype or dtype_name(self.source.tensors[key].dtype)
+            sizes = self.weights.shape.sizes
+            yield rule, [TensorSpec(t.name, sizes(t.dims), name) for t in rule.hf]
+
+
+# ---------------------------------------------------------------- .metadata
+
+
+class _Inert:
+    """Stands for an object of a class that ``.metadata`` names: keeps what it was made of, does nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Any:
+        return self.state[name]
+
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): str,
+    ("collections", "OrderedDict"): dict,
+    **{("torch", dtype_name(dtype)): dtype for dtype in DTYPES.values()},
+    **{
+        (_CHECKPOINT + module, name): type(name, (_Inert,), {})
+        for module, names in {
+            "metadata": (
+                "Metadata TensorStorageMetadata BytesStorageMetadata TensorProperties ChunkStorageMetadata "
+                "MetadataIndex StorageMeta _MEM_FORMAT_ENCODING"
+            ),
+            "filesystem": "_StorageInfo _StoragePrefix",
+            "planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+        }.items()
+        for name in names.split()
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+
+
+def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTensor]:
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+        records = {
+            (index["fqn"], tuple(index.state["offset"])): info
+            for index, info in metadata["storage_data"].items()
+            if index.state.get("offset") is not None
+        }
+        found = {}
+        for key, described in metadata["state_dict_metadata"].items():
+            if type(described).__name__ != "TensorStorageMetadata" or not key.startswith(
+                MODEL_KEYS
+            ):
+                continue
+            chunks = tuple(_chunk(key, chunk, records, files) for chunk in described["chunks"])
+            dtype = described["properties"].state[0]
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{key} has dtype {dtype!r}")
+            found[key] = StoredTensor(key, tuple(described["size"]), dtype, chunks)
+        return found
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        raise CheckpointError(
+            f"{path} is damaged, or not the description of a checkpoint ({error}); it was not loaded"
+        ) from error
+
+
+def _chunk(
+    key: str,
+    chunk: _Inert,
+    records: dict[tuple[str, tuple[int, ...]], _Inert],
+    files: dict[str, list[int]],
+) -> Chunk:
+    offset, size = tuple(chunk["offsets"]), tuple(chunk["sizes"])
+    info = records[key, offset]
+    file, start, length = info["relative_path"], info["offset"], info["length"]
+    if file not in files or not 0 <= start <= start + length <= files[file][0]:
+        raise ValueError(f"{key} points to bytes {start}+{length} of {file!r}")
+    if info.state.get("transform_descriptors"):
+        raise ValueError(f"{key} is stored compressed")
+    return Chunk((offset, size), file, start, length)
+
+
+# ---------------------------------------------------------------- records
+
+
+class _Record(io.RawIOBase):
+    """A stretch of an open file as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count
+
+
+def _intersection(a: Box, b: Box) -> Box | None:
+    offset = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
+    ends = [min(x + n, y + m) for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True)]
+    size = tuple(end - start for start, end in zip(offset, ends, strict=True))
+    return None if any(n <= 0 for n in size) else (offset, size)
+
+
+def _slices(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(
+        slice(start - zero, start - zero + n) for start, n, zero in zip(*box, origin, strict=True)
+    )

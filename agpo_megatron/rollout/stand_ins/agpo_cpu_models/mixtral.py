@@ -1,0 +1,5 @@
+"""SGLang's own implementation, by reference."""
+
+from sglang.srt.models.mixtral import EntryClass
+
+__all__ = ["EntryClass"]
