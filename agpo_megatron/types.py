@@ -114,12 +114,29 @@ class TrainSequence:
     """One sequence as the policy trains on it. Per-token lists have the length of ``tokens``.
 
     Entry ``t`` speaks of predicting ``tokens[t]`` from ``tokens[:t]``; entry 0 is therefore never used.
-    ``loss_weights``: w of  L = sum w * l  (design, idea 1): computed once from the global masks; 0 off the mask.
-    ``advantage``: A of the sequence (1.0 for supervised tuning). ``rollout_logprobs``: empty when it was not generated.
+    ``loss_weight``: w of  L = sum w * l  (design, idea 1), computed once from the global masks, the same for every
+    token of ``loss_mask``. ``loss_mask``: 1 where the token trains. ``advantage``: A of the sequence (1.0 for
+    supervised tuning). The other lists may be empty: ``rollout_logprobs``, of the server (it was not generated);
+    ``old_logprobs``, what the policy's ratio starts from (the current weights: ratio 1); ``ref_logprobs``, of the
+    reference policy (no KL term); ``correction``, factors on the policy loss (1).
     """
 
     sample_id: str
     tokens: list[int]
-    loss_weights: list[float]
+    loss_weight: float
+    loss_mask: list[int]
     advantage: float
     rollout_logprobs: list[float] = field(default_factory=list)
+    old_logprobs: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+    correction: list[float] = field(default_factory=list)
+
+    @property
+    def group_id(self) -> str:
+        return self.sample_id.rpartition(".")[0]
+
+    def trained(self) -> list[int]:
+        """Positions in ``tokens`` of the tokens that train."""
+        if self.loss_weight == 0.0:
+            return []
+        return [t for t in range(1, len(self.tokens)) if self.loss_mask[t]]

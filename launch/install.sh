@@ -60,7 +60,8 @@ pip_install() { # NAME ARGUMENTS...: one pip run, timed; its output is shown whe
     local name=$1 log start=$SECONDS
     shift
     log=$(mktemp)
-    # --no-compile: Python compiles what is imported when it is imported; compiling all of it takes a minute.
+    # --no-compile: Python compiles what is imported when it is imported (unless PYTHONDONTWRITEBYTECODE is set);
+    # compiling all of it takes a minute.
     if ! "$python" -m pip install --no-compile --disable-pip-version-check --no-input "$@" >"$log" 2>&1; then
         cat "$log" >&2
         rm -f "$log"

@@ -6,6 +6,8 @@
 # Started again with the same options it continues where it stopped.
 set -euo pipefail
 
+# The environment is installed without compiled modules; processes that may not keep theirs start three times slower.
+unset PYTHONDONTWRITEBYTECODE
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 config=$repo/configs/tiny_cpu.yaml
 options=()

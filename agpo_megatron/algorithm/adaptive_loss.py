@@ -1,10 +1,16 @@
-"""AGPO's loss clip (v3, eq. A4): a lower bound on the policy loss of a whole optimizer step.
+"""The adaptive part of AGPO's loss: a non-linear phi on the aggregated policy loss L.
 
-    L_AGPO = max(L, c)          c = 0 in the paper          (A4)
+    L' = phi(L),    grad L' = phi'(L) grad L
 
-The bound acts on the aggregated loss L of all ranks and micro-batches, not on a part of it:
-max(., c) is not linear, so a bound per micro-batch would make the result depend on how the batch is
-split. Its gradient is that of L times the gate 1[L > c]; a closed gate leaves an exactly zero one.
+so all it does to a step is one factor on the gradient, the gain phi'(L)::
+
+    max0      max(L, c)                         gain 1[L > c]                       (A4)
+    exp       tau exp(L / tau)                  gain exp(L / tau)                   (1d)
+    elu       L + tau if L > 0, else as exp     gain min(1, exp(L / tau))
+    softplus  tau log(1 + exp(L / tau))         gain sigmoid(L / tau)
+
+max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
+its limitations name, whose form is not published.
 
 What the gate reacts to. On policy (rho = 1), with complete groups (advantages add up to 0) and
 token-mean weights,
@@ -15,66 +21,96 @@ with n_i the trained tokens of sequence i: L < 0 exactly when longer responses h
 advantage. The gate drops the updates that would reward length and keeps those in which the long
 answers are the wrong ones. With seq_mean_token_mean the same value is identically 0, and the gate
 would act on rounding noise.
+
+Scope. phi is not linear, so it matters what it is applied to. "batch" is the loss of the whole
+optimizer step, of all ranks and micro-batches. Any smaller scope splits the step into parts p
+(micro-batches, groups, sequences, tokens) with W_p = sum of their weights and S_p = sum of w l:
+
+    L' = sum_p W_p phi(S_p / W_p)                                    (1e)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus"]
+Tie = Literal["zero", "half", "full"]
 
 TIE = 1e-6
 """Losses closer than this part of their ``scale`` are equal: about ten roundings of float32."""
 
 
-def clip_gate(loss: float, minimum: float, scale: float = 1.0) -> float:
-    """Factor on the gradient of the policy loss: 1 if ``loss > minimum``, else 0 (eq. A4).
+@dataclass(frozen=True)
+class Adaptive:
+    """phi and its derivative.
 
-    ``loss``: the policy loss of the whole optimizer step, without KL and entropy terms. ``scale``: size of the terms
-    it is the sum of, sum |w A| over the whole step (about 1 with token_mean, hundreds with seq_mean_token_sum). A tie
-    (responses of equal length make L exactly 0) is a closed gate, and the rounding of such a sum must not open it: the
-    gate opens above ``minimum + TIE * scale``.
-    Raises ValueError when the loss is not finite: a closed gate would hide it.
+    ``minimum``: c of max0. ``tie``: gain of max0 at L = c: 0, 1/2 (what torch.maximum does, and so
+    the authors' code) or 1 (what clamp does). ``tau``: scale of the others. ``max_exponent``:
+    beyond L / tau = this, exp continues as a straight line, so its gain is at most
+    e^max_exponent; downwards it needs no cap.
+
+    Below, ``scale`` is the size of the terms that a loss is the sum of, sum |w A| over the same
+    part of the step (about 1 with token_mean, hundreds with seq_mean_token_sum). Responses of equal
+    length make L a sum that is exactly 0 but for its rounding, which must not open or close the
+    gate: L = c wherever |L - c| <= TIE * scale.
     """
+
+    kind: AdaptiveKind = "none"
+    minimum: float = 0.0
+    tau: float = 1.0
+    max_exponent: float = 5.0
+    tie: Tie = "zero"
+
+    def value(self, loss: float, scale: float = 1.0) -> float:
+        """phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
+        return float(self.values(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
+
+    def gain(self, loss: float, scale: float = 1.0) -> float:
+        """phi'(L), the factor on the gradient. Raises ValueError as ``value``."""
+        return float(self.gains(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
+
+    def values(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """phi of each entry; any shape, same dtype. A tie has the value c."""
+        x = losses / self.tau
+        match self.kind:
+            case "none":
+                return losses
+            case "max0":
+                return losses.where(losses > self.minimum + TIE * scales, self.minimum)
+            case "exp":
+                capped = x.clamp(max=self.max_exponent)
+                return self.tau * capped.exp() * (1.0 + x - capped)
+            case "elu":
+                return torch.where(losses > 0, losses + self.tau, self.tau * x.clamp(max=0).exp())
+            case "softplus":
+                return self.tau * torch.logaddexp(x, torch.zeros_like(x))
+
+    def gains(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """phi' of each entry; any shape, same dtype."""
+        x = losses / self.tau
+        match self.kind:
+            case "none":
+                return torch.ones_like(losses)
+            case "max0":
+                above, tied = losses - self.minimum, {"zero": 0.0, "half": 0.5, "full": 1.0}
+                gate = (above > TIE * scales).to(losses.dtype)
+                return gate.where(above.abs() > TIE * scales, tied[self.tie])
+            case "exp":
+                return x.clamp(max=self.max_exponent).exp()
+            case "elu":
+                return x.clamp(max=0).exp()
+            case "softplus":
+                return x.sigmoid()
+
+
+def _finite(loss: float) -> Tensor:
     if not math.isfinite(loss):
         raise ValueError(
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
-    return 1.0 if loss > minimum + TIE * scale else 0.0
-
-
-def clipped_value(loss: float, minimum: float, scale: float = 1.0) -> float:
-    """The loss as eq. A4 reports it, max(loss, minimum): ``loss`` where ``clip_gate`` is open, else ``minimum``."""
-    return loss if clip_gate(loss, minimum, scale) == 1.0 else minimum
-
-
-def on_policy_loss(weights: Sequence[Sequence[float]], advantages: Sequence[float]) -> float:
-    """Policy loss at ratio 1,  L = - sum_{i,t} w_{i,t} A_i:  known before any forward pass.
-
-    ``weights``: per sequence its token weights, as ``token_weights`` returns them. ``advantages``:
-    one per sequence. Exactly rounded sums, so the order of the sequences does not matter. Raises
-    ValueError on a length mismatch.
-    """
-    if len(weights) != len(advantages):
-        raise ValueError(
-            f"on-policy loss: {len(weights)} weight rows but {len(advantages)} advantages"
-        )
-    return math.fsum(
-        -advantage * math.fsum(row) for row, advantage in zip(weights, advantages, strict=True)
-    )
-
-
-def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[float]) -> float:
-    """Population covariance (ddof 0) of response length and advantage: the Cov of eq. 1c.
-
-    0 for no sequences. ``lengths``: trained tokens n_i per sequence. Raises ValueError on a length
-    mismatch.
-    """
-    if len(lengths) != len(advantages):
-        raise ValueError(f"covariance: {len(lengths)} lengths but {len(advantages)} advantages")
-    if not lengths:
-        return 0.0
-    mean_length = math.fsum(lengths) / len(lengths)
-    mean_advantage = math.fsum(advantages) / len(advantages)
-    return math.fsum(
-        (n - mean_length) * (a - mean_advantage) for n, a in zip(lengths, advantages, strict=True)
-    ) / len(lengths)
+    return torch.tensor(loss, dtype=torch.float64)

@@ -1,10 +1,16 @@
-"""From the rewards of one group to its advantages: GRPO's normalisation, AGPO's rule, eq. A1."""
+"""From rewards to advantages: the estimators, and what becomes of zero-variance groups (A1)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Literal
+
+Estimator = Literal[
+    "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
+]
+ZeroVariance = Literal["zero", "constant", "resample"]
+_WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 
 
 def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
@@ -24,48 +30,131 @@ def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
     return max(raw_rewards) - min(raw_rewards) <= tol
 
 
-def group_advantages(
-    raw: Sequence[float],
-    shaped: Sequence[float],
+def step_advantages(
+    raw: Sequence[Sequence[float]],
+    shaped: Sequence[Sequence[float]],
+    token_counts: Sequence[Sequence[int]],
     *,
-    zero_variance: Literal["zero", "constant"],
+    estimator: Estimator,
+    zero_variance: ZeroVariance,
     tol: float,
     std_eps: float,
     r_max: float,
     r_min: float,
-) -> list[float]:
-    """Advantages of the G responses of one group; all tokens of a response share its advantage.
+    ddof: Literal[0, 1] = 1,
+) -> list[list[float]]:
+    """Advantages of every response of a step, group by group; a response's tokens share its own.
 
-    ``raw``: accuracy rewards, which alone decide zero variance. ``shaped``: the same plus the
-    length term, which the normalisation uses. ``r_max``, ``r_min``: raw reward of a right and of a
-    wrong answer::
+    ``raw``: accuracy rewards by group, which alone decide zero variance. ``shaped``: the same plus
+    length and KL terms, which are normalised. ``token_counts``: trained tokens n of each response.
+    With mu, sigma (``ddof``) of the group and G its size::
 
-        mixed group     A_i = (r_i - mu) / (sigma + eps)   r shaped, sigma with ddof 1       (A1)
-        zero variance   A_i = 0           under "zero" (v3: the loss mask then drops the group)
-                        A_i = +1, -1, 0   under "constant" (v1), for r = r_max, r = r_min, neither
+        group_norm             (r - mu) / (sigma + eps)                       GRPO 2402.03300   (A1)
+        group_center           r - mu                                         Dr. GRPO 2503.20783
+        rloo                   G / (G - 1) (r - mu)                           RLOO 2402.14740
+        batch_norm             (r - mu_B) / (sigma_B + eps)       over the samples of the step
+        reinforce_pp           (r - mu_T) / (sigma_T + eps)       over its tokens     2501.03262
+        reinforce_pp_baseline  the same whitening of r - mu                           2501.03262
 
-    Source: GRPO arXiv:2402.03300; the constants arXiv:2503.15952 v1. The authors' code tests for 0
-    and 1 although its rewards are -1 and +1, so that -1 is never given there; with ``r_max`` and
-    ``r_min`` it is.
-    Raises ValueError when ``raw`` and ``shaped`` differ in length, are empty, or hold a number that
-    is not finite.
+    "Over its tokens" counts each response n times: the return of every token is its response's.
+
+    Zero-variance groups, for ``r_max``, ``r_min`` the raw reward of a right and of a wrong answer::
+
+        "zero", "resample"  0 where the estimator has a group baseline (then the loss mask may drop
+                            the group; under "resample" the controller has tried to replace it);
+                            reinforce_pp and batch_norm have none, and give it what they give
+        "constant"          +1, -1, 0 for r = r_max, r = r_min, neither               (v1, A1)
+
+    The authors' code tests for 0 and 1 although its rewards are -1 and +1, so that -1 is never
+    given there; with ``r_max`` and ``r_min`` it is. Results do not depend on the order of groups or
+    of samples. Raises ValueError for lists that do not fit or a reward that is not finite.
     """
-    if len(raw) != len(shaped):
-        raise ValueError(f"advantages: {len(raw)} raw rewards but {len(shaped)} shaped ones")
-    if is_zero_variance(raw, tol):
-        constant = (
-            _zero_variance_constant(raw, r_max, r_min, tol) if zero_variance == "constant" else 0.0
-        )
-        return [constant] * len(raw)
-    _check_finite(shaped)
-    # Deviations from the minimum, summed exactly: the result cannot depend on the order of the
-    # samples, and equal shaped rewards give exactly 0.
-    lowest = min(shaped)
-    above = [reward - lowest for reward in shaped]
+    for group, shaped_group, counts in zip(raw, shaped, token_counts, strict=True):
+        if not len(group) == len(shaped_group) == len(counts):
+            raise ValueError(
+                f"advantages: {len(group)} raw rewards, {len(shaped_group)} shaped ones and "
+                f"{len(counts)} token counts in one group"
+            )
+        _check_finite(shaped_group)
+    silent = [is_zero_variance(group, tol) for group in raw]
+    match estimator:
+        case "group_norm":
+            values = [_normalised(group, std_eps, ddof) for group in shaped]
+        case "group_center":
+            values = [_centred(group) for group in shaped]
+        case "rloo":
+            values = [
+                [x * len(group) / (len(group) - 1) for x in _centred(group)]
+                if len(group) > 1
+                else [0.0]
+                for group in shaped
+            ]
+        case "batch_norm":
+            values = _whitened(shaped, [[1] * len(group) for group in shaped], std_eps, ddof)
+        case "reinforce_pp":
+            values = _whitened(shaped, token_counts, std_eps, ddof)
+        case "reinforce_pp_baseline":
+            values = _whitened([_centred(g) for g in shaped], token_counts, std_eps, ddof)
+        case _:
+            raise ValueError(f"unknown advantage estimator {estimator!r}")
+    for i, group in enumerate(raw):
+        if silent[i] and zero_variance == "constant":
+            values[i] = [_zero_variance_constant(group, r_max, r_min, tol)] * len(group)
+        elif silent[i] and estimator not in _WITHOUT_GROUP_BASELINE:
+            values[i] = [0.0] * len(group)
+    return values
+
+
+def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[float]) -> float:
+    """Population covariance (ddof 0) of response length and advantage: the Cov of eq. 1c.
+
+    0 for no sequences. ``lengths``: trained tokens n_i per sequence. Raises ValueError on a length
+    mismatch.
+    """
+    if len(lengths) != len(advantages):
+        raise ValueError(f"covariance: {len(lengths)} lengths but {len(advantages)} advantages")
+    if not lengths:
+        return 0.0
+    mean_length = math.fsum(lengths) / len(lengths)
+    mean_advantage = math.fsum(advantages) / len(advantages)
+    return math.fsum(
+        (n - mean_length) * (a - mean_advantage) for n, a in zip(lengths, advantages, strict=True)
+    ) / len(lengths)
+
+
+def _centred(rewards: Sequence[float]) -> list[float]:
+    """r - mu. From deviations above the minimum, summed exactly: the result cannot depend on the
+    order of the samples, and equal rewards give exactly 0."""
+    lowest = min(rewards)
+    above = [reward - lowest for reward in rewards]
     mean = math.fsum(above) / len(above)
-    centred = [x - mean for x in above]
-    sigma = math.sqrt(math.fsum(x * x for x in centred) / (len(centred) - 1))
+    return [x - mean for x in above]
+
+
+def _normalised(rewards: Sequence[float], std_eps: float, ddof: int) -> list[float]:
+    if len(rewards) == 1:
+        return [0.0]
+    centred = _centred(rewards)
+    sigma = math.sqrt(math.fsum(x * x for x in centred) / (len(centred) - ddof))
     return [x / (sigma + std_eps) for x in centred]
+
+
+def _whitened(
+    groups: Sequence[Sequence[float]],
+    counts: Sequence[Sequence[int]],
+    std_eps: float,
+    ddof: int,
+) -> list[list[float]]:
+    """Mean 0 and deviation 1 over the whole step, each value counted ``counts`` times."""
+    flat = [(x, n) for g, c in zip(groups, counts, strict=True) for x, n in zip(g, c, strict=True)]
+    total = sum(n for _, n in flat)
+    if total <= ddof:
+        return [[0.0] * len(group) for group in groups]
+    lowest = min(x for x, _ in flat)
+    mean = math.fsum((x - lowest) * n for x, n in flat) / total
+    variance = math.fsum(n * (x - lowest - mean) ** 2 for x, n in flat) / (total - ddof)
+    scale = math.sqrt(variance) + std_eps
+    return [[(x - lowest - mean) / scale for x in group] for group in groups]
 
 
 def _zero_variance_constant(raw: Sequence[float], r_max: float, r_min: float, tol: float) -> float:

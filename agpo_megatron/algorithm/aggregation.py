@@ -1,60 +1,59 @@
-"""How token losses become one number: per-token weights w of  L = sum_{i,t} w_{i,t} l_{i,t}.
+"""How token losses become one number: the weights w of  L = sum_{i,t} w_{i,t} l_{i,t}.
 
 The weights depend on masks only, so they are computed once, from the masks of a whole optimizer
 step, before anything is sharded. Whoever holds a shard then sums ``w * l`` and divides by nothing:
 the loss cannot depend on data, pipeline or context parallelism, on packing, or on the number of
-micro-batches.
+micro-batches. In every mode the trained tokens of one sequence share one weight, so a step's
+weights are one number per sequence, whatever its length.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 AggregationMode = Literal[
     "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
 ]
-Denominators = Literal["exclude", "keep"]
 
 
-def token_weights(
-    loss_masks: Sequence[Sequence[int]],
-    kept: Sequence[bool],
+def sequence_weights(
+    trained: Sequence[int],
+    counted: Sequence[int],
     mode: AggregationMode,
     norm_length: int | None = None,
-    denominators: Denominators = "exclude",
-) -> list[list[float]]:
-    """Loss weight of every token of every sequence of one optimizer step, shaped as ``loss_masks``.
+) -> list[float]:
+    """Loss weight w_i of each trained token of sequence i, for all sequences of one optimizer step.
 
-    ``loss_masks``: m, 1 where the token is trained on, 0 elsewhere; all sequences of the step, of
-    all replicas. ``kept``: false where AGPO's loss mask drops the sequence. With M = m * kept,
-    n_i = sum_t M_it and B = #{n_i > 0}::
+    ``trained``: n_i, tokens that remain in the numerator after every mask (0: the sequence was
+    dropped). ``counted``: d_i, tokens that the denominators count, d_i >= n_i. The choice of
+    denominators is the choice of d: with "exclude" d = n, so what a mask drops leaves numerator
+    and denominator alike (A3 with token_mean); with "keep" d counts it still (plain GRPO and DAPO:
+    it dilutes the rest). With B = #{d_i > 0}::
 
-        token_mean               w = M / sum_j n_j       each token counts the same (DAPO)
-        seq_mean_token_mean      w = M / (n_i B)         each sequence counts the same (GRPO)
-        seq_mean_token_sum       w = M / B               tokens count the same, scale with length
-        seq_mean_token_sum_norm  w = M / (B norm_length) the same, constant scale (Dr. GRPO)
+        token_mean               w_i = 1 / sum_j d_j      each token counts the same (DAPO)
+        seq_mean_token_mean      w_i = 1 / (d_i B)        each sequence counts the same (GRPO)
+        seq_mean_token_sum       w_i = 1 / B              tokens count the same, scale with length
+        seq_mean_token_sum_norm  w_i = 1 / (B norm_length)     the same, constant scale (Dr. GRPO)
 
-    ``denominators``: "exclude" counts n_j and B over M, so dropped sequences leave the denominator
-    too (eq. A3 with token_mean); "keep" counts them over m (plain GRPO and DAPO: dropped sequences
-    still dilute the rest). No token left: all weights are 0, never NaN.
+    and 0 where n_i = 0. No token left: all weights are 0, never NaN.
 
-    Raises ValueError for lists of different length, mask entries other than 0 and 1, an unknown
-    mode, or a missing or non-positive ``norm_length``.
+    Raises ValueError for lists of different length, n_i > d_i, an unknown mode, or a missing or
+    non-positive ``norm_length``.
     """
-    if len(loss_masks) != len(kept):
-        raise ValueError(f"token weights: {len(loss_masks)} loss masks but {len(kept)} kept flags")
-    counts = [_count_tokens(i, mask) for i, mask in enumerate(loss_masks)]
-    counted = [
-        n
-        for n, keep in zip(counts, kept, strict=True)
-        if n > 0 and (keep or denominators == "keep")
-    ]
-    total, sequences = sum(counted), len(counted)
-
+    if len(trained) != len(counted):
+        raise ValueError(f"weights: {len(trained)} trained counts but {len(counted)} counted ones")
+    for i, (n, d) in enumerate(zip(trained, counted, strict=True)):
+        if not 0 <= n <= d:
+            raise ValueError(
+                f"weights: sequence {i} trains {n} tokens, of which {d} are counted; "
+                "the denominator must hold what the numerator holds"
+            )
+    sequences = sum(d > 0 for d in counted)
     match mode:
         case "token_mean":
-            divisor = total
+            divisor = sum(counted)
         case "seq_mean_token_mean" | "seq_mean_token_sum":
             divisor = sequences
         case "seq_mean_token_sum_norm":
@@ -66,21 +65,25 @@ def token_weights(
             divisor = sequences * norm_length
         case _:
             raise ValueError(f"unknown aggregation mode {mode!r}")
-
-    rows: list[list[float]] = []
-    for mask, tokens, keep in zip(loss_masks, counts, kept, strict=True):
-        per_sequence = tokens if mode == "seq_mean_token_mean" else 1
-        w = 1.0 / (divisor * per_sequence) if keep and tokens > 0 else 0.0
-        rows.append([w if m else 0.0 for m in mask])
-    return rows
+    per_token_mean = mode == "seq_mean_token_mean"
+    return [
+        1.0 / (divisor * (d if per_token_mean else 1)) if n else 0.0
+        for n, d in zip(trained, counted, strict=True)
+    ]
 
 
-def _count_tokens(index: int, mask: Sequence[int]) -> int:
-    """Trained tokens of one mask, after making sure that it is one."""
-    ones, zeros = mask.count(1), mask.count(0)
-    if ones + zeros != len(mask):
+def on_policy_loss(
+    weights: Sequence[float], trained: Sequence[int], advantages: Sequence[float]
+) -> float:
+    """Policy loss at ratio 1,  L = - sum_i w_i n_i A_i:  known before any forward pass.
+
+    On policy, with complete groups (advantages add up to 0) and token_mean this is
+    - Cov(n, A) / mean(n): eq. 1c. Raises ValueError on a length mismatch. Exactly rounded sum, so
+    the order of the sequences does not matter.
+    """
+    if not len(weights) == len(trained) == len(advantages):
         raise ValueError(
-            f"loss mask of sequence {index} has entries other than 0 and 1; "
-            "scale a sequence through its advantage, not through its mask"
+            f"on-policy loss: {len(weights)} weights, {len(trained)} counts and "
+            f"{len(advantages)} advantages"
         )
-    return ones
+    return math.fsum(-w * n * a for w, n, a in zip(weights, trained, advantages, strict=True))

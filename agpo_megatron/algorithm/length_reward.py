@@ -1,14 +1,24 @@
-"""Length term of the reward: among the right answers of a mixed group, shorter earns more (A2)."""
+"""Length terms of the reward: what a response earns or loses for its length, beside its accuracy.
+
+Raw accuracy rewards stay as they are; these terms are added to them, and only the sum is normalised.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 
 def agpo_length_bonus(
-    correct: Sequence[bool], lengths: Sequence[int], weight: float
+    correct: Sequence[bool],
+    lengths: Sequence[int],
+    weight: float,
+    *,
+    groups: Literal["mixed", "all"] = "mixed",
+    tie: Literal["zero", "full"] = "zero",
 ) -> list[float]:
-    """What each response of one group earns for being short, to be added to its accuracy reward.
+    """AGPO's length reward of one group (A2): among the right answers, shorter earns more.
 
     ``correct``: the G verdicts. ``lengths``: the G response lengths in tokens, end token included.
     ``weight``: lambda. Returns G numbers in [0, weight]::
@@ -17,26 +27,106 @@ def agpo_length_bonus(
                 = 0                                           if i is wrong
         Lmin, Lmax over the correct responses of the group only
 
-    and 0 everywhere when the group is not mixed (all right or none right: nothing is told apart,
-    and zero-variance groups must stay so) or when the correct ones tie in length (a single correct
-    one always does).
+    ``groups``: "mixed" pays nothing where all are right (so that zero-variance groups stay what
+    they are); "all" pays there too. ``tie``: what the correct ones earn when they all have one
+    length, which a single correct one always does: 0, or the full lambda.
 
     Source: arXiv:2503.15952 v1, in the form of the authors' reward manager of May 2025, which
-    multiplies r_acc (1 + ...): the same thing for r_acc = 1.
+    multiplies r_acc (1 + ...): the same thing for r_acc = 1. "full" is their earlier draft.
     Raises ValueError when the two lists differ in length.
     """
-    if len(correct) != len(lengths):
-        raise ValueError(
-            f"length reward: {len(correct)} verdicts but {len(lengths)} lengths; "
-            "one of each per response is needed"
-        )
-    correct_lengths = [length for length, right in zip(lengths, correct, strict=True) if right]
-    mixed = 0 < len(correct_lengths) < len(lengths)
-    if not mixed or min(correct_lengths) == max(correct_lengths):
+    _check_pairs(correct, lengths)
+    considered = [length for length, right in zip(lengths, correct, strict=True) if right]
+    if not considered or (groups == "mixed" and len(considered) == len(lengths)):
         return [0.0] * len(lengths)
-    shortest, longest = min(correct_lengths), max(correct_lengths)
+    shortest, longest = min(considered), max(considered)
+    if shortest == longest:
+        tied = weight if tie == "full" else 0.0
+        return [tied if right else 0.0 for right in correct]
     # The bracket of A2 as (Lmax - L) / (Lmax - Lmin): one rounding less.
     return [
         weight * ((longest - length) / (longest - shortest)) if right else 0.0
         for length, right in zip(lengths, correct, strict=True)
     ]
+
+
+def kimi_length_reward(
+    correct: Sequence[bool], lengths: Sequence[int], weight: float
+) -> list[float]:
+    """Kimi k1.5's length reward of one group, in [-weight / 2, weight / 2].
+
+    ::
+
+        lambda_i = 1/2 - (L_i - Lmin) / (Lmax - Lmin)      Lmin, Lmax over ALL responses
+        term_i   = weight lambda_i                         if i is correct
+                 = weight min(0, lambda_i)                 if i is wrong
+                 = 0                                       if all lengths are equal
+
+    Unlike A2 it also punishes long wrong answers and acts in every group.
+    Source: arXiv:2501.12599, section 2.3.3. Raises ValueError when the lists differ in length.
+    """
+    _check_pairs(correct, lengths)
+    shortest, longest = min(lengths), max(lengths)
+    if shortest == longest:
+        return [0.0] * len(lengths)
+    shares = [0.5 - (length - shortest) / (longest - shortest) for length in lengths]
+    return [
+        weight * (share if right else min(0.0, share))
+        for share, right in zip(shares, correct, strict=True)
+    ]
+
+
+def cosine_length_reward(
+    correct: Sequence[bool], lengths: Sequence[int], weight: float, max_length: int
+) -> list[float]:
+    """Cosine length reward, in [-weight, weight]; each response by itself.
+
+    ::
+
+        c_i    = (1 + cos(pi L_i / max_length)) / 2        1 at length 0, 0 at max_length
+        term_i = +weight c_i    if i is correct            short right answers earn most
+               = -weight c_i    if i is wrong              short wrong answers lose most
+               = -weight        if L_i >= max_length       ran out of room, right or wrong
+
+    Source: the form of arXiv:2502.03373 (section 3.1) with one weight for its three scales.
+    Raises ValueError when the lists differ in length.
+    """
+    _check_pairs(correct, lengths)
+    terms = []
+    for right, length in zip(correct, lengths, strict=True):
+        if length >= max_length:
+            terms.append(-weight)
+        else:
+            share = 0.5 * (1.0 + math.cos(math.pi * length / max_length))
+            terms.append(weight * (share if right else -share))
+    return terms
+
+
+def dapo_overlong_penalty(
+    lengths: Sequence[int], weight: float, max_length: int, buffer: int
+) -> list[float]:
+    """DAPO's soft overlong punishment, in [-weight, 0], whether right or wrong.
+
+    ::
+
+        term_i = 0                                           L_i <= max_length - buffer
+               = -weight (L_i - (max_length - buffer)) / buffer   up to max_length
+               = -weight                                     beyond
+
+    Source: arXiv:2503.14476, eq. 13 (20480 and 4096 tokens, weight 1).
+    Raises ValueError unless 0 < buffer <= max_length.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(
+            f"overlong penalty: buffer {buffer} must lie between 1 and max_length {max_length}"
+        )
+    free = max_length - buffer
+    return [-weight * min(max(length - free, 0), buffer) / buffer for length in lengths]
+
+
+def _check_pairs(correct: Sequence[bool], lengths: Sequence[int]) -> None:
+    if len(correct) != len(lengths):
+        raise ValueError(
+            f"length reward: {len(correct)} verdicts but {len(lengths)} lengths; "
+            "one of each per response is needed"
+        )

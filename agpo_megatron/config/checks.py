@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .algorithm_checks import check_algorithm
 from .errors import ConfigError
 from .schema import Config, PolicyConfig
 
@@ -35,7 +36,9 @@ def check_config(config: Config) -> list[str]:
     _check_model_layout(config, found)
     _check_precision(config, found)
     _check_cluster(config, found)
-    _check_algorithm(config, found)
+    errors, warnings = check_algorithm(config)
+    found.errors += errors
+    found.warnings += warnings
     _check_rollout(config, found)
     _check_train(config, found)
     if found.errors:
@@ -160,34 +163,6 @@ def _check_cluster(config: Config, found: _Findings) -> None:
             found.errors.append(f"{room}: {what}, more than {there}")
         elif need < have:
             found.warnings.append(f"{room}: {what}, fewer than {there}: {have - need} stay idle")
-
-
-def _check_algorithm(config: Config, found: _Findings) -> None:
-    advantage, loss = config.algorithm.advantage, config.algorithm.loss
-    if loss.aggregation == "seq_mean_token_sum_norm" and loss.norm_length is None:
-        found.errors.append(
-            "algorithm.loss: aggregation seq_mean_token_sum_norm divides by a constant length; set norm_length "
-            f"(for instance {config.rollout.max_response_tokens}, rollout.max_response_tokens)"
-        )
-    if config.reward.correct <= config.reward.wrong:
-        found.errors.append(
-            f"reward: correct {config.reward.correct:g} must be above wrong {config.reward.wrong:g}"
-        )
-    if advantage.zero_variance == "constant" and loss.mask.zero_variance:
-        found.warnings.append(
-            "algorithm: advantage.zero_variance constant gives zero-variance groups a signal that "
-            "loss.mask.zero_variance removes again; choose one"
-        )
-    if advantage.zero_variance == "constant" and loss.clip.enabled:
-        found.warnings.append(
-            "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
-            "on most steps"
-        )
-    if loss.clip.enabled and loss.aggregation == "seq_mean_token_mean":
-        found.warnings.append(
-            "algorithm: with aggregation seq_mean_token_mean the on-policy loss of complete groups is identically 0, "
-            "so loss.clip acts on rounding noise; use token_mean"
-        )
 
 
 def _check_rollout(config: Config, found: _Findings) -> None:

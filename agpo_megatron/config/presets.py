@@ -1,16 +1,20 @@
-"""The four presets: which switches of ``algorithm`` each name sets.
+"""The presets: which switches of ``algorithm`` each name sets. A preset only sets switches.
 
-Every preset sets the same seven keys, so that the resolved configuration says where each value came from and two
-presets can be compared line by line.
+Every preset sets the same keys, so that the resolved configuration says where each value came from and two presets
+can be compared line by line.
 
-- ``grpo``: group-relative advantages (arXiv:2402.03300, section 4.1), none of AGPO's parts.
-- ``agpo_v1``: arXiv:2503.15952 v1: +1 / -1 for groups that are all right / all wrong (eq. A1), length reward (A2).
-- ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
 - ``agpo``: v3's mask and clip with v1's length reward. The length reward acts in mixed groups only, so zero-variance
   groups still have zero variance and belong to the mask.
+- ``agpo_v1``: arXiv:2503.15952 v1: +1 / -1 for groups that are all right / all wrong (eq. A1), length reward (A2).
+- ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
+- ``agpo_v3_authors``: the same as the authors' code has it: samples with advantage 0 are masked, each micro-batch is
+  clipped by itself, dual clip, half the gradient at a tie. Its result depends on the micro-batch size.
+- ``agpo_exp``: v3's mask with exponential normalisation for the clip (``loss.clip.kind``: elu, softplus are variants).
+- ``grpo`` 2402.03300, ``dr_grpo`` 2503.20783, ``dapo`` 2503.14476, ``gspo`` 2507.18071, ``cispo`` 2506.13585,
+  ``rloo`` 2402.14740, ``reinforce_pp`` 2501.03262, ``gmpo`` 2507.20673, ``sapo`` 2511.20347.
 
-All four aggregate with ``token_mean``. The GRPO paper averages per sequence first (``seq_mean_token_mean``), but the
-GRPO baseline that AGPO's authors compare with is token-mean, and with one aggregation for all a comparison shows
+AGPO and GRPO aggregate with ``token_mean``. The GRPO paper averages per sequence first (``seq_mean_token_mean``), but
+the GRPO baseline that AGPO's authors compare with is token-mean, and with one aggregation for all a comparison shows
 AGPO's parts and nothing else. (A4) also needs it: with ``seq_mean_token_mean`` the on-policy loss of complete groups
 is identically zero, and a bound at zero would act on rounding noise.
 """
@@ -22,28 +26,60 @@ from typing import Any
 
 
 def _switches(
-    *, length: str, zero_variance: str, mask_and_clip: bool, clip_high: float
+    *,
+    length: str = "none",
+    length_weight: float = 0.1,
+    estimator: str = "group_norm",
+    zero_variance: str = "zero",
+    policy: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token_mean",
+    mask: bool = False,
+    criterion: str = "group",
+    clip: str = "none",
+    scope: str = "batch",
+    tie: str = "zero",
 ) -> dict[str, Any]:
     return {
-        "length_reward": {"kind": length},
-        "advantage": {"zero_variance": zero_variance},
+        "length_reward": {"kind": length, "weight": length_weight},
+        "advantage": {"estimator": estimator, "zero_variance": zero_variance},
         "loss": {
-            "clip_low": 0.2,
+            "policy": policy,
+            "clip_low": clip_low,
             "clip_high": clip_high,
-            "aggregation": "token_mean",
-            "mask": {"zero_variance": mask_and_clip},
-            "clip": {"enabled": mask_and_clip},
+            "dual_clip": dual_clip,
+            "aggregation": aggregation,
+            "mask": {"zero_variance": mask, "criterion": criterion},
+            "clip": {"kind": clip, "scope": scope, "tie": tie},
         },
     }
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "agpo": _switches(length="agpo", zero_variance="zero", mask_and_clip=True, clip_high=0.28),
-    "agpo_v1": _switches(
-        length="agpo", zero_variance="constant", mask_and_clip=False, clip_high=0.2
+    "agpo": _switches(length="agpo", mask=True, clip="max0", clip_high=0.28),
+    "agpo_v1": _switches(length="agpo", zero_variance="constant"),
+    "agpo_v3": _switches(mask=True, clip="max0", clip_high=0.28),
+    "agpo_v3_authors": _switches(
+        mask=True, criterion="sample", clip="max0", scope="micro_batch", tie="half", dual_clip=3.0
     ),
-    "agpo_v3": _switches(length="none", zero_variance="zero", mask_and_clip=True, clip_high=0.28),
-    "grpo": _switches(length="none", zero_variance="zero", mask_and_clip=False, clip_high=0.2),
+    "agpo_exp": _switches(mask=True, clip="exp", clip_high=0.28),
+    "grpo": _switches(),
+    "dr_grpo": _switches(estimator="group_center", aggregation="seq_mean_token_sum_norm"),
+    "dapo": _switches(
+        length="dapo_overlong", length_weight=1.0, zero_variance="resample", clip_high=0.28
+    ),
+    "gspo": _switches(
+        policy="gspo", clip_low=3e-4, clip_high=4e-4, aggregation="seq_mean_token_mean"
+    ),
+    "cispo": _switches(policy="cispo", clip_low=1.0, clip_high=0.28),
+    "rloo": _switches(estimator="rloo", aggregation="seq_mean_token_sum"),
+    "reinforce_pp": _switches(estimator="reinforce_pp"),
+    "gmpo": _switches(
+        policy="gmpo", clip_low=0.4, clip_high=0.4, aggregation="seq_mean_token_mean"
+    ),
+    "sapo": _switches(policy="sapo", aggregation="seq_mean_token_mean"),
 }
 DEFAULT_PRESET = "agpo"
 

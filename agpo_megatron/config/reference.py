@@ -59,13 +59,14 @@ def _row(key: Key) -> str:
 
 
 def _preset_table() -> Iterator[str]:
-    yield "What the presets set (a key written in the file or with `--set` wins):"
+    keys = list(preset_keys(DEFAULT_PRESET))
+    yield "What the presets set below `algorithm` (a key written in the file or with `--set` wins):"
     yield ""
-    yield "| key | " + " | ".join(f"`{name}`" for name in PRESETS) + " |"
-    yield "|---|" + "---|" * len(PRESETS)
-    for key in preset_keys(DEFAULT_PRESET):
-        values = " | ".join(f"`{_value(preset_keys(name)[key])}`" for name in PRESETS)
-        yield f"| `{key}` | {values} |"
+    yield "| preset | " + " | ".join(f"`{key.removeprefix('algorithm.')}`" for key in keys) + " |"
+    yield "|---|" + "---|" * len(keys)
+    for name in PRESETS:
+        values = " | ".join(f"`{_value(preset_keys(name)[key])}`" for key in keys)
+        yield f"| `{name}` | {values} |"
 
 
 def _value(value: object) -> str:

@@ -66,6 +66,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def scores(self, weights: str) -> Path:
+        """Log-probs on their way from the trainer to the controller; removed when read."""
+        return self.path / f"scores-{weights}.arrow"
+
     def evaluation(self, step: int) -> Path:
         """Greedy answers to the held-out problems after ``step``, with their scores."""
         return self.path / "evaluations" / f"step-{step:08d}.json"

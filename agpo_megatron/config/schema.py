@@ -155,8 +155,10 @@ class PolicyConfig(Section):
     """FP8 matmuls."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation."""
-    logprob_chunk: int = Field(512, ge=1)
-    """Rows of the LM head computed at once: the buffer is [chunk, V/TP]."""
+    logprob_chunk: int = Field(384, ge=1)
+    """Rows of logits held at once: [chunk, V/TP], fp32. More is faster where matmuls outrun memory (a GPU)."""
+    logprob_kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What treats logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
 
     @property
     def model_parallel(self) -> int:
@@ -169,54 +171,141 @@ class PolicyConfig(Section):
 
 
 class LengthRewardConfig(Section):
-    kind: Literal["none", "agpo"] = "none"
-    """Length term: ``agpo`` is eq. A2 of docs/algorithm.md."""
+    kind: Literal["none", "agpo", "kimi", "cosine", "dapo_overlong"] = "none"
+    """Length term of the reward, training only: ``agpo`` is eq. A2; docs/algorithm.md, section 2, has the others."""
     weight: float = Field(0.1, ge=0)
-    """lambda of eq. A2."""
+    """Its scale (lambda of eq. A2)."""
+    groups: Literal["mixed", "all"] = "mixed"
+    """``agpo``: pay in groups with right and wrong answers only, or also where all are right."""
+    tie: Literal["zero", "full"] = "zero"
+    """``agpo``: what right answers of one length (a single one, for instance) earn: 0 or ``weight``."""
+    buffer: int | None = Field(None, ge=1)
+    """``dapo_overlong``: tokens below ``rollout.max_response_tokens`` over which the penalty grows; null: a fifth."""
 
 
 class AdvantageConfig(Section):
-    zero_variance: Literal["zero", "constant"] = "zero"
-    """Groups whose raw rewards are all equal: advantage 0, or +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1)."""
+    estimator: Literal[
+        "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
+    ] = "group_norm"
+    """How rewards become advantages (docs/algorithm.md, section 1)."""
+    zero_variance: Literal["zero", "constant", "resample"] = "zero"
+    """Groups whose raw rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or
+    replaced by groups of further prompts (DAPO's dynamic sampling)."""
     zero_variance_tol: float = Field(1e-6, ge=0)
     """A group has zero variance when max - min of its raw rewards is at most this."""
     std_eps: float = Field(1e-6, gt=0)
-    """Added to the group's standard deviation (ddof 1)."""
+    """Added to the standard deviation (ddof 1)."""
+    resample_rounds: int = Field(10, ge=1)
+    """``resample``: rounds of generation per step at most; then zero-variance groups fill the step."""
 
 
 class LossMaskConfig(Section):
     zero_variance: bool = False
-    """Drop zero-variance groups from numerator and denominator (AGPO v3, eq. A3)."""
+    """Drop zero-variance groups from the loss (AGPO v3, eq. A3)."""
+    criterion: Literal["group", "sample"] = "group"
+    """Drop whole groups by their raw rewards, or single samples with advantage 0 (the authors' code)."""
+    truncated: bool = False
+    """Drop truncated responses from the loss (DAPO's overlong filtering)."""
+    denominators: Literal["exclude", "keep"] = "exclude"
+    """What is dropped leaves the denominators too, or still dilutes the rest."""
 
 
 class LossClipConfig(Section):
-    enabled: bool = False
-    """Lower-bound the policy loss of the whole optimizer step (AGPO v3, eq. A4)."""
+    kind: Literal["none", "max0", "exp", "elu", "softplus"] = "none"
+    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4), the others eq. 1d."""
     min: float = 0.0
-    """The bound."""
+    """The bound of ``max0``."""
+    tau: float = Field(1.0, gt=0)
+    """Scale of ``exp``, ``elu`` and ``softplus``."""
+    scope: Literal["batch", "micro_batch", "group", "sequence", "token"] = "batch"
+    """What the function is applied to: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
+    on: Literal["policy", "total"] = "policy"
+    """The policy loss alone, or with KL and entropy terms."""
+    tie: Literal["zero", "half", "full"] = "zero"
+    """Gradient of ``max0`` exactly at the bound."""
     when_clipped: Literal["step", "skip_step"] = "step"
     """A closed gate gives a zero gradient: let the optimizer step on it (momentum still moves), or skip the step."""
 
 
+class KlConfig(Section):
+    coef: float = Field(0.0, ge=0)
+    """Weight of the KL term against the initial policy (``model.path``); 0 turns it off."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """d, d^2 / 2, or e^-d + d - 1 of the log-ratio d."""
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or subtracted from the reward of each response (summed over its tokens)."""
+    importance: bool = False
+    """In the loss: multiply by the policy's ratio, which makes the gradient unbiased."""
+
+
+class EntropyConfig(Section):
+    coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus; with ``target`` its first value."""
+    target: float | None = Field(None, gt=0)
+    """Entropy (nats) below which the bonus acts, with a coefficient that adapts; null keeps ``coef`` fixed."""
+    delta: float = Field(0.005, gt=0)
+    """Step of the adaptive coefficient."""
+
+
+class CorrectionConfig(Section):
+    kind: Literal["none", "tis", "mis", "icepop"] = "none"
+    """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]."""
+    level: Literal["token", "sequence", "sequence_mean"] = "token"
+    """Ratio of a token, of the sequence (product), or its geometric mean."""
+    low: float = Field(0.5, ge=0)
+    """Lower bound (``mis``, ``icepop``)."""
+    high: float = Field(2.0, gt=0)
+    """Upper bound."""
+    denominators: Literal["exclude", "keep"] = "keep"
+    """Tokens of weight 0 leave the denominators too, or still dilute the rest."""
+
+
 class LossConfig(Section):
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """PPO ratio clip below 1 (epsilon low)."""
+    policy: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo"] = "ppo"
+    """Policy loss of a token (docs/algorithm.md, section 3)."""
+    old_logprobs: Literal["policy", "rollout"] = "policy"
+    """What the ratio starts from: the trainer's own weights before the step, or the server's log-probs."""
+    clip_low: float = Field(0.2, gt=0, le=1)
+    """Ratio clip below 1 (epsilon low)."""
     clip_high: float = Field(0.28, gt=0)
-    """PPO ratio clip above 1 (epsilon high)."""
+    """Ratio clip above 1 (epsilon high)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """``ppo``: bound of the ratio for negative advantages; null turns it off."""
     aggregation: Literal[
         "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
     ] = "token_mean"
     """How token losses become one number (docs/algorithm.md, section 4)."""
     norm_length: int | None = Field(None, ge=1)
-    """Constant length of ``seq_mean_token_sum_norm``."""
+    """Constant length of ``seq_mean_token_sum_norm``; null: ``rollout.max_response_tokens``."""
     mask: LossMaskConfig = LossMaskConfig()
     """Loss mask."""
     clip: LossClipConfig = LossClipConfig()
-    """Loss clip."""
+    """Adaptive part: loss clip or exponential normalisation."""
+    kl: KlConfig = KlConfig()
+    """KL to the initial policy."""
+    entropy: EntropyConfig = EntropyConfig()
+    """Entropy bonus."""
+    correction: CorrectionConfig = CorrectionConfig()
+    """Rollout correction."""
 
 
 class AlgorithmConfig(Section):
-    preset: Literal["agpo", "agpo_v1", "agpo_v3", "grpo"] = "agpo"
+    preset: Literal[
+        "agpo",
+        "agpo_v1",
+        "agpo_v3",
+        "agpo_v3_authors",
+        "agpo_exp",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "reinforce_pp",
+        "gmpo",
+        "sapo",
+    ] = "agpo"
     """Sets the switches below; a key written beside it wins. The resolved config shows every value."""
     length_reward: LengthRewardConfig = LengthRewardConfig()
     """Length term of the reward."""
@@ -247,6 +336,8 @@ class EvalConfig(Section):
     """JSONL file of held-out problems; "" turns evaluation off."""
     max_prompts: int = Field(200, ge=1)
     """Problems used, from the top of the file."""
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last."""
 
 
 class JournalConfig(Section):

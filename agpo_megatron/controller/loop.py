@@ -1,7 +1,7 @@
 """The training loop of AGPO, top to bottom.
 
-prompts -> rollout pool -> rewards -> journal (durable) -> advantages and loss weights -> step committed
-        -> update -> weights N+1 -> publish -> next step
+prompts -> rollout pool -> rewards -> journal (durable) -> scores, where the loss needs them
+        -> advantages and loss weights -> step committed -> update -> weights N+1 -> publish -> next step
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from agpo_megatron.config.schema import Config
-from agpo_megatron.controller.batching import build_step
+from agpo_megatron.config.schema import Config, LossConfig
+from agpo_megatron.controller.batching import StepRequest, build_step, has_variance, to_score
 from agpo_megatron.controller.publishing import make_publisher
 from agpo_megatron.controller.run import Evaluation, Recipe, Run, seconds_into
 from agpo_megatron.data.stream import PromptStream
@@ -29,17 +30,37 @@ log = logging.getLogger(__name__)
 
 
 def agpo_recipe(config: Config) -> Recipe:
-    train, clip = config.train, config.algorithm.loss.clip
+    train = config.train
     return Recipe(
-        loss="ppo",
+        loss=loss_settings(config.algorithm.loss),
         lr=train.lr,
         warmup_steps=train.warmup_steps,
         steps=train.steps,
         schedule=train.lr_schedule,
         min_lr=train.min_lr,
-        gate_min=clip.min if clip.enabled else None,
-        when_clipped=clip.when_clipped,
     )
+
+
+def loss_settings(loss: LossConfig) -> dict[str, Any]:
+    """What an update command says of the loss (policy.objective.LossSettings); the entropy coefficient, which may
+    change from step to step, is the record's."""
+    return {
+        "policy": loss.policy,
+        "old_logprobs": loss.old_logprobs,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "adaptive": loss.clip.kind,
+        "minimum": loss.clip.min,
+        "tau": loss.clip.tau,
+        "tie": loss.clip.tie,
+        "scope": loss.clip.scope,
+        "on": loss.clip.on,
+        "when_clipped": loss.clip.when_clipped,
+        "kl_coef": loss.kl.coef if loss.kl.place == "loss" else 0.0,
+        "kl_estimator": loss.kl.estimator,
+        "kl_importance": loss.kl.importance,
+    }
 
 
 @dataclass
@@ -52,6 +73,16 @@ class Rollouts:
     held_out: Sequence[Prompt]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """The groups of a step, and what getting them took. ``cursor``: the prompt position behind all that was used."""
+
+    groups: list[JournaledGroup]
+    discarded: list[JournaledGroup]
+    cursor: int
+    rounds: int
+
+
 async def train(run: Run, rollouts: Rollouts) -> None:
     """Run to ``train.steps``, continuing where the run folder stands."""
     config = run.config
@@ -62,22 +93,34 @@ async def train(run: Run, rollouts: Rollouts) -> None:
     pending = await asyncio.to_thread(run.journal.pending_groups)
     await publish(run, publisher, {})
     before = await evaluate(run, rollouts, step=0)
+    last = await asyncio.to_thread(run.journal.last_step)
+    cursor = last.cursor if last else 0
+    entropy_state = last.entropy_state if last else config.algorithm.loss.entropy.coef
 
     for step in range(run.version.step + 1, config.train.steps + 1):
+        if config.eval.every and run.version.step % config.eval.every == 0:
+            await evaluate(run, rollouts, run.version.step)
         timings: dict[str, float] = {}
         with seconds_into(timings, "time/step"):
-            groups = await collect(run, rollouts, step, pending, timings)
-            record = await asyncio.to_thread(
-                build_step,
-                groups,
+            collected = await collect(run, rollouts, step, cursor, pending, timings)
+            request = StepRequest(
                 step=step,
                 attempt=run.journal.attempt,
-                cursor=step * config.train.prompts_per_step,
+                cursor=collected.cursor,
                 version=run.version,
                 algorithm=config.algorithm,
                 reward=config.reward,
+                max_response_tokens=config.rollout.max_response_tokens,
+                scores=await run.score(
+                    to_score(collected.groups, config.algorithm, config.reward), timings
+                ),
+                entropy_state=entropy_state,
+                discarded=collected.discarded,
+                rounds=collected.rounds,
             )
+            record = await asyncio.to_thread(build_step, collected.groups, request)
             name = await asyncio.to_thread(run.journal.commit_step, record)
+            cursor, entropy_state = record.cursor, record.entropy_state
             with run.phase(f"update step {step}", timings, "time/update"):
                 stats = await run.update(record, run.folder.journal, name)
             await publish(run, publisher, timings)
@@ -95,12 +138,50 @@ async def collect(
     run: Run,
     rollouts: Rollouts,
     step: int,
+    cursor: int,
+    pending: dict[int, JournaledGroup],
+    timings: dict[str, float],
+) -> Collected:
+    """The step's groups, from the prompts at ``cursor`` on.
+
+    Under ``resample`` (dynamic sampling) groups without variance are replaced by those of the next prompts, in at
+    most ``resample_rounds`` rounds; if that is not enough, the earliest of them fill the step after all. Which prompts
+    a step uses depends on what is durable alone, so that a resumed run takes the same ones.
+    """
+    config, size = run.config, run.config.train.prompts_per_step
+    advantage = config.algorithm.advantage
+    resample = advantage.zero_variance == "resample"
+    chosen: list[JournaledGroup] = []
+    silent: list[JournaledGroup] = []
+    rounds = 0
+    while len(chosen) < size and rounds < (advantage.resample_rounds if resample else 1):
+        positions = range(cursor, cursor + size - len(chosen))
+        cursor, rounds = positions.stop, rounds + 1
+        for journaled in await generate(run, rollouts, step, positions, pending, timings):
+            informative = has_variance(journaled.group, config.algorithm, config.reward)
+            (chosen if informative or not resample else silent).append(journaled)
+    missing = size - len(chosen)
+    if missing:
+        log.warning(
+            "step %d: after %d rounds of generation %d of %d groups still have zero variance; they fill the step",
+            step,
+            rounds,
+            missing,
+            size,
+        )
+    return Collected(chosen + silent[:missing], silent[missing:], cursor, rounds)
+
+
+async def generate(
+    run: Run,
+    rollouts: Rollouts,
+    step: int,
+    positions: range,
     pending: dict[int, JournaledGroup],
     timings: dict[str, float],
 ) -> list[JournaledGroup]:
-    """The step's groups in prompt order, each durable before it counts; journaled ones are not generated again."""
-    size = run.config.train.prompts_per_step
-    positions = range((step - 1) * size, step * size)
+    """Groups of these prompts in their order, each durable before it counts; journaled ones are not generated again."""
+    size = len(positions)
     ready = {p: pending.pop(p) for p in positions if p in pending}
     missing = [p for p in positions if p not in ready]
     finished: asyncio.Queue[Group] = asyncio.Queue()
@@ -122,7 +203,8 @@ async def collect(
             tasks.create_task(make_durable())
             for position in missing:
                 tasks.create_task(roll_out(position))
-    timings["time/reward"] = rollouts.rewards.take_busy_seconds()
+    spent = rollouts.rewards.take_busy_seconds()
+    timings["time/reward"] = timings.get("time/reward", 0.0) + spent
     return [ready[p] for p in positions]
 
 

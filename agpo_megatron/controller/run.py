@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,31 +17,29 @@ from typing import Any
 
 from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.controller.batching import plan_micro_batches
+from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.journal import Journal, JournalError, StepRecord
-from agpo_megatron.journal.records import write_durably
+from agpo_megatron.journal.records import read_scores, write_durably
+from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
-APPLY_WITHOUT_TOKENS = ("loss/policy", "loss/unclipped", "grad_norm", "lr", "tokens/trained")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one kind of run turns a step record into an update: token loss, learning rate, adaptive clip."""
+    """How one kind of run turns a step record into an update. ``loss``: of policy.objective.LossSettings."""
 
-    loss: str
+    loss: dict[str, Any]
     lr: float
     warmup_steps: int
     steps: int
     schedule: str = "constant"
     min_lr: float = 0.0
-    gate_min: float | None = None
-    when_clipped: str = "step"
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to ``min_lr``."""
@@ -102,37 +100,69 @@ class Run:
                 f"step {self.version.step + 1} is neither in a checkpoint nor in {journal} "
                 f"(next there: {record.step}); restore a checkpoint, or start in another --run-dir"
             )
-        policy = self.config.policy
-        with_weight = [i for i, row in enumerate(record.rows) if any(row.loss_weights)]
-        plan = await asyncio.to_thread(
-            plan_micro_batches,
-            [record.rows[i].tokens for i in with_weight],
-            data_parallel=policy.data_parallel,
-            token_budget=self.config.train.micro_batch_tokens,
-            multiple_of=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
-            hidden_size=self.hidden_size,
-        )
+        with_weight = [i for i, row in enumerate(record.rows) if row.has_weight]
+        plan = await self.plan([record.rows[i].tokens for i in with_weight])
         numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
         lr = self.recipe.lr_at(record.step)
-        clip = self.config.algorithm.loss
         results = await self.trainers.call(
             "update",
             journal=str(journal),
             record=name,
             step=record.step,
             plan=numbered,
-            loss=self.recipe.loss,
-            clip_low=clip.clip_low,
-            clip_high=clip.clip_high,
-            gate_min=self.recipe.gate_min,
-            when_clipped=self.recipe.when_clipped,
+            loss={**self.recipe.loss, "entropy_coef": record.entropy_coef},
             lr=lr,
         )
         self.version = WeightVersion(record.step, self.journal.attempt)
-        stats: dict[str, float] = {**results[0], "lr": lr}
-        if stats["tokens/trained"] == 0:  # ratios, entropy and gate of nothing
-            stats = {key: value for key, value in stats.items() if key in APPLY_WITHOUT_TOKENS}
-        return stats
+        return {**results[0], "lr": lr}
+
+    async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """Micro-batches of sequences of these lengths, by data-parallel rank."""
+        policy = self.config.policy
+        return await asyncio.to_thread(
+            plan_micro_batches,
+            lengths,
+            data_parallel=policy.data_parallel,
+            token_budget=self.config.train.micro_batch_tokens,
+            multiple_of=policy.pipeline_parallel if policy.virtual_pipeline > 1 else 1,
+            hidden_size=self.hidden_size,
+        )
+
+    async def score(self, groups: Sequence[JournaledGroup], timings: dict[str, float]) -> Scores:
+        """What the step's decisions need of the trainer before it is committed; nothing if they need nothing."""
+        loss = self.config.algorithm.loss
+        old = (
+            loss.correction.kind != "none"
+            or loss.entropy.target is not None
+            or (loss.kl.coef > 0 and loss.kl.place == "reward")
+        )
+        wanted = [("policy", old), ("reference", loss.kl.coef > 0)]
+        if not groups or not any(asked for _, asked in wanted):
+            return NO_SCORES
+        samples = [sample for j in groups for sample in j.group.samples]
+        plan = await self.plan([len(s.prompt_tokens) + len(s.response_tokens) for s in samples])
+        rows = [[ref.segment, ref.row, j.digest] for j in groups for ref in j.refs]
+        found: dict[str, dict[str, list[float]]] = {"policy": {}, "reference": {}}
+        entropy = None
+        for weights, asked in wanted:
+            if not asked:
+                continue
+            path = self.folder.scores(weights)
+            name = f"score step {self.version.step + 1} with {weights} weights"
+            with self.phase(name, timings, "time/score"):
+                results = await self.trainers.call(
+                    "score_samples",
+                    journal=str(self.folder.journal),
+                    samples=rows,
+                    plan=plan,
+                    weights=weights,
+                    path=str(path),
+                )
+                found[weights] = await asyncio.to_thread(read_scores, path, results[0]["digest"])
+            path.unlink()
+            if weights == "policy":
+                entropy = float(results[0]["entropy"])
+        return Scores(found["policy"], found["reference"], entropy)
 
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
@@ -226,7 +256,9 @@ def complete_checkpoints(folder: RunFolder) -> list[Path]:
 
 
 def remove_leftovers(folder: RunFolder) -> None:
-    """What a killed attempt left half-done: checkpoints without their marker, and their temporary folders."""
+    """What a killed attempt left half-done: checkpoints without their marker, their temporary folders, scores."""
+    for path in folder.path.glob("*scores-*.arrow*"):
+        path.unlink()
     if folder.checkpoints.is_dir():
         complete = set(complete_checkpoints(folder))
         for path in folder.checkpoints.iterdir():

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.algorithm.aggregation import token_weights
+from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.config.schema import SftConfig
 from agpo_megatron.controller.run import Recipe, Run, seconds_into
 from agpo_megatron.data.stream import shuffled_position
@@ -20,7 +20,11 @@ log = logging.getLogger(__name__)
 
 def sft_recipe(sft: SftConfig) -> Recipe:
     return Recipe(
-        loss="nll", lr=sft.lr, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule="linear"
+        loss={"policy": "nll"},
+        lr=sft.lr,
+        warmup_steps=sft.warmup_steps,
+        steps=sft.steps,
+        schedule="linear",
     )
 
 
@@ -58,7 +62,8 @@ def journal_examples(run: Run, examples: Sequence[Group]) -> list[JournaledGroup
 def sft_step(step: int, journaled: Sequence[JournaledGroup], run: Run) -> StepRecord:
     """Token-mean likelihood: w = 1 / (response tokens of the batch), A = 1."""
     samples = [j.group.samples[0] for j in journaled]
-    weights = token_weights([s.loss_mask for s in samples], [True] * len(samples), "token_mean")
+    counts = [sum(s.loss_mask) for s in samples]
+    weights = sequence_weights(counts, counts, "token_mean")
     rows = [
         StepRow(
             sample_id=sample.sample_id,
@@ -66,7 +71,8 @@ def sft_step(step: int, journaled: Sequence[JournaledGroup], run: Run) -> StepRe
             tokens=len(sample.prompt_tokens) + len(sample.response_tokens),
             reward=0.0,
             advantage=1.0,
-            loss_weights=weights[i],
+            loss_weight=weights[i],
+            trained=counts[i],
         )
         for i, (j, sample) in enumerate(zip(journaled, samples, strict=True))
     ]

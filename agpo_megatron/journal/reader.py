@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from agpo_megatron.journal.records import (
     JournalError,
+    SampleRef,
     StepRecord,
     decode_table,
     read_file,
@@ -18,7 +19,7 @@ from agpo_megatron.journal.records import (
     table_to_step,
     to_train_sequence,
 )
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.types import Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
 SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})\.arrow$")
@@ -102,7 +103,11 @@ class JournalReader:
         result = []
         for number in wanted:
             row = record.rows[number]
-            table = self.segment(row.ref.segment, record.segments[row.ref.segment])
-            sample = row_to_sample(table.slice(row.ref.row, 1).to_pylist()[0])
+            sample = self.sample(row.ref, record.segments[row.ref.segment])
             result.append(to_train_sequence(sample, row))
         return result
+
+    def sample(self, ref: SampleRef, digest: str) -> Sample:
+        """One sample of the segment that has ``digest``."""
+        table = self.segment(ref.segment, digest)
+        return row_to_sample(table.slice(ref.row, 1).to_pylist()[0])

@@ -4,8 +4,9 @@ Two kinds of immutable Arrow file (IPC format: `datasets`, pandas and duckdb rea
 
 * ``samples/NAME.arrow``: a segment, one row per sample of some finished groups;
 * ``steps/NAME.arrow``: one committed optimizer step, one row per sequence that is trained on. It refers to samples
-  by (segment, row) and adds what the controller decided: advantage, shaped reward, per-token loss weights. It knows
-  nothing of the parallel layout, so a step can be replayed in any layout.
+  by (segment, row) and adds what the controller decided: advantage, shaped reward, loss weight; and where the
+  loss needs them, what was scored before the update: log-probs of the trainer and of the reference policy, correction
+  factors. It knows nothing of the parallel layout, so a step can be replayed in any layout.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import pyarrow as pa
 
 from agpo_megatron.types import Group, Prompt, Sample, TrainSequence, VersionSpan
 
+SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
+"""What a trainer hands the controller before a step is decided: log-probs of the tokens of each sample's loss mask."""
 SEGMENT_SCHEMA = pa.schema(
     [
         ("group_id", pa.string()),
@@ -49,7 +52,11 @@ STEP_SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
-        ("loss_weights", pa.list_(pa.float32())),
+        ("loss_weight", pa.float64()),
+        ("trained", pa.int32()),
+        ("old_logprobs", pa.list_(pa.float32())),
+        ("ref_logprobs", pa.list_(pa.float32())),
+        ("correction", pa.list_(pa.float32())),
     ]
 )
 
@@ -68,14 +75,28 @@ class SampleRef:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One sequence of a step. ``loss_weights``: one per *response* token, float32. ``tokens``: sequence length."""
+    """One sequence of a step. ``tokens``: sequence length. ``loss_weight``: of each of its ``trained`` tokens.
+
+    Per *response* token, float32, empty where the loss does not need them: ``old_logprobs`` and ``ref_logprobs``, of
+    the trainer's weights before the step and of the reference policy; ``correction``, factors on the policy loss,
+    of which 0 takes the token out of training.
+    """
 
     sample_id: str
     ref: SampleRef
     tokens: int
     reward: float
     advantage: float
-    loss_weights: list[float]
+    loss_weight: float
+    trained: int
+    old_logprobs: list[float] = field(default_factory=list)
+    ref_logprobs: list[float] = field(default_factory=list)
+    correction: list[float] = field(default_factory=list)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the sequence trains at all."""
+        return self.loss_weight != 0.0 and self.trained > 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,8 @@ class StepRecord:
     """A committed step. ``step`` counts from 1. ``cursor``: the prompt position after this step's prompts.
 
     ``weight_version``: the weights the step starts from. ``segments``: digest of every segment it refers to.
-    ``metrics``: what is known of the step before training (rewards, groups, lengths).
+    ``metrics``: what is known of the step before training (rewards, groups, lengths). ``entropy_coef``: weight of the
+    entropy bonus in this step; ``entropy_state``: what the next step's adaptive coefficient starts from.
     """
 
     step: int
@@ -93,6 +115,8 @@ class StepRecord:
     segments: dict[str, str]
     rows: list[StepRow]
     metrics: dict[str, float] = field(default_factory=dict)
+    entropy_coef: float = 0.0
+    entropy_state: float = 0.0
 
 
 def groups_to_table(groups: Sequence[Group]) -> pa.Table:
@@ -149,18 +173,38 @@ def row_to_sample(row: dict[str, Any]) -> Sample:
 
 def to_train_sequence(sample: Sample, row: StepRow) -> TrainSequence:
     """Join a journaled sample with what the step decided about it."""
-    if len(row.loss_weights) != len(sample.response_tokens):
-        raise JournalError(
-            f"step row of {row.sample_id}: {len(row.loss_weights)} loss weights for "
-            f"{len(sample.response_tokens)} response tokens; the journal is damaged"
-        )
+    n = len(sample.response_tokens)
+    for name in ("old_logprobs", "ref_logprobs", "correction"):
+        if len(getattr(row, name)) not in (0, n):
+            raise JournalError(
+                f"step row of {row.sample_id}: {len(getattr(row, name))} {name} for {n} response tokens; "
+                "the journal is damaged"
+            )
     prompt = [0.0] * len(sample.prompt_tokens)
+    mask = sample.loss_mask
+    if row.correction:
+        mask = [m if c else 0 for m, c in zip(mask, row.correction, strict=True)]
     return TrainSequence(
         sample_id=row.sample_id,
         tokens=sample.prompt_tokens + sample.response_tokens,
-        loss_weights=prompt + row.loss_weights,
+        loss_weight=row.loss_weight,
+        loss_mask=[0] * len(prompt) + mask,
         advantage=row.advantage,
         rollout_logprobs=prompt + sample.rollout_logprobs if sample.versions else [],
+        ref_logprobs=prompt + row.ref_logprobs if row.ref_logprobs else [],
+        correction=prompt + row.correction if row.correction else [],
+    )
+
+
+def to_score_sequence(sample: Sample) -> TrainSequence:
+    """A journaled sample before its step is decided: every token of its mask is scored."""
+    prompt = len(sample.prompt_tokens)
+    return TrainSequence(
+        sample_id=sample.sample_id,
+        tokens=sample.prompt_tokens + sample.response_tokens,
+        loss_weight=1.0,
+        loss_mask=[0] * prompt + sample.loss_mask,
+        advantage=0.0,
     )
 
 
@@ -173,7 +217,11 @@ def step_to_table(record: StepRecord) -> pa.Table:
             "tokens": row.tokens,
             "reward": row.reward,
             "advantage": row.advantage,
-            "loss_weights": row.loss_weights,
+            "loss_weight": row.loss_weight,
+            "trained": row.trained,
+            "old_logprobs": row.old_logprobs,
+            "ref_logprobs": row.ref_logprobs,
+            "correction": row.correction,
         }
         for row in record.rows
     ]
@@ -184,6 +232,8 @@ def step_to_table(record: StepRecord) -> pa.Table:
         "weight_version": record.weight_version,
         "segments": record.segments,
         "metrics": record.metrics,
+        "entropy_coef": record.entropy_coef,
+        "entropy_state": record.entropy_state,
     }
     schema = STEP_SCHEMA.with_metadata({"step": json.dumps(header)})
     return pa.Table.from_pylist(rows, schema=schema)
@@ -198,11 +248,29 @@ def table_to_step(table: pa.Table) -> StepRecord:
             tokens=row["tokens"],
             reward=row["reward"],
             advantage=row["advantage"],
-            loss_weights=row["loss_weights"],
+            loss_weight=row["loss_weight"],
+            trained=row["trained"],
+            old_logprobs=row["old_logprobs"],
+            ref_logprobs=row["ref_logprobs"],
+            correction=row["correction"],
         )
         for row in table.to_pylist()
     ]
     return StepRecord(rows=rows, **header)
+
+
+def write_scores(path: Path, logprobs: dict[str, list[float]]) -> str:
+    """Log-probs by sample id, as ``SCORE_SCHEMA``; returns the file's digest."""
+    columns = {"sample_id": list(logprobs), "logprobs": list(logprobs.values())}
+    data = encode_table(pa.Table.from_pydict(columns, schema=SCORE_SCHEMA))
+    write_durably(path, data)
+    return digest_of(data)
+
+
+def read_scores(path: Path, digest: str) -> dict[str, list[float]]:
+    """Inverse of ``write_scores``; waits for a shared file system as ``read_file`` does."""
+    table = decode_table(path, read_file(path, digest))
+    return dict(zip(*(table.column(name).to_pylist() for name in SCORE_SCHEMA.names), strict=True))
 
 
 def encode_table(table: pa.Table) -> bytes:

@@ -85,8 +85,10 @@ class Journal:
         write_durably(self.folder / "steps" / name, data)
         return name
 
-    def committed_steps(self) -> list[int]:
-        return self.reader.steps()
+    def last_step(self) -> StepRecord | None:
+        """The newest committed step."""
+        steps = self.reader.steps()
+        return self.reader.record(steps[-1]) if steps else None
 
     def pending_groups(self) -> dict[int, JournaledGroup]:
         """Groups that are durable but in no committed step, by prompt position (read once, at resume).
@@ -94,8 +96,8 @@ class Journal:
         Steps take prompts in order of position, so these are the ones at or behind the last step's cursor.
         """
         segments, _ = valid_files(self.folder)
-        steps = self.reader.steps()
-        cursor = self.reader.record(steps[-1]).cursor if steps else 0
+        last = self.last_step()
+        cursor = last.cursor if last else 0
         pending: dict[int, JournaledGroup] = {}
         for name in segments:
             data = read_file(self.folder / "samples" / name)

@@ -49,6 +49,11 @@ METRIC_KEYS = (
     "time/publish",
     "time/step",
     "throughput/tokens_per_s",
+    "sampling/rounds",
+    "sampling/discarded_groups",
+    "loss/entropy_coef",
+    "correction/mean",
+    "correction/dropped_frac",
 )
 _KNOWN = frozenset(METRIC_KEYS)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,18 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.types import TrainSequence
 
 PAD_TOKEN = 0
+_PER_ROW = (
+    "rows",
+    "targets",
+    "sequence",
+    "weights",
+    "correction",
+    "advantages",
+    "rollout_logprobs",
+    "has_rollout",
+    "old_logprobs",
+    "ref_logprobs",
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +45,16 @@ class RowSpan:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch on the host (CPU). T tokens, N rows.
+    """One micro-batch on the host (CPU). T tokens, N rows, S sequences (without padding).
 
     ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
     longest first, padding as trailing sequences of their own (``sum(lengths) == T``).
     ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
-    ``weights`` [N] fp32: w of L = sum w l; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and
-    ``has_rollout`` [N] bool, false for sequences whose list of them is empty; ``old_logprobs`` [N] fp32 or None (then
-    the current policy is its own old policy).
+    ``sequence`` [N] int64 in [0, S): whose row it is. ``weights`` [N] fp32: w of L = sum w l; ``correction`` [N] fp32:
+    factor on its policy loss; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and ``has_rollout`` [N] bool,
+    false for sequences whose list of them is empty; ``old_logprobs``, ``ref_logprobs`` [N] fp32 or None (the current
+    policy is its own old policy; no reference).
+    ``gains`` [S] fp32 or None: factors on the policy loss of whole sequences, where the adaptive part is known.
     """
 
     tokens: Tensor
@@ -48,23 +62,33 @@ class PackedBatch:
     lengths: tuple[int, ...]
     rows: Tensor
     targets: Tensor
+    sequence: Tensor
     weights: Tensor
+    correction: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
     has_rollout: Tensor
     old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
     spans: tuple[RowSpan, ...]
+    gains: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch with its tensors on ``device``."""
+        """The batch with its tensors on ``device``, but for ``rows``, which are read on the host."""
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and name != "rows"
         }
         return replace(self, **moved)
+
+    def part(self, rows: slice) -> PackedBatch:
+        """The batch with some of its rows only; tokens and sequences stay."""
+        whole = {name: getattr(self, name) for name in _PER_ROW}
+        cut: dict[str, Any] = {n: None if x is None else x[rows] for n, x in whole.items()}
+        return replace(self, **cut)
 
 
 def pack_multiple(policy: PolicyConfig) -> int:
@@ -79,15 +103,13 @@ def pack(
     multiple: int,
     *,
     every_token: bool = False,
-    old_logprobs: Mapping[str, Sequence[float]] | None = None,
     total: int | None = None,
 ) -> PackedBatch:
     """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens).
 
     ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
-    ``old_logprobs``: per sample id, aligned with its tokens; absent means on-policy.
     An empty list gives a filler: ``multiple`` padding tokens and no rows.
-    Raises ValueError naming the sample whose lists do not fit, and for an old log-prob that is missing.
+    Raises ValueError naming the sample whose lists do not fit, and for an old or reference log-prob that is missing.
     """
     # Longest first: sequences of similar length are then neighbours, which the attention core batches as slices.
     ordered = sorted(sequences, key=lambda s: -len(s.tokens))
@@ -96,41 +118,54 @@ def pack(
     tokens = list(itertools.chain.from_iterable(s.tokens for s in ordered))
     lengths = [len(s.tokens) for s in ordered]
     _pad(tokens, lengths, multiple, total)
+    chosen = [list(range(1, len(s.tokens))) if every_token else s.trained() for s in ordered]
+    starts = itertools.accumulate((len(s.tokens) for s in ordered), initial=0)
+    rows = [first + t - 1 for first, kept in zip(starts, chosen, strict=False) for t in kept]
+    ends = list(itertools.accumulate((len(kept) for kept in chosen), initial=0))
+    counts = torch.tensor([len(kept) for kept in chosen], dtype=torch.int64)
 
-    rows: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    advantages: list[float] = []
-    rollout: list[float] = []
-    known: list[bool] = []
-    old: list[float] = []
-    spans: list[RowSpan] = []
-    offset = 0
-    for s in ordered:
-        n = len(s.tokens)
-        chosen = [t for t in range(1, n) if every_token or s.loss_weights[t] != 0.0]
-        spans.append(RowSpan(s.sample_id, len(rows), len(rows) + len(chosen), n))
-        rows += [offset + t - 1 for t in chosen]
-        targets += [s.tokens[t] for t in chosen]
-        weights += [s.loss_weights[t] for t in chosen]
-        advantages += [s.advantage] * len(chosen)
-        rollout += [s.rollout_logprobs[t] if s.rollout_logprobs else 0.0 for t in chosen]
-        known += [bool(s.rollout_logprobs)] * len(chosen)
-        if old_logprobs is not None:
-            old += _old_of(s, old_logprobs, chosen)
-        offset += n
+    def per_sequence(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
+
+    def per_token(name: str, missing: float) -> Tensor:
+        lists = [getattr(s, name) for s in ordered]
+        values = [
+            v[t] if v else missing for v, kept in zip(lists, chosen, strict=True) for t in kept
+        ]
+        return torch.tensor(values, dtype=torch.float32)
+
+    def optional(name: str) -> Tensor | None:
+        trained = [s for s, kept in zip(ordered, chosen, strict=True) if kept]
+        without = [s.sample_id for s in trained if not getattr(s, name)]
+        if len(without) == len(trained):
+            return None
+        if without:
+            raise ValueError(
+                f"sample {without[0]} has no {name}, others have; score the whole batch"
+            )
+        return per_token(name, 0.0)
+
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.cat([torch.arange(n) for n in lengths]),
         lengths=tuple(lengths),
         rows=torch.tensor(rows, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        weights=torch.tensor(weights, dtype=torch.float32),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        rollout_logprobs=torch.tensor(rollout, dtype=torch.float32),
-        has_rollout=torch.tensor(known, dtype=torch.bool),
-        old_logprobs=None if old_logprobs is None else torch.tensor(old, dtype=torch.float32),
-        spans=tuple(spans),
+        targets=torch.tensor(
+            [s.tokens[t] for s, kept in zip(ordered, chosen, strict=True) for t in kept],
+            dtype=torch.int64,
+        ),
+        sequence=torch.arange(len(ordered)).repeat_interleave(counts),
+        weights=per_sequence([s.loss_weight for s in ordered]),
+        correction=per_token("correction", 1.0),
+        advantages=per_sequence([s.advantage for s in ordered]),
+        rollout_logprobs=per_token("rollout_logprobs", 0.0),
+        has_rollout=per_sequence([float(bool(s.rollout_logprobs)) for s in ordered]).bool(),
+        old_logprobs=None if every_token else optional("old_logprobs"),
+        ref_logprobs=None if every_token else optional("ref_logprobs"),
+        spans=tuple(
+            RowSpan(s.sample_id, start, stop, len(s.tokens))
+            for s, (start, stop) in zip(ordered, itertools.pairwise(ends), strict=True)
+        ),
     )
 
 
@@ -141,7 +176,6 @@ def pack_all(
     *,
     same_length: bool,
     every_token: bool = False,
-    old_logprobs: Mapping[str, Sequence[float]] | None = None,
 ) -> list[PackedBatch]:
     """``count`` packs: one per micro-batch, then fillers of weight 0 for a rank with less work than others.
 
@@ -151,10 +185,7 @@ def pack_all(
     total = None
     if same_length:
         total = max(_round_up(sum(len(s.tokens) for s in batch) or 1, multiple) for batch in work)
-    return [
-        pack(batch, multiple, every_token=every_token, old_logprobs=old_logprobs, total=total)
-        for batch in work
-    ]
+    return [pack(batch, multiple, every_token=every_token, total=total) for batch in work]
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -176,22 +207,11 @@ def _check(s: TrainSequence) -> None:
     n = len(s.tokens)
     if n == 0:
         raise ValueError(f"sample {s.sample_id} has no tokens; leave it out of the batch")
-    if len(s.loss_weights) != n or len(s.rollout_logprobs) not in (0, n):
-        raise ValueError(
-            f"sample {s.sample_id}: {n} tokens but {len(s.loss_weights)} loss weights and "
-            f"{len(s.rollout_logprobs)} rollout log-probs; all are aligned with the tokens"
-        )
-
-
-def _old_of(
-    s: TrainSequence, old: Mapping[str, Sequence[float]], chosen: Sequence[int]
-) -> list[float]:
-    if not chosen:
-        return []
-    values = old.get(s.sample_id)
-    if values is None or len(values) != len(s.tokens):
-        raise ValueError(
-            f"sample {s.sample_id}: {len(s.tokens)} tokens but "
-            f"{'no' if values is None else len(values)} old log-probs; score the batch first"
-        )
-    return [values[t] for t in chosen]
+    if len(s.loss_mask) != n:
+        raise ValueError(f"sample {s.sample_id}: {n} tokens but {len(s.loss_mask)} mask entries")
+    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "correction"):
+        if len(getattr(s, name)) not in (0, n):
+            raise ValueError(
+                f"sample {s.sample_id}: {n} tokens but {len(getattr(s, name))} {name}; "
+                "all are aligned with the tokens"
+            )

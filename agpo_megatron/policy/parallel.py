@@ -51,6 +51,11 @@ class Layout:
         return self.pp_rank == self.pp - 1
 
     @property
+    def speaks_for_replica(self) -> bool:
+        """This rank reports what its data-parallel replica computed: last stage, TP0, CP0."""
+        return self.last_stage and self.tp_rank == 0 and self.cp_rank == 0
+
+    @property
     def publishes(self) -> bool:
         """This rank is the source of its stage: TP0, CP0, DP0 (design, publishing weights)."""
         return self.tp_rank == 0 and self.cp_rank == 0 and self.dp_rank == 0

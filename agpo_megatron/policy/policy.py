@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.algorithm.adaptive_loss import clip_gate, clipped_value
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
+from agpo_megatron.policy.objective import (
+    SUMS,
+    Gate,
+    LossSettings,
+    gate_of,
+    on_policy_parts,
+    scored_parts,
+)
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
 from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple
 from agpo_megatron.policy.parallel import Layout
@@ -28,12 +36,13 @@ from agpo_megatron.types import TrainSequence
 logger = logging.getLogger(__name__)
 
 MicroBatches = Sequence[Sequence[TrainSequence]]
+WhenClipped = Literal["step", "skip_step"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """``logprobs``: of each token given those before it, aligned with the tokens (entry 0 is 0.0); ``entropy``: mean
-    over the scored positions, in nats."""
+    """``logprobs``: of each token given those before it, aligned with the tokens (entry 0 is 0.0) when every token was
+    scored, else of the trained tokens in order; ``entropy``: mean over the scored positions, in nats."""
 
     logprobs: list[float]
     entropy: float
@@ -59,6 +68,7 @@ class Policy:
             chunks = build_chunks(weight_map.shape, settings, layout)
             self.chunks: list[Any] = list(wrap_chunks(chunks, settings, config))
             self.optimizer: Any = build_optimizer(self.chunks, config, train)
+        self._reference: list[list[Tensor]] | None = None
 
     @staticmethod
     def build(
@@ -78,7 +88,9 @@ class Policy:
         source = HfCheckpoint(Path(hf_dir))
         weight_map = source.weight_map()
         layout = parallel.initialize(policy, seed, timeout=timeout)
-        head = step.HeadSettings(weight_map.shape.vocab_size, temperature, policy.logprob_chunk)
+        head = step.HeadSettings(
+            weight_map.shape.vocab_size, temperature, policy.logprob_chunk, policy.logprob_kernels
+        )
         built = Policy(policy, train, weight_map, head, layout)
         with built.backend.scope():
             weights.load_hf(built.chunks, weight_map, source, layout)
@@ -86,63 +98,121 @@ class Policy:
         return built
 
     def update(
-        self,
-        micro_batches: MicroBatches,
-        *,
-        loss: Literal["ppo", "nll"],
-        lr: float,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        gate_min: float | None = None,
-        when_clipped: Literal["step", "skip_step"] = "step",
-        old_logprobs: Mapping[str, Sequence[float]] | None = None,
+        self, micro_batches: MicroBatches, *, loss: LossSettings, lr: float
     ) -> dict[str, float]:
         """One optimizer step on this DP replica's ``micro_batches`` (the same on its TP and PP ranks).
 
         Replicas may have different numbers of them, or none: fillers of weight 0 make up the difference.
-        ``old_logprobs``: by sample id, aligned with the tokens; None means on-policy (ratio 1).
-        ``gate_min``: lower bound of the loss of the whole step (AGPO v3); at or below it the gradient is multiplied by
-        0, and the optimizer steps on it (``step``: moments decay, weights still move) or not (``skip_step``).
 
-        Returns global statistics, the same on every rank: loss/policy, loss/unclipped, loss/clip_gate, policy/entropy,
-        grad_norm, tokens/trained; for the loss "ppo" policy/ratio_mean, policy/clip_frac; where rollout log-probs of
-        trained tokens are known rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
+        The adaptive part acts on the loss of the whole step, exactly, in every layout. Where that loss is known
+        before backward (ratio 1; otherwise, for other terms beside it or per group, by a forward pass) its gain is
+        folded into the weights of the policy loss alone; if all gains are 0 and nothing else has gradients, forward
+        and backward are not run. Otherwise the gradient is scaled by the gain before it is clipped. At a gain of 0
+        the optimizer steps on a zero gradient (``step``: moments decay, weights still move) or not (``skip_step``).
+
+        Returns global statistics, the same on every rank: loss/policy, loss/unclipped, grad_norm, tokens/trained; of a
+        step that has tokens loss/clip_gate; where forward ran on some, policy/entropy, (but for "nll")
+        policy/ratio_mean, policy/clip_frac, (with a KL term) loss/kl and, where rollout log-probs of trained tokens are
+        known, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
         process are then unusable.
         """
-        batches = self._pack(micro_batches, every_token=False, old_logprobs=old_logprobs)
+        batches = self._pack(micro_batches, every_token=False)
         with self.backend.scope():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            settings = step.LossSettings(loss, clip_low, clip_high)
-            results = step.run_training(self.chunks, self.layout, batches, self.head, settings)
+            gate = self._known_gate(micro_batches, batches, loss)
+            if gate is not None:
+                if not any(gate.gains.values()) and not loss.has_other_terms:
+                    return self._skip(gate, lr, loss.when_clipped)
+                batches = [_with_gains(batch, gate) for batch in batches]
+            results = step.run_training(self.chunks, self.layout, batches, self.head, loss)
             totals = self._reduce(results)
-            value, gate = totals["loss"], 1.0
-            if gate_min is not None:
-                gate = clip_gate(value, gate_min, totals["scale"])
-                value = clipped_value(value, gate_min, totals["scale"])
-            grad_norm = self._step(gate, lr, when_clipped)
+            stats, gain = _loss_statistics(loss, totals, gate)
+            stats["grad_norm"] = self._step(gain, lr, loss.when_clipped)
         return {
-            "loss/policy": value,
-            "loss/unclipped": totals["loss"],
-            "loss/clip_gate": gate,
-            "grad_norm": grad_norm,
+            **stats,
             "tokens/trained": totals["tokens"],
-            **_token_means(totals, ratios=loss == "ppo"),
+            **_token_means(totals, ratios=loss.policy != "nll"),
         }
 
+    def _skip(self, gate: Gate, lr: float, when_clipped: WhenClipped) -> dict[str, float]:
+        """A step whose gradient is known to be 0: neither forward nor backward."""
+        return {
+            "loss/policy": gate.value,
+            "loss/unclipped": gate.loss,
+            **({"loss/clip_gate": 0.0} if gate.gains else {}),
+            "grad_norm": self._step(0.0, lr, when_clipped),
+            "tokens/trained": 0.0,
+        }
+
+    def _known_gate(
+        self, micro_batches: MicroBatches, batches: Sequence[PackedBatch], loss: LossSettings
+    ) -> Gate | None:
+        """The adaptive part before backward, the same on every rank; None where it acts afterwards or not at all."""
+        if not loss.needs_the_step or loss.on == "total":
+            return None
+        sequences = [s for batch in micro_batches for s in batch]
+        mine = on_policy_parts(sequences) if self.layout.speaks_for_replica else {}
+        shares = self._everyones(mine)
+        if any(share is None for share in shares):
+            if loss.scope == "batch" and not loss.has_other_terms:
+                return None
+            values = step.run_values(self.chunks, self.layout, batches, self.head, loss)
+            group_of = {s.sample_id: s.group_id for s in sequences}
+            speaks = self.layout.speaks_for_replica
+            shares = self._everyones(scored_parts(batches, values, group_of) if speaks else {})
+        return gate_of(loss, shares)
+
+    def _everyones(self, value: Any) -> list[Any]:
+        """``value`` of all ranks, in rank order."""
+        everyones: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(everyones, value, group=self.layout.control_group)
+        return everyones
+
+    def keep_reference(self) -> None:
+        """Remember the weights held now, on the host: the reference policy of a KL term."""
+        self._reference = [
+            [parameter.detach().to("cpu", copy=True) for parameter in chunk.parameters()]
+            for chunk in self.chunks
+        ]
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Inside, the policy has the weights of ``keep_reference``, for scoring; afterwards its own again, bit for
+        bit. Raises RuntimeError when there are none."""
+        if self._reference is None:
+            raise RuntimeError("no reference weights are kept; set algorithm.loss.kl.coef")
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        reference = [p for chunk in self._reference for p in chunk]
+        own = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        with torch.no_grad():
+            for parameter, value in zip(parameters, reference, strict=True):
+                parameter.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, own, strict=True):
+                    parameter.copy_(value)
+
     def score(
-        self, micro_batches: MicroBatches, *, temperature: float | None = None
+        self,
+        micro_batches: MicroBatches,
+        *,
+        temperature: float | None = None,
+        every_token: bool = True,
     ) -> dict[str, Score]:
-        """Log-probs and entropy of every token under the current weights, of all replicas' sequences, on rank 0 (an
-        empty dict elsewhere). Sample ids must be unique. ``temperature``: that of rollouts by default."""
-        batches = self._pack(micro_batches, every_token=True, old_logprobs=None)
+        """Log-probs and entropy under the current weights, of all replicas' sequences, on rank 0 (an empty dict
+        elsewhere). Sample ids must be unique. ``temperature``: that of rollouts by default. ``every_token``: or only
+        those that train, whose log-probs then follow one another without gaps."""
+        batches = self._pack(micro_batches, every_token=every_token)
         with self.backend.scope():
             head = self.head if temperature is None else replace(self.head, temperature=temperature)
             results = step.run_scoring(self.chunks, self.layout, batches, head)
         local: list[tuple[str, Tensor, float]] = []
-        if self.layout.last_stage and self.layout.tp_rank == 0 and self.layout.cp_rank == 0:
+        if self.layout.speaks_for_replica:
             for batch, result in zip(batches, results, strict=True):
                 logprob, entropy = result["logprob"].cpu(), result["entropy"].double().cpu()
                 for span in batch.spans:
@@ -152,7 +222,7 @@ class Policy:
         gathered: list[Any] | None = [None] * self.layout.world if self.layout.rank == 0 else None
         dist.gather_object(local, gathered, dst=0, group=self.layout.control_group)
         return {
-            sample: Score([0.0, *logprobs.tolist()], entropy)
+            sample: Score([0.0, *logprobs.tolist()] if every_token else logprobs.tolist(), entropy)
             for part in gathered or []
             for sample, logprobs, entropy in part
         }
@@ -170,7 +240,6 @@ class Policy:
         micro_batches: MicroBatches,
         *,
         every_token: bool,
-        old_logprobs: Mapping[str, Sequence[float]] | None,
     ) -> list[PackedBatch]:
         """Packs of this replica, as many as the replica with the most has; a multiple of PP when interleaved."""
         count = torch.tensor([max(len(micro_batches), 1)])
@@ -185,12 +254,11 @@ class Policy:
             total,
             same_length=interleaved,
             every_token=every_token,
-            old_logprobs=old_logprobs,
         )
 
     def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Statistics of the whole step on every rank: one rank of each replica's last stage contributes."""
-        names = [*step.SUMS, "rollout_diff_max"]
+        names = [*SUMS, "rollout_diff_max"]
         mine = torch.zeros(len(names), dtype=torch.float64)
         if results and self.layout.tp_rank == 0:
             stacked = torch.stack([torch.stack([r[n] for n in names]) for r in results]).cpu()
@@ -203,7 +271,7 @@ class Policy:
         values = [*every[:, :-1].sum(0).tolist(), float(every[:, -1].max())]
         return dict(zip(names, values, strict=True))
 
-    def _step(self, gate: float, lr: float, when_clipped: Literal["step", "skip_step"]) -> float:
+    def _step(self, gate: float, lr: float, when_clipped: WhenClipped) -> float:
         """Gate, clip, step. Returns the gradient norm after the gate."""
         if gate == 0.0 and when_clipped == "skip_step":
             return 0.0
@@ -220,11 +288,43 @@ class Policy:
         return norm
 
 
+def _with_gains(batch: PackedBatch, gate: Gate) -> PackedBatch:
+    """The pack with the gain of each sequence's group folded in."""
+    groups = [span.sample_id.rpartition(".")[0] for span in batch.spans]
+    gains = torch.tensor([gate.gains.get(group, 1.0) for group in groups], dtype=torch.float32)
+    return replace(batch, gains=gains)
+
+
+def _loss_statistics(
+    loss: LossSettings, totals: Mapping[str, float], gate: Gate | None
+) -> tuple[dict[str, float], float]:
+    """What a step reports of its loss, and the gain by which its gradient is still to be scaled."""
+    unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
+    if gate is not None:
+        unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
+    elif loss.needs_the_step:
+        if loss.on == "total":
+            unclipped += loss.kl_coef * totals["kl"]
+            unclipped -= loss.entropy_coef * totals["weighted_entropy"]
+        value = loss.phi.value(unclipped, totals["scale"])
+        mean_gain = still = loss.phi.gain(unclipped, totals["scale"])
+    elif loss.adaptive != "none":
+        value, mean_gain = totals["adapted"], totals["gain"] / max(totals["tokens"], 1.0)
+    stats = {"loss/policy": value, "loss/unclipped": unclipped}
+    if totals["tokens"]:
+        stats["loss/clip_gate"] = mean_gain
+        if loss.kl_coef > 0:
+            stats["loss/kl"] = totals["kl"]
+    return stats, still
+
+
 def _token_means(totals: Mapping[str, float], *, ratios: bool) -> dict[str, float]:
-    """Means over the trained tokens of a step; of those with a known rollout log-prob if there are any."""
-    tokens, known = max(totals["tokens"], 1.0), totals["rollout_tokens"]
-    means = {"policy/entropy": totals["entropy"] / tokens}
-    if ratios:
+    """Means over the trained tokens of a step and over those with a known rollout log-prob, if there are any."""
+    tokens, known = totals["tokens"], totals["rollout_tokens"]
+    means: dict[str, float] = {}
+    if tokens:
+        means["policy/entropy"] = totals["entropy"] / tokens
+    if tokens and ratios:
         means["policy/ratio_mean"] = totals["ratio"] / tokens
         means["policy/clip_frac"] = totals["clipped"] / tokens
     if known:

@@ -9,45 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
-from agpo_megatron.algorithm.policy_loss import negative_log_likelihood, ppo_clip
 from agpo_megatron.logprob.fused import selected_logprobs
+from agpo_megatron.logprob.projection import Kernels
+from agpo_megatron.logprob.rows import select_rows
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.attention import PackedSequences, transformer_engine_params
+from agpo_megatron.policy.objective import (
+    LossSettings,
+    micro_batch_loss,
+    sequence_values,
+    token_losses,
+)
 from agpo_megatron.policy.packing import PackedBatch
 from agpo_megatron.policy.parallel import Layout
-
-SUMS = (
-    "loss",
-    "scale",
-    "entropy",
-    "ratio",
-    "clipped",
-    "tokens",
-    "rollout_diff",
-    "rollout_tokens",
-)
-"""What each micro-batch adds to (``scale``: sum |w A|, the size of the terms of the loss); ``rollout_diff_max`` is a
-maximum."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """``kind``: "ppo" (clipped ratio) or "nll" (supervised). ``clip_low``/``clip_high``: bounds of the ratio."""
-
-    kind: Literal["ppo", "nll"]
-    clip_low: float = 0.2
-    clip_high: float = 0.28
 
 
 @dataclass(frozen=True)
@@ -57,6 +38,7 @@ class HeadSettings:
     vocab_size: int
     temperature: float
     chunk: int
+    kernels: Kernels = "auto"
 
 
 def sum_only_gradients(model: list[Any], num_tokens: Tensor | None, **keywords: Any) -> None:
@@ -86,6 +68,19 @@ def run_scoring(
     """Forward only, no autograd state. Returns, on the last stage, per micro-batch ``logprob``, ``entropy`` [N]."""
     with torch.no_grad():
         return _run(chunks, layout, batches, _Head(layout, head, None), forward_only=True)
+
+
+def run_values(
+    chunks: Sequence[Any],
+    layout: Layout,
+    batches: Sequence[PackedBatch],
+    head: HeadSettings,
+    loss: LossSettings,
+) -> list[Tensor]:
+    """Forward only: on the last stage, per micro-batch the policy loss sums of its sequences, [S] fp64."""
+    with torch.no_grad():
+        values = _Head(layout, head, loss, values_only=True)
+        return [r["values"] for r in _run(chunks, layout, batches, values, forward_only=True)]
 
 
 def _run(
@@ -136,8 +131,14 @@ def _packed_params(batch: PackedBatch) -> Any:
 class _Head:
     """The ``output_processor``: hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
 
-    def __init__(self, layout: Layout, head: HeadSettings, loss: LossSettings | None) -> None:
-        self.layout, self.head, self.loss = layout, head, loss
+    def __init__(
+        self,
+        layout: Layout,
+        head: HeadSettings,
+        loss: LossSettings | None,
+        values_only: bool = False,
+    ) -> None:
+        self.layout, self.head, self.loss, self.values_only = layout, head, loss, values_only
         self.stats: dict[str, Tensor] = {}
 
     def __call__(
@@ -151,69 +152,37 @@ class _Head:
     ) -> Tensor:
         """``hidden_states`` [T, 1, H] ([T / TP, 1, H] under sequence parallelism); returns a scalar."""
         weight = output_layer.weight if output_weight is None else output_weight
-        rows = self._select(hidden_states, context.rows, output_layer.sequence_parallel)
+        group = self.layout.tp_group if self.layout.tp > 1 else None
+        one_pass = None
+        if self.loss is not None and not self.values_only:
+            one_pass = token_losses(self.loss, context)
         result = selected_logprobs(
-            rows,
+            select_rows(
+                hidden_states.squeeze(1),
+                context.rows,
+                group=group,
+                sequence_parallel=output_layer.sequence_parallel,
+            ),
             weight,
             context.targets,
-            group=self.layout.tp_group if self.layout.tp > 1 else None,
+            group=group,
             vocab_size=self.head.vocab_size,
             temperature=self.head.temperature,
             chunk=self.head.chunk,
+            token_loss=one_pass,
+            entropy_gradient=self.loss is not None and self.loss.entropy_coef > 0,
+            kernels=self.head.kernels,
         )
         if self.loss is None:
             self.stats = {"logprob": result.logprob, "entropy": result.entropy}
             return result.logprob.sum()
-        loss, self.stats = _weighted_loss(self.loss, result.logprob, result.entropy, context)
-        return loss
+        if self.values_only:
+            self.stats = {"values": sequence_values(self.loss, result.logprob, context)}
+            return result.logprob.sum()
+        loss, self.stats = micro_batch_loss(self.loss, result.logprob, result.entropy, context)
+        return loss if result.loss is None else result.loss
 
     def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss function: (sum of w l, 0 tokens, statistics): with a token count of 0 nothing divides."""
         stats, self.stats = self.stats, {}
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), stats
-
-    def _select(self, hidden: Tensor, rows: Tensor, sequence_parallel: bool) -> Tensor:
-        """The rows that train, [N, H]. Their gradient comes back as partial sums of TP shards, which the mapping's
-        backward adds up: over all T rows under sequence parallelism, over the N selected ones without."""
-        group = self.layout.tp_group
-        if self.layout.tp == 1:
-            return hidden.squeeze(1).index_select(0, rows)
-        if sequence_parallel:
-            full = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True, group=group
-            )
-            return full.squeeze(1).index_select(0, rows)
-        return copy_to_tensor_model_parallel_region(
-            hidden.squeeze(1).index_select(0, rows), group=group
-        )
-
-
-def _weighted_loss(
-    loss: LossSettings, logprob: Tensor, entropy: Tensor, batch: PackedBatch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = sum w l over the rows, and what it adds to the statistics. A pack without rows gives a 0 that backward can
-    still run through: every rank takes part in every collective."""
-    current = logprob.detach()
-    if loss.kind == "nll":
-        tokens = negative_log_likelihood(logprob)
-        ratio, clipped = torch.ones_like(current), torch.zeros_like(current, dtype=torch.bool)
-    else:
-        old = current if batch.old_logprobs is None else batch.old_logprobs
-        tokens, clipped, ratio = ppo_clip(
-            logprob, old, batch.advantages, loss.clip_low, loss.clip_high
-        )
-    weighted = batch.weights * tokens
-    diff = (current - batch.rollout_logprobs).abs() * batch.has_rollout
-    values = {
-        "loss": weighted.detach(),
-        "scale": (batch.weights * batch.advantages).abs(),
-        "entropy": entropy.detach(),
-        "ratio": ratio,
-        "clipped": clipped,
-        "tokens": torch.ones_like(current),
-        "rollout_diff": diff,
-        "rollout_tokens": batch.has_rollout,
-    }
-    stats = {name: value.double().sum() for name, value in values.items()}
-    stats["rollout_diff_max"] = diff.double().amax() if len(diff) else diff.double().sum()
-    return weighted.sum(), stats

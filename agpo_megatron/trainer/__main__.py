@@ -74,6 +74,8 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
         seed=config.seed,
         timeout=config.cluster.command_timeout,
     )
+    if mode != "sft" and config.algorithm.loss.kl.coef > 0:
+        policy.keep_reference()  # before any checkpoint is loaded: the run's initial weights
     TrainerService(policy, PolicyPublisher(policy, config), channel, initial).run()
 
 

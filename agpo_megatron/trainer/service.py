@@ -9,11 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agpo_megatron.journal import JournalReader
+from agpo_megatron.journal import JournalReader, SampleRef
+from agpo_megatron.journal.records import to_score_sequence, write_scores
 from agpo_megatron.policy import checkpoint as policy_checkpoint
+from agpo_megatron.policy.objective import LossSettings
 from agpo_megatron.policy.policy import Policy
 from agpo_megatron.trainer.channel import Channel, Command
 from agpo_megatron.trainer.control_group import ControlGroup
@@ -41,6 +45,7 @@ class TrainerService:
             "load": self.load,
             "update": self.update,
             "score": self.score,
+            "score_samples": self.score_samples,
             "save": self.save,
             "export": self.export,
             "publish_open": publisher.open,
@@ -96,7 +101,13 @@ class TrainerService:
         return {"step": self._step, "backend": self._policy.backend.dist_backend}
 
     def update(
-        self, journal: str, record: str, step: int, plan: list[list[list[int]]], **loss: Any
+        self,
+        journal: str,
+        record: str,
+        step: int,
+        plan: list[list[list[int]]],
+        loss: dict[str, Any],
+        lr: float,
     ) -> dict[str, Any]:
         """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows.
 
@@ -106,19 +117,50 @@ class TrainerService:
             raise ValueError(
                 f"step {step} was asked for, the weights are those of step {self._step}"
             )
-        reader = self._reader(journal)
+        reader, settings = self._reader(journal), LossSettings(**loss)
         rows_of_step = reader.read_record(record)
-        batches = plan[self._policy.layout.dp_rank]
-        stats = self._policy.update(
-            [reader.sequences(rows_of_step, rows) for rows in batches], **loss
-        )
+        batches = [
+            reader.sequences(rows_of_step, rows) for rows in plan[self._policy.layout.dp_rank]
+        ]
+        if settings.old_logprobs == "rollout":
+            batches = [[replace(s, old_logprobs=s.rollout_logprobs) for s in b] for b in batches]
+        stats: dict[str, Any] = self._policy.update(batches, loss=settings, lr=lr)
         self._step = step
         return stats
 
+    def score_samples(
+        self,
+        journal: str,
+        samples: list[list[Any]],
+        plan: list[list[list[int]]],
+        weights: str,
+        path: str,
+    ) -> dict[str, Any]:
+        """Log-probs of journaled samples, [segment, row, digest] each, under the current (``policy``) or the
+        ``reference`` weights; rank 0 writes them to ``path`` and answers their mean entropy and the file's digest."""
+        reader = self._reader(journal)
+
+        def sequence(number: int) -> TrainSequence:
+            segment, row, digest = samples[number]
+            return to_score_sequence(reader.sample(SampleRef(segment, row), digest))
+
+        batches = [[sequence(i) for i in rows] for rows in plan[self._policy.layout.dp_rank]]
+        other = self._policy.reference_weights() if weights == "reference" else nullcontext()
+        with other:
+            scores = self._policy.score(batches, every_token=False)
+        if self._control.rank != 0:
+            return {}
+        logprobs = {name: score.logprobs for name, score in scores.items()}
+        tokens = sum(len(score.logprobs) for score in scores.values())
+        total = sum(score.entropy * len(score.logprobs) for score in scores.values())
+        return {
+            "entropy": total / max(tokens, 1),
+            "digest": write_scores(Path(path), logprobs),
+        }
+
     def score(self, tokens: list[int], temperature: float) -> dict[str, Any]:
         """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
-        weights = [0.0] + [1.0] * (len(tokens) - 1)
-        sequence = TrainSequence("probe", tokens, weights, 1.0, [0.0] * len(tokens))
+        sequence = TrainSequence("probe", tokens, 1.0, [1] * len(tokens), 1.0)
         batches = [[sequence]] if self._policy.layout.dp_rank == 0 else []
         scores = self._policy.score(batches, temperature=temperature)
         logprobs = scores["probe"].logprobs if "probe" in scores else None

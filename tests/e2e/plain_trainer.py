@@ -19,7 +19,10 @@ BUCKET_BYTES = 100_000
 
 
 class PlainTrainer:
-    """Implements ``TrainerPublishing``. ``spoil``: (name, index) of an element that is flipped on the wire."""
+    """Implements ``TrainerPublishing``; its every wait has a deadline, which the publisher must have set.
+
+    ``spoil``: (name, index) of an element that is flipped on the wire.
+    """
 
     def __init__(self, model: LlamaForCausalLM, step: int) -> None:
         self.model, self.step = model, step
@@ -32,28 +35,33 @@ class PlainTrainer:
         self.plan: list[list[list[TensorSpec]]] = [buckets(s, BUCKET_BYTES) for s in manifest]
         self._sources = [SpoilingSource(self) for _ in self.plan]
 
-    async def publish_open(self, epoch: str, world_size: int) -> Mapping[int, tuple[str, int]]:
+    async def publish_open(
+        self, epoch: str, world_size: int, seconds: float
+    ) -> Mapping[int, tuple[str, int]]:
+        assert seconds > 0
         self.opened.append(epoch)
         return {
-            i: ("127.0.0.1", source.open("127.0.0.1", group_name(epoch, i), world_size, 20.0))
+            i: ("127.0.0.1", source.open("127.0.0.1", group_name(epoch, i), world_size, seconds))
             for i, source in enumerate(self._sources)
         }
 
-    async def publish_send(self, version: WeightVersion) -> PublishReport:
+    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+        assert seconds > 0
         if version.step != self.step:
             refused = [source.refuse(f"holds step {self.step}") for source in self._sources]
             return PublishReport(self.step, dict(enumerate(refused)))
-        sends = [asyncio.to_thread(self._send, i) for i in range(len(self.plan))]
+        sends = [asyncio.to_thread(self._send, i, seconds) for i in range(len(self.plan))]
         reports = await asyncio.gather(*sends)
         return PublishReport(self.step, dict(enumerate(reports)))
 
-    def _send(self, stage: int) -> StageReport:
+    def _send(self, stage: int, seconds: float) -> StageReport:
         tensors = self.model.state_dict()
         named = [(s.name, tensors[s.name]) for bucket in self.plan[stage] for s in bucket]
-        return self._sources[stage].broadcast(bucketed(named, self.plan[stage]), 20.0)
+        return self._sources[stage].broadcast(bucketed(named, self.plan[stage]), seconds)
 
-    async def score_tokens(self, tokens: list[int]) -> list[float]:
-        return logprobs(self.model, tokens)
+    async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
+        assert seconds > 0
+        return self.step, logprobs(self.model, tokens)
 
     def close(self) -> None:
         for source in self._sources:

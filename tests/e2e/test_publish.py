@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,30 +16,11 @@ from plain_trainer import PlainTrainer, changed, logprobs
 
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool, State
-from agpo_megatron.sync.messages import PublishReport
 from agpo_megatron.sync.protocol import Publisher, PublishError
 from agpo_megatron.types import Prompt, WeightVersion
 
 log = logging.getLogger(__name__)
 PROMPT = Prompt(3, [1, 5, 9, 33, 12, 60, 7], "")
-
-
-class DeadlinedTrainer(PlainTrainer):
-    """With the protocol's deadlines, and with scores that name the step."""
-
-    async def publish_open(
-        self, epoch: str, world_size: int, seconds: float
-    ) -> Mapping[int, tuple[str, int]]:
-        assert seconds > 0
-        return await super().publish_open(epoch, world_size)
-
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
-        assert seconds > 0
-        return await super().publish_send(version)
-
-    async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
-        assert seconds > 0
-        return self.step, await super().score_tokens(tokens)
 
 
 @dataclass
@@ -52,7 +33,7 @@ class Bench:
 @asynccontextmanager
 async def bench(server: LiveServer, seed: int = 5) -> AsyncIterator[Bench]:
     config = server_config(group_size=4, max_response_tokens=400).rollout
-    trainer = DeadlinedTrainer(tiny_llama(seed), step=1)
+    trainer = PlainTrainer(tiny_llama(seed), step=1)
     async with aiohttp.ClientSession() as session:
         pool = RolloutPool([ServerClient(server.url, session, timeout=60)], config)
         publisher = Publisher(

@@ -90,9 +90,9 @@ def mean_entropy(
     sequences: Sequence[TrainSequence],
     temperature: float = 1.0,
 ) -> float:
-    """Entropy in nats, averaged over the tokens with a weight."""
+    """Entropy in nats, averaged over the tokens that train."""
     picked = [
-        log_probs(weights, config, s.tokens, temperature)[1][torch.tensor(s.loss_weights[1:]) != 0]
+        log_probs(weights, config, s.tokens, temperature)[1][[t - 1 for t in s.trained()]]
         for s in sequences
     ]
     return float(torch.cat(picked).mean())
@@ -107,14 +107,21 @@ def loss(
     temperature: float = 1.0,
     old: Mapping[str, Sequence[float]] | None = None,
     clip: tuple[float, float] = (0.2, 0.28),
+    terms: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """L = sum of w l over all tokens of all sequences; l is -log p ("nll") or the clipped-ratio loss ("ppo")."""
+    """L = sum of w l over all tokens of all sequences; l is -log p ("nll"), the clipped-ratio loss ("ppo"), or
+    beta k3 - c H ("terms", of beta and c)."""
     total = torch.zeros((), dtype=torch.float64)
     for s in sequences:
-        chosen, _ = log_probs(weights, config, s.tokens, temperature)
-        w = torch.tensor(s.loss_weights[1:], dtype=torch.float64)
+        chosen, entropy = log_probs(weights, config, s.tokens, temperature)
+        w = s.loss_weight * torch.tensor(s.loss_mask[1:], dtype=torch.float64)
         if kind == "nll":
             total = total - (w * chosen).sum()
+            continue
+        if kind == "terms":
+            d = chosen - torch.tensor(s.ref_logprobs[1:], dtype=torch.float64)
+            k3 = (-d).exp() + d - 1
+            total = total + (w * (terms[0] * k3 - terms[1] * entropy)).sum()
             continue
         start = (
             chosen.detach()

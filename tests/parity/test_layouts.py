@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,18 @@ import cases
 import pytest
 import reference
 import tiny_models
+import torch
 from ranks import Ranks
 from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.controller.publishing import stage_layers
+from agpo_megatron.policy.objective import LossSettings
 
 LENGTHS = [40, 7, 23, 1, 2, 16, 31, 12]
 TRAIN = {"adam_eps": 1e-5, "lr": 1e-3, "grad_clip": 0.0}
-PPO = {"loss": "ppo", "lr": 1e-3}
+PPO = {"loss": LossSettings(), "lr": 1e-3}
+NLL = {"loss": LossSettings("nll"), "lr": 1e-3}
 GRADIENT, LOSS, BF16 = 1e-5, 1e-6, 1e-2
 
 
@@ -127,7 +132,7 @@ def test_loss_and_every_gradient(pools: Any, models: dict[str, Path], name: str)
 def test_bf16(pools: Any, models: dict[str, Path]) -> None:
     """Activations have 8 bits, gradients are summed in fp32: small deviations everywhere, large ones nowhere."""
     axes = {"tensor_parallel": 2, "pipeline_parallel": 2, "sequence_parallel": True, **PLAIN}
-    found = run(pools, models["tied"], layout(dtype="bf16", **axes), update={**PPO, "loss": "nll"})
+    found = run(pools, models["tied"], layout(dtype="bf16", **axes), update=NLL)
     task = (
         tiny_models.weights_of(models["tied"]),
         tiny_models.TIED,
@@ -185,7 +190,7 @@ def test_the_loss_scale_does_not_depend_on_the_split(
         models["llama"],
         layout(**axes, **PLAIN),
         plan=split(axes.get("data_parallel", 1), micro),
-        update={"loss": "nll", "lr": 1e-3},
+        update=NLL,
     )
     loss, grads = reference.gradients(
         tiny_models.weights_of(models["llama"]),
@@ -210,8 +215,7 @@ def test_the_loss_scale_does_not_depend_on_the_split(
 def test_a_replica_without_work(pools: Any, models: dict[str, Path], axes: dict[str, Any]) -> None:
     """One replica has three micro-batches, one of them all masked; the other has none."""
     masked = [
-        s.__class__(s.sample_id, s.tokens, [0.0] * len(s.tokens), s.advantage)
-        for s in tiny_models.sequences([9, 4], seed=5)
+        replace(s, loss_mask=[0] * len(s.tokens)) for s in tiny_models.sequences([9, 4], seed=5)
     ]
     work = tiny_models.sequences([21, 6, 14])
     found = run(
@@ -221,7 +225,7 @@ def test_a_replica_without_work(pools: Any, models: dict[str, Path], axes: dict[
         tiny_models.weights_of(models["llama"]), tiny_models.LLAMA, work, kind="ppo"
     )
     assert found.stats[0]["loss/policy"] == pytest.approx(loss, abs=LOSS)
-    trained = sum(w != 0 for s in work for w in s.loss_weights[1:])
+    trained = sum(len(s.trained()) for s in work)
     assert found.stats[0]["tokens/trained"] == trained
     assert worst(found.gradients, grads)[0] < GRADIENT
 
@@ -299,17 +303,73 @@ def test_scores_reach_rank_0(pools: Any, models: dict[str, Path], axes: dict[str
 def test_a_closed_gate_leaves_the_weights_alone(pools: Any, models: dict[str, Path]) -> None:
     """The gate is decided by the loss of all replicas together: here one replica alone is above the bound."""
     work = tiny_models.sequences(LENGTHS)
-    up = [s.__class__(s.sample_id, s.tokens, s.loss_weights, 1.0) for s in work[:1]]
-    down = [s.__class__(s.sample_id, s.tokens, s.loss_weights, -0.1) for s in work[1:2]]
+    up = [replace(s, advantage=1.0) for s in work[:1]]
+    down = [replace(s, advantage=-0.1) for s in work[1:2]]
     found = run(
         pools,
         models["llama"],
         layout(data_parallel=2),
         plan=[[up], [down]],
-        update={**PPO, "gate_min": 0.0, "when_clipped": "skip_step"},
+        update={"loss": LossSettings(adaptive="max0", when_clipped="skip_step"), "lr": 1e-3},
     )
     assert found.stats[0]["loss/unclipped"] < 0
     assert found.stats[0]["loss/policy"] == 0
     assert found.stats[0]["loss/clip_gate"] == 0
     start = tiny_models.weights_of(models["llama"])
     assert all((found.weights[n].double() == w).all() for n, w in start.items())
+
+
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"tensor_parallel": 2, "data_parallel": 2, "sequence_parallel": True},
+        {"pipeline_parallel": 2, "data_parallel": 2},
+        {"pipeline_parallel": 2, "virtual_pipeline": 2},
+    ],
+    ids=["tp2-dp2-sp", "pp2-dp2", "pp2-vpp2"],
+)
+def test_the_adaptive_part_off_policy_with_kl_and_entropy(
+    pools: Any, models: dict[str, Path], axes: dict[str, Any], scope: str
+) -> None:
+    """Ratios that are not 1, groups spread over replicas, terms that the adaptive part must not touch."""
+    start = tiny_models.weights_of(models["llama"])
+    work = []
+    for i, s in enumerate(tiny_models.sequences(LENGTHS)):
+        chosen, _ = reference.log_probs(start, tiny_models.LLAMA, s.tokens)
+        scored = [0.0, *chosen.tolist()]
+        old = [x + 0.15 * math.sin(3 * t + i) for t, x in enumerate(scored)]
+        ref = [x + 0.5 * math.cos(t) for t, x in enumerate(scored)]
+        name = f"g{i % 3}.{i}"
+        work.append(replace(s, sample_id=name, old_logprobs=old, ref_logprobs=ref))
+    replicas = axes.get("data_parallel", 1)
+    dealt = [work[r::replicas] for r in range(replicas)]
+    loss = LossSettings(adaptive="exp", tau=0.5, scope=scope, kl_coef=0.3, entropy_coef=0.2)  # type: ignore[arg-type]
+    found = run(
+        pools,
+        models["llama"],
+        layout(**axes, **PLAIN),
+        plan=[[mine[i : i + 3] for i in range(0, len(mine), 3)] for mine in dealt],
+        update={"loss": loss, "lr": 1e-3},
+    )
+    old_of = {s.sample_id: s.old_logprobs for s in work}
+    parts = (
+        [work]
+        if scope == "batch"
+        else [[s for s in work if s.group_id == g] for g in ("g0", "g1", "g2")]
+    )
+    total = {n: torch.zeros_like(w) for n, w in start.items()}
+    value = 0.0
+    for part in parts:
+        weight = sum(s.loss_weight * len(s.trained()) for s in part) if scope == "group" else 1.0
+        part_loss, grads = reference.gradients(
+            start, tiny_models.LLAMA, part, kind="ppo", old=old_of
+        )
+        gain = math.exp(part_loss / weight / 0.5)
+        value += weight * 0.5 * gain
+        total = {n: total[n] + gain * grads[n] for n in total}
+    _, others = reference.gradients(start, tiny_models.LLAMA, work, kind="terms", terms=(0.3, 0.2))
+    total = {n: total[n] + others[n] for n in total}
+    assert found.stats[0]["loss/policy"] == pytest.approx(value, rel=1e-5)
+    error, tensor = worst(found.gradients, total)
+    assert error < 2 * GRADIENT, f"{tensor} is off by {error:.1e}"

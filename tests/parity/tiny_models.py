@@ -101,19 +101,18 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def sequences(lengths: list[int], vocab: int = 67, seed: int = 0) -> list[TrainSequence]:
-    """Random sequences whose first third is prompt; weights differ from token to token, advantages have both signs."""
+    """Random sequences whose first third is prompt; weights differ, advantages have both signs."""
     rng = random.Random(seed)
     made = []
     for i, n in enumerate(lengths):
         prompt = max(1, n // 3)
-        weights = [0.0] * min(prompt, n) + [
-            rng.choice([0.0, 0.02, 0.05]) for _ in range(n - prompt)
-        ]
+        mask = [0] * min(prompt, n) + [rng.choice([0, 1, 1]) for _ in range(n - prompt)]
         made.append(
             TrainSequence(
                 sample_id=f"s{i}",
                 tokens=[rng.randrange(vocab) for _ in range(n)],
-                loss_weights=weights,
+                loss_weight=rng.choice([0.02, 0.05]),
+                loss_mask=mask,
                 advantage=rng.uniform(-1.5, 1.5),
                 rollout_logprobs=[0.0] + [-rng.uniform(3, 5) for _ in range(n - 1)],
             )

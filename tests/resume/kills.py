@@ -103,9 +103,36 @@ def check_nothing_lost_or_repeated(
             spans = json.loads(sample["versions"])
             assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
     assert trained == [f"g{p:09d}.{i}" for p in range(steps * prompts) for i in range(group_size)]
-    journaled = Counter(
+    assert journaled(folder) == Counter(trained), "a sample was generated again, or never trained"
+
+
+def journaled(folder: RunFolder) -> Counter[str]:
+    """How often each sample is in the journal."""
+    reader = JournalReader(folder.journal)
+    return Counter(
         f"{row['group_id']}.{row['index']}"
         for name in valid_files(folder.journal)[0]
         for row in reader.segment(name).select(["group_id", "index"]).to_pylist()
     )
-    assert journaled == Counter(trained), "a journaled sample was generated again, or never trained"
+
+
+def check_dynamic_sampling(run_dir: Path, steps: int, prompts: int, group_size: int) -> None:
+    """Every prompt up to the last cursor was generated once, under the weights of the step that used or replaced it;
+    each step is full, and takes silent groups only after its last round."""
+    folder = RunFolder(run_dir)
+    metrics = read_metrics(run_dir)
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    reader, cursor, replaced = JournalReader(folder.journal), 0, 0.0
+    for step, row in enumerate(metrics, start=1):
+        record = reader.record(step)
+        taken = {r.sample_id.partition(".")[0] for r in record.rows}
+        assert len(taken) == prompts and len(record.rows) == prompts * group_size
+        assert {int(g[1:]) for g in taken} <= set(range(cursor, record.cursor))
+        assert record.cursor - cursor == prompts + row["sampling/discarded_groups"]
+        for r in record.rows:
+            spans = json.loads(reader.segment(r.ref.segment)["versions"][r.ref.row].as_py())
+            assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
+        cursor, replaced = record.cursor, replaced + row["sampling/discarded_groups"]
+    assert replaced > 0, "the case must replace groups"
+    every = [f"g{p:09d}.{i}" for p in range(cursor) for i in range(group_size)]
+    assert journaled(folder) == Counter(every), "a group was generated again, or skipped"

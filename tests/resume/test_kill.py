@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kills import check_nothing_lost_or_repeated, controller_log, finish, kill_at
+import torch
+from kills import (
+    check_dynamic_sampling,
+    check_nothing_lost_or_repeated,
+    controller_log,
+    finish,
+    kill_at,
+)
 from tiny_run import write_run
+from transformers import AutoModelForCausalLM
+
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.journal import JournalReader
 
 STEPS, PROMPTS, GROUP = 4, 4, 4
 SERVER = "rollout server 0"
@@ -16,9 +28,14 @@ def export_bytes(run_dir: Path) -> bytes:
     return b"".join(p.read_bytes() for p in sorted((run_dir / "hf").glob("*.safetensors")))
 
 
-def kill_and_continue(tmp_path: Path, starts: list[list[tuple[str, str]]]) -> None:
+def kill_and_continue(
+    tmp_path: Path,
+    starts: list[list[tuple[str, str]]],
+    check: Callable[[Path, int, int, int], None] = check_nothing_lost_or_repeated,
+    **changes: object,
+) -> None:
     """Kill what each start names, role by phase; then let the run come to its end, and judge it."""
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, **changes)
     run_dir = tmp_path / "run"
     for kills in starts:
         outcome = kill_at(config, run_dir, *kills)
@@ -35,7 +52,7 @@ def kill_and_continue(tmp_path: Path, starts: list[list[tuple[str, str]]]) -> No
             assert f"{victim} was killed by signal 9" in outcome.output
     outcome = finish(config, run_dir)
     assert outcome.exit_code == 0, outcome.output
-    check_nothing_lost_or_repeated(run_dir, STEPS, PROMPTS, GROUP)
+    check(run_dir, STEPS, PROMPTS, GROUP)
     # What the killed run learnt is what its journal says, bit for bit.
     replayed = tmp_path / "replayed"
     outcome = finish(config, replayed, "--replay", str(run_dir))
@@ -62,3 +79,34 @@ def test_a_role_killed_at_every_phase(tmp_path: Path, role: str) -> None:
 )
 def test_a_server_killed_at_every_phase(tmp_path: Path, phases: list[str]) -> None:
     kill_and_continue(tmp_path, [[(SERVER, phase) for phase in phases]])
+
+
+@pytest.mark.full
+def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> None:
+    """Groups are replaced, and the step is decided only after old and reference log-probs are known: neither is lost
+    by a kill in between, and the reference stays the initial policy."""
+    loss = {"kl": {"coef": 0.05}, "correction": {"kind": "tis"}}
+    kill_and_continue(
+        tmp_path,
+        [
+            [("controller", "score step 1 with policy weights")],
+            [("trainer rank 1", "score step 3 with reference weights")],
+        ],
+        check_dynamic_sampling,
+        **{
+            "algorithm.preset": "dapo",
+            "algorithm.advantage": {"resample_rounds": 2},
+            "algorithm.loss": loss,
+        },
+    )
+    reader = JournalReader(RunFolder(tmp_path / "run").journal)
+    record = reader.record(STEPS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for row in record.rows[:3]:
+        sample = reader.sample(row.ref, record.segments[row.ref.segment])
+        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        with torch.no_grad():
+            table = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].log_softmax(-1)
+        expected = table.gather(1, tokens[0, len(sample.prompt_tokens) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row.ref_logprobs), expected, atol=1e-3, rtol=0)
+        assert row.old_logprobs != row.ref_logprobs and len(row.correction) == len(expected)

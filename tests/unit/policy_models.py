@@ -92,7 +92,8 @@ def sequences(lengths: list[int], weight: float = 0.05, seed: int = 0) -> list[T
             TrainSequence(
                 f"s{i}",
                 torch.randint(0, SMALL["vocab_size"], (n,), generator=generator).tolist(),
-                [0.0] * prompt + [weight] * (n - prompt),
+                weight,
+                [0] * prompt + [1] * (n - prompt),
                 1.0 if i % 2 else -0.5,
             )
         )

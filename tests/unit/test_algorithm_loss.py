@@ -1,292 +1,325 @@
-"""Token loss, aggregation (A3), loss clip (A4) and the covariance identity (1c)."""
+"""Token losses, KL, entropy control and rollout correction: worked numbers, gradients in fp64, absurd inputs."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agpo_megatron.algorithm.adaptive_loss import (
-    clip_gate,
-    clipped_value,
-    length_advantage_covariance,
-    on_policy_loss,
+from agpo_megatron.algorithm.aggregation import sequence_weights
+from agpo_megatron.algorithm.correction import rollout_correction
+from agpo_megatron.algorithm.policy_loss import (
+    POLICY_LOSSES,
+    Bounds,
+    Rows,
+    cispo,
+    gmpo,
+    gspo,
+    gspo_token,
+    negative_log_likelihood,
+    ppo,
+    sapo,
 )
-from agpo_megatron.algorithm.advantage import group_advantages, is_zero_variance
-from agpo_megatron.algorithm.aggregation import token_weights
-from agpo_megatron.algorithm.policy_loss import negative_log_likelihood, ppo_clip
+from agpo_megatron.algorithm.regularization import kl_estimate, next_entropy_coefficient
 
-MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 fast = settings(max_examples=60, deadline=None)
+RHO = [0.5, 0.9, 1, 1.25, 1.5, 4]
 
 
-def masks_of(lengths):
-    return [[1] * n for n in lengths]
+def rows(log_ratios, advantage, lengths=None, dtype=torch.float64):
+    """Rows of sequences of ``lengths`` (one by default), old log-prob -2; ``advantage`` per row or one for all."""
+    ratio = torch.as_tensor(log_ratios, dtype=dtype)
+    lengths = [len(ratio)] if lengths is None else lengths
+    a = torch.as_tensor(advantage, dtype=dtype).expand(len(ratio))
+    old = torch.full_like(ratio, -2.0)
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Rows((old + ratio).requires_grad_(), old, a, index, len(lengths))
 
 
-def advantages(raw, zero_variance="zero"):
-    return group_advantages(
-        raw, raw, zero_variance=zero_variance, tol=1e-6, std_eps=1e-6, r_max=1.0, r_min=0.0
-    )
+def logs(ratios):
+    return [math.log(x) for x in ratios]
 
 
-def total(weights, token_losses):
-    """sum w l, for one loss per sequence."""
-    return sum(w * loss for row, loss in zip(weights, token_losses, strict=True) for w in row)
-
-
-# --- token loss ------------------------------------------------------------------------------
+# --- PPO ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "advantage, high, expected, clipped",
+    "advantage, bounds, expected, clipped",
     [
-        (1, 0.28, [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0, 0, 0, 0, 1, 1]),
-        (1, 0.2, [-0.5, -0.9, -1, -1.2, -1.2, -1.2], [0, 0, 0, 1, 1, 1]),
-        (-1, 0.28, [0.8, 0.9, 1, 1.25, 1.5, 4], [1, 0, 0, 0, 0, 0]),
-        (0, 0.28, [0] * 6, [0] * 6),
+        (1, Bounds(0.2, 0.28), [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0, 0, 0, 0, 1, 1]),
+        (1, Bounds(0.2, 0.2), [-0.5, -0.9, -1, -1.2, -1.2, -1.2], [0, 0, 0, 1, 1, 1]),
+        (-1, Bounds(0.2, 0.28), [0.8, 0.9, 1, 1.25, 1.5, 4], [1, 0, 0, 0, 0, 0]),
+        (-1, Bounds(0.2, 0.28, dual=3.0), [0.8, 0.9, 1, 1.25, 1.5, 3], [1, 0, 0, 0, 0, 1]),
+        (1, Bounds(0.2, 0.28, dual=3.0), [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0] * 4 + [1] * 2),
+        (0, Bounds(0.2, 0.28, dual=3.0), [0] * 6, [0] * 6),
     ],
 )
-def test_ppo_clip_worked_example(advantage, high, expected, clipped):
-    rho = torch.tensor([0.5, 0.9, 1, 1.25, 1.5, 4], dtype=torch.float64)
-    old = torch.full_like(rho, -2.0)
-    logprob = (old + rho.log()).requires_grad_()
-    a = torch.full_like(rho, float(advantage))
-    loss, is_clipped, ratio = ppo_clip(logprob, old, a, 0.2, high)
-    assert loss.tolist() == pytest.approx(expected, abs=1e-12)
-    assert is_clipped.tolist() == [bool(c) for c in clipped]
-    assert ratio.tolist() == pytest.approx(rho.tolist()) and not ratio.requires_grad
-    loss.sum().backward()
-    gradient = [0.0 if c else -advantage * r for c, r in zip(clipped, rho.tolist(), strict=True)]
-    assert logprob.grad.tolist() == pytest.approx(gradient, abs=1e-12)
+def test_ppo_worked_example(advantage, bounds, expected, clipped):
+    batch = rows(logs(RHO), float(advantage))
+    got = ppo(batch, bounds)
+    assert got.loss.tolist() == pytest.approx(expected, abs=1e-12)
+    assert got.surrogate.tolist() == got.loss.tolist() and not got.surrogate.requires_grad
+    assert got.is_clipped.tolist() == [bool(c) for c in clipped]
+    assert got.ratio.tolist() == pytest.approx(RHO) and not got.ratio.requires_grad
+    got.loss.sum().backward()
+    gradient = [0.0 if c else -advantage * r for c, r in zip(clipped, RHO, strict=True)]
+    assert batch.logprob.grad.tolist() == pytest.approx(gradient, abs=1e-12)
 
 
-def test_ppo_clip_on_policy_gradient_is_exact():
+def test_off_policy_example():
+    got = ppo(rows(logs([1.1, 1.3, 0.9, 1.5, 0.7, 1.2]), [1.0] * 4 + [-1.0] * 2), Bounds(0.2, 0.28))
+    assert got.loss.tolist() == pytest.approx([-1.1, -1.28, -0.9, -1.28, 0.8, 1.2], abs=1e-9)
+    w = sequence_weights([4, 2], [4, 2], "token_mean")
+    weights = torch.tensor([w[0]] * 4 + [w[1]] * 2, dtype=torch.float64)
+    assert (weights * got.loss).sum().item() == pytest.approx(-0.426667, abs=1e-6)
+
+
+# --- the others -----------------------------------------------------------------------------
+
+MIX = [0.1, -0.2, 0.3, 0.0]
+
+
+def test_gspo_worked_example():
+    got = gspo(rows(MIX, 1.0), Bounds(0.2, 0.2))
+    assert got.ratio.tolist() == pytest.approx([1.051271] * 4, abs=6e-7)
+    assert got.loss.tolist() == pytest.approx([-1.051271] * 4, abs=6e-7)
+    clipped = gspo(rows(MIX, 1.0), Bounds(3e-4, 4e-4))
+    assert clipped.loss.tolist() == pytest.approx([-1.0004] * 4) and clipped.is_clipped.all()
+
+
+def test_gspo_takes_each_sequence_by_itself():
+    batch = rows([0.3, 0.1, -0.4], 1.0, [2, 1])
+    got = gspo(batch, Bounds(0.9, 0.9))
+    assert got.ratio.log().tolist() == pytest.approx([0.2, 0.2, -0.4])
+    (got.loss[:2].sum() / 2).backward()
+    assert batch.logprob.grad.tolist() == pytest.approx([-0.5 * math.exp(0.2)] * 2 + [0])
+
+
+def test_gspo_token_has_gspos_value_and_each_tokens_gradient():
+    batch = rows(MIX, [1.0, 1.0, -2.0, 0.5])
+    got = gspo_token(batch, Bounds(0.9, 0.9))
+    s = math.exp(0.05)
+    assert got.loss.tolist() == pytest.approx([-s, -s, 2 * s, -0.5 * s])
+    got.loss.sum().backward()
+    assert batch.logprob.grad.tolist() == pytest.approx([-s, -s, 2 * s, -0.5 * s])
+
+
+def test_gmpo_worked_example():
+    def ratio(advantage, epsilon):
+        return -gmpo(rows(MIX, advantage), Bounds(epsilon, epsilon)).loss[0].item() / advantage
+
+    assert ratio(1.0, 0.4) == pytest.approx(1.051271, abs=6e-7)
+    assert ratio(1.0, 0.15) == pytest.approx(1.012578, abs=6e-7)
+    assert ratio(-1.0, 0.15) == pytest.approx(1.064494, abs=6e-7)
+    # each sign has its own bound: 0.3 is cut to 0.15 for A > 0, -0.2 to -0.15 for A < 0
+    for bounds, kept in ((Bounds(9.0, 0.15), 1.012578), (Bounds(0.15, 9.0), 1.051271)):
+        assert -gmpo(rows(MIX, 1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
+    for bounds, kept in ((Bounds(0.15, 9.0), 1.064494), (Bounds(9.0, 0.15), 1.051271)):
+        assert gmpo(rows(MIX, -1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
+    assert gmpo(rows(MIX, 1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 0, 1, 0]
+    assert gmpo(rows(MIX, -1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 1, 0, 0]
+
+
+def test_sapo_worked_example():
+    rho = [0.5, 0.9, 1, 1.3, 2]
+    for advantage, weight in (
+        (1.0, [0.940015, 0.997504, 1, 0.977833, 0.786448]),
+        (-1.0, [0.934140, 0.997249, 1, 0.975598, 0.768110]),
+    ):
+        batch = rows(logs(rho), advantage)
+        got = sapo(batch, Bounds(0.2, 0.2))
+        got.loss.sum().backward()
+        expected = [-advantage * w * r for w, r in zip(weight, rho, strict=True)]
+        assert batch.logprob.grad.tolist() == pytest.approx(expected, abs=2e-6)
+        assert got.surrogate.tolist() == pytest.approx([-advantage * r for r in rho])
+    gate = sapo(rows(logs(rho), 1.0), Bounds(0.2, 0.2)).loss
+    expected = [-1.510163, -1.900083, -2, -2.297770, -2.924234]
+    assert gate.tolist() == pytest.approx(expected, abs=6e-7)
+
+
+def test_cispo_worked_example():
+    rho = [0.5, 0.9, 1, 1.28, 3]
+    batch = rows(logs(rho), [1.0, 1.0, -2.0, 1.0, 1.0])
+    got = cispo(batch, Bounds(1.0, 0.28))
+    capped = [0.5, 0.9, 1, 1.28, 1.28]
+    assert got.surrogate.tolist() == pytest.approx([-0.5, -0.9, 2, -1.28, -1.28])
+    got.loss.sum().backward()
+    expected = [-c * a for c, a in zip(capped, [1, 1, -2, 1, 1], strict=True)]
+    assert batch.logprob.grad.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_on_policy_all_losses_have_the_same_gradient(name):
+    a = torch.tensor([0.7, 0.7, -1.3, 2.0, 2.0, 0.0], dtype=torch.float64)
+    batch = rows([0.0] * 6, a, [2, 1, 2, 1])
+    got = POLICY_LOSSES[name](batch, Bounds(0.2, 0.28))
+    got.loss.sum().backward()
+    assert batch.logprob.grad.tolist() == pytest.approx((-a).tolist(), abs=1e-12)
+    assert got.surrogate.tolist() == pytest.approx((-a).tolist(), abs=1e-12)
+    assert not got.is_clipped.any()
+
+
+def test_ppo_on_policy_is_exact_in_fp32():
     logprob = torch.tensor([-0.3, -7.0, -0.0, -1.5], requires_grad=True)
     a = torch.tensor([0.7, -1.3, 0.0, 2.0])
-    loss, is_clipped, ratio = ppo_clip(logprob, logprob.detach(), a, 0.2, 0.28)
-    loss.sum().backward()
-    assert torch.equal(logprob.grad, -a) and torch.equal(loss, -a)
-    assert not is_clipped.any() and torch.equal(ratio, torch.ones(4))
+    batch = Rows(logprob, logprob.detach(), a, torch.zeros(4, dtype=torch.int64), 1)
+    got = ppo(batch, Bounds(0.2, 0.28))
+    got.loss.sum().backward()
+    assert torch.equal(logprob.grad, -a) and torch.equal(got.loss, -a)
+    assert not got.is_clipped.any() and torch.equal(got.ratio, torch.ones(4))
 
 
-def test_ppo_clip_survives_an_absurd_ratio():
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_gradients_are_those_of_finite_differences(name):
+    """Of the function that the loss differentiates: detached factors held at their values."""
+    ratios = [0.3, -0.5, 0.02, -0.03, 0.7, -0.9, 0.11, -0.25, 1.3]
+    batch = rows(ratios, [1.0, 1.0, 1.0, -0.8, -0.8, -0.8, -0.8, 0.0, -2.0], [3, 4, 1, 1])
+    weights = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    bounds = Bounds(0.2, 0.28, dual=3.0 if name == "ppo" else None)
+
+    def value(logprob):
+        if name == "cispo":  # its ratio is a constant of the step
+            factor = (batch.logprob.detach() - batch.old_logprob).exp().clamp(0.8, 1.28)
+            return (weights * -factor * batch.advantage * logprob).sum()
+        if name == "gspo_token":
+            s = batch.sequence_mean(batch.log_ratio().detach()).exp()
+            own = s * (logprob - batch.logprob.detach()).exp()
+            low, high = -own * batch.advantage, -own.clamp(0.8, 1.28) * batch.advantage
+            return (weights * torch.maximum(low, high)).sum()
+        moved = Rows(logprob, batch.old_logprob, batch.advantage, batch.sequence, 4)
+        return (weights * POLICY_LOSSES[name](moved, bounds).loss).sum()
+
+    (weights * POLICY_LOSSES[name](batch, bounds).loss).sum().backward()
+    step, start = 1e-6, batch.logprob.detach()
+    for i in range(9):
+        move = torch.zeros_like(start)
+        move[i] = step
+        slope = (value(start + move) - value(start - move)) / (2 * step)
+        assert batch.logprob.grad[i].item() == pytest.approx(slope.item(), abs=1e-8), i
+
+
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_an_absurd_ratio_and_an_empty_pack_stay_finite(name):
     logprob = torch.tensor([0.0, 0.0, -300.0], requires_grad=True)
     old = torch.tensor([-300.0, -300.0, 0.0])
-    loss, _, ratio = ppo_clip(logprob, old, torch.tensor([0.0, -1.0, 1.0]), 0.2, 0.28)
-    loss.sum().backward()
-    assert loss[0] == 0 and torch.isfinite(loss).all() and torch.isfinite(ratio).all()
-    assert torch.isfinite(logprob.grad).all()
+    index = torch.tensor([0, 1, 2])
+    batch = Rows(logprob, old, torch.tensor([0.0, -1.0, 1.0]), index, 3)
+    got = POLICY_LOSSES[name](batch, Bounds(0.2, 0.28))
+    got.loss.sum().backward()
+    for tensor in (got.loss, got.surrogate, got.ratio, logprob.grad):
+        assert torch.isfinite(tensor).all()
+    assert got.loss[0] == 0
+    empty = torch.zeros(0, requires_grad=True)
+    nothing = Rows(empty, empty.detach(), empty.detach(), torch.zeros(0, dtype=torch.int64), 0)
+    total = POLICY_LOSSES[name](nothing, Bounds(0.2, 0.28)).loss.sum()
+    total.backward()
+    assert total == 0
+
+
+@fast
+@given(
+    st.lists(
+        st.tuples(st.floats(-1, 1), st.sampled_from([-1.5, -0.3, 0.4, 2.0])),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from(list(POLICY_LOSSES)),
+    st.data(),
+)
+def test_fp32_agrees_with_fp64_and_order_does_not_matter(tokens, name, data):
+    bounds = Bounds(0.2, 0.28)
+    lengths = [1] * len(tokens)
+    ratios, a = [r for r, _ in tokens], [x for _, x in tokens]
+    wide = POLICY_LOSSES[name](rows(ratios, a, lengths), bounds).loss
+    narrow = POLICY_LOSSES[name](rows(ratios, a, lengths, torch.float32), bounds).loss
+    assert narrow.tolist() == pytest.approx(wide.tolist(), rel=1e-4, abs=1e-5)
+    order = data.draw(st.permutations(range(len(tokens))))
+    moved = rows([ratios[i] for i in order], [a[i] for i in order], lengths)
+    got = POLICY_LOSSES[name](moved, bounds).loss
+    assert got.tolist() == pytest.approx([wide[i].item() for i in order], rel=1e-12)
 
 
 def test_negative_log_likelihood():
     assert negative_log_likelihood(torch.tensor([-1.5, -0.25])).tolist() == [1.5, 0.25]
 
 
-# --- aggregation -----------------------------------------------------------------------------
+# --- KL and entropy -------------------------------------------------------------------------
 
 
-def test_loss_mask_worked_example():
-    groups, lengths = [[1, 0], [1, 1], [0, 1]], [2, 6, 5, 3, 1, 3]
-    a = [x for raw in groups for x in advantages([float(r) for r in raw])]
-    kept = [not is_zero_variance(raw, 1e-6) for raw in groups for _ in raw]
-    assert kept == [True, True, False, False, True, True]
-    expected = {
-        "token_mean": (0.070711, 0.117851),
-        "seq_mean_token_mean": (0, 0),
-        "seq_mean_token_sum": (0.235702, 0.353553),
-        "seq_mean_token_sum_norm": (0.029463, 0.044194),
-    }
-    for mode, (keep, exclude) in expected.items():
-        for denominators, value in (("keep", keep), ("exclude", exclude)):
-            w = token_weights(masks_of(lengths), kept, mode, 8, denominators)
-            assert on_policy_loss(w, a) == pytest.approx(value, abs=6e-7), (mode, denominators)
-    # v1 on the same batch: the all-right group pushes the loss below zero.
-    v1 = [x for raw in groups for x in advantages([float(r) for r in raw], "constant")]
-    w = token_weights(masks_of(lengths), [True] * 6, "token_mean")
-    assert on_policy_loss(w, v1) == pytest.approx(-0.329289, abs=6e-7)
+def test_kl_worked_example():
+    logprob = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.2, -1.0, -0.5], dtype=torch.float64)
+    expected = {"k1": [0.2, -1, 0], "k2": [0.02, 0.5, 0], "k3": [0.018731, 0.718282, 0]}
+    slopes = {"k1": [1, 1, 1], "k2": [0.2, -1, 0], "k3": [1 - math.exp(-0.2), 1 - math.e, 0]}
+    for name, values in expected.items():
+        k = kl_estimate(logprob, ref, name)
+        assert k.tolist() == pytest.approx(values, abs=6e-7)
+        (slope,) = torch.autograd.grad(k.sum(), logprob)
+        assert slope.tolist() == pytest.approx(slopes[name])
+    old = logprob.detach() - math.log(1.1)
+    got = kl_estimate(logprob, ref, "k3", old)
+    assert got.tolist() == pytest.approx([0.020604, 0.790110, 0], abs=6e-7)
 
 
-def test_weights_of_a_whole_step_are_split_invariant():
-    """Two ranks with two micro-batches each; a mean of their means would be another number."""
-    lengths, losses = [2, 4, 3, 8, 1, 6], [1.0, -0.5, 0.2, 0.3, -1.0, 0.1]
-    expected = [0.108333, 0.016667, 0.433333, 0.054167]
-    for mode, value in zip(MODES, expected, strict=True):
-        w = token_weights(masks_of(lengths), [True] * 6, mode, 8)
-        assert total(w, losses) == pytest.approx(value, abs=6e-7), mode
-        shards = [total(w[i:j], losses[i:j]) for i, j in ((0, 2), (2, 3), (3, 4), (4, 6))]
-        assert sum(shards) == pytest.approx(value, abs=6e-7)
-
-
-def test_token_weights_follow_the_mask():
-    masks = [[0, 1, 1, 0], [0, 0], [1, 0, 1, 1]]
-    w = token_weights(masks, [True, True, True], "token_mean")
-    assert w == [[0, 0.2, 0.2, 0], [0, 0], [0.2, 0, 0.2, 0.2]]
-    w = token_weights(masks, [True, True, True], "seq_mean_token_mean")
-    assert w == [
-        [0, 0.25, 0.25, 0],
-        [0, 0],
-        [1 / 6, 0, 1 / 6, 1 / 6],
-    ]  # the empty one is not counted
-    w = token_weights(masks, [True, True, False], "token_mean")
-    assert w == [[0, 0.5, 0.5, 0], [0, 0], [0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("denominators", ["exclude", "keep"])
-def test_nothing_left_gives_zero_weights(mode, denominators):
-    for masks, kept in (([[1, 1], [1]], [False, False]), ([[0, 0]], [True]), ([], [])):
-        w = token_weights(masks, kept, mode, 8, denominators)
-        assert w == [[0.0] * len(m) for m in masks]
-    logprob = torch.zeros(2, requires_grad=True)
-    loss, _, _ = ppo_clip(logprob, torch.zeros(2), torch.zeros(2), 0.2, 0.2)
-    (loss * torch.zeros(2)).sum().backward()
-    assert logprob.grad.tolist() == [0.0, 0.0]
-
-
-def test_token_weights_refusals():
-    with pytest.raises(ValueError, match="1 loss masks but 2 kept"):
-        token_weights([[1]], [True, True], "token_mean")
-    with pytest.raises(ValueError, match="sequence 1 has entries other than 0 and 1"):
-        token_weights([[1], [2, 1]], [True, True], "token_mean")
-    for bad in (None, 0):
-        with pytest.raises(ValueError, match="norm_length must be a positive number"):
-            token_weights([[1]], [False], "seq_mean_token_sum_norm", bad)
-    with pytest.raises(ValueError, match="unknown aggregation mode 'mean'"):
-        token_weights([[1]], [True], "mean")
-
-
-batches = st.lists(
-    st.tuples(st.lists(st.integers(0, 1), max_size=7), st.booleans()), min_size=1, max_size=8
-)
-
-
-@fast
-@given(batches, st.sampled_from(MODES), st.sampled_from(["exclude", "keep"]), st.data())
-def test_token_weights_properties(batch, mode, denominators, data):
-    masks, kept = [m for m, _ in batch], [k for _, k in batch]
-    w = token_weights(masks, kept, mode, 5, denominators)
-    for mask, keep, row in zip(masks, kept, w, strict=True):
-        assert all((x > 0) == bool(m and keep) for x, m in zip(row, mask, strict=True))
-    order = data.draw(st.permutations(range(len(batch))))
-    moved = token_weights(
-        [masks[i] for i in order], [kept[i] for i in order], mode, 5, denominators
+def test_importance_gives_the_gradient_of_the_reverse_kl():
+    """Expectation over a whole small vocabulary: exact."""
+    logits = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.1, -0.4], dtype=torch.float64).log_softmax(0)
+    log_p = logits.log_softmax(0)
+    p = log_p.detach().exp()
+    (true,) = torch.autograd.grad(
+        (log_p.exp() * (log_p - reference)).sum(), logits, retain_graph=True
     )
-    assert moved == [w[i] for i in order]
-    n = [sum(m) for m in masks]
-    counted = [x for x, k in zip(n, kept, strict=True) if x and (k or denominators == "keep")]
-    left = [x for x, k in zip(n, kept, strict=True) if x and k]
-    if not left:
-        return
-    sums = {
-        "token_mean": sum(left) / sum(counted),
-        "seq_mean_token_mean": len(left) / len(counted),
-        "seq_mean_token_sum": sum(left) / len(counted),
-        "seq_mean_token_sum_norm": sum(left) / len(counted) / 5,
-    }
-    assert math.fsum(x for row in w for x in row) == pytest.approx(sums[mode])
-    if denominators == "exclude":  # as if the dropped sequences had never been there
-        rest = token_weights([m for m, k in batch if k], [True] * sum(kept), mode, 5)
-        assert [row for row, k in zip(w, kept, strict=True) if k] == rest
+
+    def gradient(name, old=None):
+        k = (p * kl_estimate(log_p, reference, name, old)).sum()
+        return torch.autograd.grad(k, logits, retain_graph=True)[0].tolist()
+
+    assert gradient("k1", log_p.detach()) == pytest.approx(true.tolist(), abs=1e-12)
+    assert gradient("k3", log_p.detach()) == pytest.approx(true.tolist(), abs=1e-12)
+    assert gradient("k2") == pytest.approx(true.tolist(), abs=1e-12)
+    assert gradient("k1") == pytest.approx([0, 0, 0], abs=1e-12)  # what the check warns of
 
 
-# --- loss clip -------------------------------------------------------------------------------
+def test_entropy_coefficient():
+    assert next_entropy_coefficient(0.01, 0.2, 0.3, 0.005) == pytest.approx((0.015, 0.015))
+    assert next_entropy_coefficient(0.01, 0.4, 0.3, 0.005) == pytest.approx((0.005, 0.0))
+    assert next_entropy_coefficient(0.001, 0.4, 0.3, 0.005) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    "lengths, value, gate", [([100, 300], 0.5, 1), ([300, 100], -0.5, 0), ([200, 200], 0, 0)]
-)
-def test_loss_clip_worked_example(lengths, value, gate):
-    w = token_weights(masks_of(lengths), [True, True], "token_mean")
-    loss = on_policy_loss(w, [1.0, -1.0])
-    assert loss == pytest.approx(value, abs=1e-12)
-    assert clip_gate(loss, 0.0) == gate
-    assert clipped_value(loss, 0.0) == max(loss, 0.0)
-    assert clip_gate(loss, -1.0) == 1 and clip_gate(loss, loss) == 0
+# --- rollout correction ---------------------------------------------------------------------
+
+Q = [0.3, 0.6, 1, 1.8, 2.5, 6]
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 400.0])
-@pytest.mark.parametrize("minimum", [0.0, -0.25])
-@pytest.mark.parametrize(
-    "above, gate", [(1e-9, 0), (-1e-9, 0), (9e-7, 0), (1.1e-6, 1), (1e-5, 1), (-1e-5, 0)]
-)
-def test_a_tie_is_not_decided_by_rounding(above, gate, minimum, scale):
-    """Equal lengths give L = 0 up to float32 rounding of its terms, of either sign: closed in both cases. The value
-    reported follows the gate."""
-    loss = (minimum + above) * scale
-    assert clip_gate(loss, minimum * scale, scale) == gate
-    assert clipped_value(loss, minimum * scale, scale) == (loss if gate else minimum * scale)
+def correction(q, kind, level="token", low=0.5, high=2.0, mask=None):
+    gap = np.log(np.array(q))
+    mask = np.ones(len(q), dtype=bool) if mask is None else np.array(mask, dtype=bool)
+    rollout = np.full(len(q), -1.0)
+    return rollout_correction(
+        rollout + gap, rollout, mask, kind=kind, level=level, low=low, high=high
+    ).tolist()
 
 
-def test_the_scale_of_a_token_mean_is_1():
-    assert clip_gate(9e-7, 0.0) == clipped_value(9e-7, 0.0) == 0
-    assert clip_gate(2e-6, 0.0) == 1 and clipped_value(2e-6, 0.0) == 2e-6
+def test_correction_worked_example():
+    assert correction(Q, "tis") == pytest.approx([0.3, 0.6, 1, 1.8, 2, 2])
+    assert correction(Q, "mis") == pytest.approx([0, 0.6, 1, 1.8, 0, 0])
+    assert correction(Q, "icepop", high=5.0) == pytest.approx([0, 0.6, 1, 1.8, 2.5, 0])
+    three = [1.2, 0.9, 1.5]
+    assert correction(three, "tis", "sequence") == pytest.approx([1.62] * 3)
+    assert correction(three, "tis", "sequence_mean") == pytest.approx([1.174460] * 3, abs=6e-7)
+    assert correction(three, "mis", "sequence", high=1.6) == [0, 0, 0]
 
 
-def test_loss_clip_acts_on_the_whole_step():
-    a, lengths = [1.0, -1.0, 1.0, -1.0], [300, 100, 100, 200]
-    micro = [
-        on_policy_loss(token_weights(masks_of(lengths[i : i + 2]), [True] * 2, "token_mean"), a[:2])
-        for i in (0, 2)
-    ]
-    assert micro == pytest.approx([-0.5, 0.333333], abs=6e-7)
-    whole = on_policy_loss(token_weights(masks_of(lengths), [True] * 4, "token_mean"), a)
-    assert whole == pytest.approx(-0.142857, abs=6e-7)
-    assert clipped_value(whole, 0.0) == 0 and clip_gate(whole, 0.0) == 0
-
-
-def test_off_policy_example_is_clipped():
-    rho = torch.tensor([1.1, 1.3, 0.9, 1.5, 0.7, 1.2])
-    a = torch.tensor([1.0] * 4 + [-1.0] * 2)
-    loss, _, _ = ppo_clip(rho.log(), torch.zeros(6), a, 0.2, 0.28)
-    assert loss.tolist() == pytest.approx([-1.1, -1.28, -0.9, -1.28, 0.8, 1.2], abs=1e-6)
-    w = token_weights(masks_of([4, 2]), [True, True], "token_mean")
-    value = float((loss * torch.tensor([x for row in w for x in row])).sum())
-    assert value == pytest.approx(-0.426667, abs=1e-6)
-    assert clipped_value(value, 0.0) == 0 and clip_gate(value, 0.0) == 0
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_does_not_pass_the_gate(loss):
-    with pytest.raises(ValueError, match="policy loss is"):
-        clip_gate(loss, 0.0)
-
-
-def test_covariance_worked_example():
-    a = advantages([1.0, 1.0] + [0.0] * 6)
-    lengths = [700, 900, 300, 200, 400, 250, 350, 100]
-    w = token_weights(masks_of(lengths), [True] * 8, "token_mean")
-    assert on_policy_loss(w, a) == pytest.approx(-0.540061, abs=6e-7)
-    mean = sum(lengths) / 8
-    assert -length_advantage_covariance(lengths, a) / mean == pytest.approx(-0.540061, abs=6e-7)
-    assert length_advantage_covariance([1, 3], [2.0, 6.0]) == 2.0  # population, not sample
-    assert length_advantage_covariance([], []) == 0.0
-    with pytest.raises(ValueError, match="1 lengths but 0 advantages"):
-        length_advantage_covariance([1], [])
-    with pytest.raises(ValueError, match="1 weight rows but 0 advantages"):
-        on_policy_loss([[1.0]], [])
-
-
-@fast
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(st.sampled_from([0.0, 1.0]), st.integers(1, 30)), min_size=2, max_size=6
-        ),
-        min_size=1,
-        max_size=5,
-    )
-)
-def test_on_policy_loss_is_minus_covariance_over_mean_length(groups):
-    """Eq. 1c, for several complete groups: the gate opens exactly when long answers are worse."""
-    a = [x for group in groups for x in advantages([r for r, _ in group])]
-    lengths = [n for group in groups for _, n in group]
-    everything = [True] * len(lengths)
-    loss = on_policy_loss(token_weights(masks_of(lengths), everything, "token_mean"), a)
-    covariance = length_advantage_covariance(lengths, a)
-    assert loss == pytest.approx(-covariance * len(lengths) / sum(lengths), abs=1e-12)
-    flat = token_weights(masks_of(lengths), everything, "seq_mean_token_mean")
-    assert on_policy_loss(flat, a) == pytest.approx(0, abs=1e-12)
+def test_correction_looks_at_the_mask_only():
+    got = correction([1.2, 50.0, 1.5], "tis", "sequence", mask=[1, 0, 1])
+    assert got == pytest.approx([1.8, 0, 1.8])
+    with pytest.raises(ValueError, match="2 old log-probs, 1 rollout"):
+        rollout_correction(
+            np.zeros(2), np.zeros(1), np.ones(2, bool), kind="tis", level="token", low=0, high=2
+        )
+    assert math.isfinite(correction([1e300, 1e300], "mis", "sequence", high=1e30)[0])

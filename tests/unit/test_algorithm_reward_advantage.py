@@ -9,23 +9,40 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agpo_megatron.algorithm.advantage import group_advantages, is_zero_variance
-from agpo_megatron.algorithm.length_reward import agpo_length_bonus
+from agpo_megatron.algorithm.advantage import (
+    is_zero_variance,
+    length_advantage_covariance,
+    step_advantages,
+)
+from agpo_megatron.algorithm.length_reward import (
+    agpo_length_bonus,
+    cosine_length_reward,
+    dapo_overlong_penalty,
+    kimi_length_reward,
+)
 
 TOL = 1e-6
 fast = settings(max_examples=60, deadline=None)
 
 
-def advantages(raw, shaped=None, *, zero_variance="zero", std_eps=1e-6, r_max=1.0, r_min=0.0):
-    return group_advantages(
-        raw,
-        raw if shaped is None else shaped,
-        zero_variance=zero_variance,
-        tol=TOL,
-        std_eps=std_eps,
-        r_max=r_max,
-        r_min=r_min,
-    )
+def advantages(raw, shaped=None, **settings):
+    """Of one group."""
+    shaped = raw if shaped is None else shaped
+    return of_step([raw], [shaped], [[1] * len(raw)], **settings)[0]
+
+
+def of_step(raw, shaped=None, counts=None, **settings):
+    settings = {
+        "estimator": "group_norm",
+        "zero_variance": "zero",
+        "tol": TOL,
+        "std_eps": 1e-6,
+        "r_max": 1.0,
+        "r_min": 0.0,
+        **settings,
+    }
+    counts = [[1] * len(g) for g in raw] if counts is None else counts
+    return step_advantages(raw, raw if shaped is None else shaped, counts, **settings)
 
 
 def near(values, abs=6e-7):
@@ -111,10 +128,119 @@ def test_bad_rewards_are_refused():
         is_zero_variance([], TOL)
     with pytest.raises(ValueError, match="not finite"):
         is_zero_variance([1.0, math.nan], TOL)
-    with pytest.raises(ValueError, match="2 raw rewards but 1 shaped"):
+    with pytest.raises(ValueError, match="2 raw rewards, 1 shaped ones and 2 token counts"):
         advantages([1.0, 0.0], [1.0])
     with pytest.raises(ValueError, match="not finite"):
         advantages([1.0, 0.0], [1.0, math.inf])
+
+
+# --- the other estimators --------------------------------------------------------------------
+
+MIXED = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "raw, settings, expected",
+    [
+        (MIXED, {"ddof": 0}, [1.732047, -0.577349, -0.577349, 1.732047] + [-0.577349] * 4),
+        (MIXED, {"estimator": "group_center"}, [0.75, -0.25, -0.25, 0.75] + [-0.25] * 4),
+        ([1, 0, 0, 1], {"estimator": "rloo"}, [0.666667, -0.666667, -0.666667, 0.666667]),
+    ],
+)
+def test_worked_examples_of_other_estimators(raw, settings, expected):
+    assert advantages(raw, **settings) == near(expected)
+
+
+def test_the_authors_literal_test_never_gives_minus_one():
+    """Rewards of -1 tested against 0: neither all right nor all wrong."""
+    v1 = {"zero_variance": "constant", "r_max": 1.0}
+    assert advantages([-1.0] * 4, r_min=0.0, **v1) == [0.0] * 4
+    assert advantages([-1.0] * 4, r_min=-1.0, **v1) == [-1.0] * 4
+
+
+def test_constants_stand_beside_centred_groups():
+    raw = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    got = of_step(raw, estimator="group_center", zero_variance="constant")
+    assert got == [[0.5, -0.5], [1.0, 1.0], [-1.0, -1.0]]
+
+
+def test_batch_norm_counts_samples():
+    raw = [[1.0, 0.0], [1.0, 1.0]]
+    mean, deviation = 0.75, math.sqrt(0.75 / 3)  # squares add up to 3/16 x 4 = 0.75
+    expected = [(r - mean) / (deviation + 1e-6) for r in (1.0, 0.0, 1.0, 1.0)]
+    got = of_step(raw, estimator="batch_norm", counts=[[1, 9], [5, 2]])
+    assert [a for group in got for a in group] == near(expected)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_reinforce_pp_whitens_over_tokens(baseline):
+    """As if every token carried the return of its response."""
+    raw, counts = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]], [[3, 1, 2], [4, 1, 1]]
+    means = [sum(g) / 3 if baseline else 0.0 for g in raw]
+    tokens = [
+        r - m
+        for g, c, m in zip(raw, counts, means, strict=True)
+        for r, n in zip(g, c, strict=True)
+        for _ in range(n)
+    ]
+    mean, deviation = statistics.mean(tokens), statistics.stdev(tokens)
+    estimator = "reinforce_pp_baseline" if baseline else "reinforce_pp"
+    got = of_step(raw, counts=counts, estimator=estimator)
+    for group, m, values in zip(raw, means, got, strict=True):
+        assert values == near([(r - m - mean) / (deviation + 1e-6) for r in group])
+
+
+def test_zero_variance_groups_under_batch_estimators():
+    """With a group baseline they say nothing; without one they say what their rewards say."""
+    raw = [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    assert of_step(raw, estimator="reinforce_pp_baseline", counts=[[5, 1, 1]] * 2)[1] == [0.0] * 3
+    assert all(a > 0 for a in of_step(raw, estimator="reinforce_pp")[1])
+    assert all(a > 0 for a in of_step(raw, estimator="batch_norm")[1])
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="unknown advantage estimator 'gae'"):
+        advantages([1.0, 0.0], estimator="gae")
+
+
+ESTIMATORS = [
+    "group_norm",
+    "group_center",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "batch_norm",
+]
+
+
+@fast
+@given(
+    st.lists(
+        st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(1, 9)), min_size=2, max_size=5),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(ESTIMATORS),
+    st.data(),
+)
+def test_the_order_of_groups_and_samples_does_not_matter(groups, estimator, data):
+    def values(some):
+        raw = [[r for r, _ in g] for g in some]
+        return of_step(raw, counts=[[n for _, n in g] for g in some], estimator=estimator)
+
+    got = values(groups)
+    order = data.draw(st.permutations(range(len(groups))))
+    assert values([groups[i] for i in order]) == [got[i] for i in order]
+    inside = data.draw(st.permutations(range(len(groups[0]))))
+    moved = [[groups[0][i] for i in inside], *groups[1:]]
+    assert values(moved) == [[got[0][i] for i in inside], *got[1:]]
+
+
+def test_covariance():
+    assert length_advantage_covariance([1, 3], [2.0, 6.0]) == 2.0  # population, not sample
+    assert length_advantage_covariance([], []) == 0.0
+    with pytest.raises(ValueError, match="1 lengths but 0 advantages"):
+        length_advantage_covariance([1], [])
 
 
 rewards = st.lists(st.sampled_from([-1.0, 0.0, 0.3, 0.5, 1.0]), min_size=2, max_size=16)
@@ -168,6 +294,34 @@ def test_length_bonus_worked_example():
 )
 def test_no_length_bonus(correct, lengths):
     assert agpo_length_bonus(correct, lengths, 0.1) == [0.0] * len(correct)
+
+
+def test_other_groups_and_ties():
+    assert agpo_length_bonus([1, 1, 1], [10, 20, 30], 0.1, groups="all") == near([0.1, 0.05, 0])
+    assert agpo_length_bonus([1, 0, 0], [10, 20, 30], 0.1, tie="full") == [0.1, 0, 0]
+    assert agpo_length_bonus([1, 1], [10, 10], 0.1, groups="all", tie="full") == [0.1, 0.1]
+    assert agpo_length_bonus([0, 0], [10, 10], 0.1, groups="all", tie="full") == [0, 0]
+
+
+def test_kimi_worked_example():
+    lengths = [100, 200, 300, 400, 500]
+    got = kimi_length_reward([1, 0, 1, 0, 1], lengths, 1.0)
+    assert got == near([0.5, 0, 0, -0.25, -0.5])
+    assert kimi_length_reward([1, 0], [7, 7], 1.0) == [0, 0]
+
+
+def test_dapo_overlong_worked_example():
+    lengths = [16384, 16385, 18432, 20480, 20481]
+    got = dapo_overlong_penalty(lengths, 1.0, 20480, 4096)
+    assert got == near([0, -0.000244, -0.5, -1, -1])
+    with pytest.raises(ValueError, match="buffer 5 must lie between 1 and max_length 4"):
+        dapo_overlong_penalty([1], 1.0, 4, 5)
+
+
+def test_cosine_rewards_short_answers_that_are_right():
+    got = cosine_length_reward([1, 1, 1, 0, 0, 1], [0, 50, 100, 0, 50, 75], 0.2, 100)
+    quarter = 0.1 * (1 - math.sqrt(0.5))
+    assert got == near([0.2, 0.1, -0.2, -0.2, -0.1, quarter])
 
 
 def test_length_bonus_refuses_unequal_lists():

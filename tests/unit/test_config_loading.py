@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agpo_megatron.config import Config, ConfigError, load_config, resolve_config
+from agpo_megatron.config import Config, ConfigError, check_config, load_config, resolve_config
 from agpo_megatron.config.loading import leaves
-from agpo_megatron.config.presets import PRESETS
+from agpo_megatron.config.presets import PRESETS, preset_keys
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.yaml_core import parse_yaml, yaml_line
 
@@ -48,7 +48,7 @@ def test_values_come_from_run_dir_set_file_preset_and_default_in_that_order(tmp_
         "algorithm.loss.clip_low": (0.1, "file"),
         "algorithm.loss.clip_high": (0.2, "preset grpo"),
         "algorithm.length_reward.kind": ("none", "preset grpo"),
-        "algorithm.length_reward.weight": (0.1, "default"),
+        "algorithm.length_reward.groups": ("mixed", "default"),
         "rollout.group_size": (8, "default"),
         "sft": (None, "default"),
     }
@@ -97,7 +97,7 @@ def test_presets_set_the_switches_of_the_paper_versions(
     loss = algorithm.loss
     assert algorithm.length_reward.kind == length
     assert algorithm.advantage.zero_variance == zero_variance
-    assert (loss.mask.zero_variance, loss.clip.enabled) == (mask, clip)
+    assert (loss.mask.zero_variance, loss.clip.kind == "max0") == (mask, clip)
     assert (loss.clip_low, loss.clip_high, loss.aggregation) == (low, high, "token_mean")
 
 
@@ -107,16 +107,34 @@ def test_agpo_is_the_preset_of_a_config_that_names_none(tmp_path: Path) -> None:
     assert load_config(path).algorithm == named
     direct = Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}})
     assert direct.algorithm == named
-    assert len(PRESETS) == 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads_sets_the_same_keys_and_passes_the_checks(
+    tmp_path: Path, preset: str
+) -> None:
+    path = written(tmp_path, MINIMAL)
+    config, origin = resolve_config(path, [f"algorithm.preset={preset}"])
+    check_config(config)
+    flat = leaves(config)
+    assert preset_keys(preset).keys() == preset_keys("agpo").keys()
+    for key, value in preset_keys(preset).items():
+        assert flat[key] == value
+        assert origin[key] == f"preset {preset}"
+
+
+def test_presets_differ(tmp_path: Path) -> None:
+    switches = [preset_keys(name) for name in PRESETS]
+    assert all(a != b for i, a in enumerate(switches) for b in switches[:i])
 
 
 def test_a_written_switch_wins_over_the_preset_and_leaves_the_rest(tmp_path: Path) -> None:
     text = MINIMAL + "algorithm: {preset: agpo, loss: {mask: {zero_variance: false}}}\n"
     config, origin = resolve_config(written(tmp_path, text))
     assert config.algorithm.loss.mask.zero_variance is False
-    assert config.algorithm.loss.clip.enabled is True
+    assert config.algorithm.loss.clip.kind == "max0"
     assert origin["algorithm.loss.mask.zero_variance"] == "file"
-    assert origin["algorithm.loss.clip.enabled"] == "preset agpo"
+    assert origin["algorithm.loss.clip.kind"] == "preset agpo"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +183,7 @@ def test_an_unknown_key_is_refused_with_place_key_and_nearest(tmp_path: Path) ->
         ("polcy", "policy"),
         ("train.group_size", "rollout.group_size"),
         ("rollout.groupsize", "rollout.group_size"),
-        ("algorithm.loss.clip.enable", "algorithm.loss.clip.enabled"),
+        ("algorithm.loss.clip.kinds", "algorithm.loss.clip.kind"),
         ("algorithm.clip_low", "algorithm.loss.clip_low"),
         ("policy.fp8.recipee", "policy.fp8.recipe"),
         ("sft.warmup", "sft.warmup_steps"),
@@ -202,7 +220,11 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         (MINIMAL + "seed: 1\nseed: 2\n", [], "run.yaml:4: seed is written twice (first in line 3)"),
         (MINIMAL + "train: {lr: .nan}\n", [], "run.yaml:3: train.lr: must be"),
         (MINIMAL + "algorithm: {loss: {clip: {min: .inf}}}\n", [], "must be a finite number"),
-        (MINIMAL + "algorithm: {preset: agpo_v2}\n", [], "must be 'agpo', 'agpo_v1', 'agpo_v3' or"),
+        (
+            MINIMAL + "algorithm: {preset: agpo_v2}\n",
+            [],
+            "must be 'agpo', 'agpo_v1', 'agpo_v3', 'agpo_v3_a",
+        ),
         (MINIMAL + "7: x\n", [], "run.yaml:3: keys must be text, not '7'"),
         (MINIMAL + "seed: [1\n", [], "run.yaml:4: not valid YAML: "),
         ("- seed\n", [], "must hold `section:` mappings, not a list"),

@@ -41,7 +41,7 @@ def test_types_and_limits_are_shown() -> None:
     assert "| `rollout.max_total_tokens` | integer ≥ 256 or null | `null` |" in page
     assert "| `policy.dtype` | `fp32` or `bf16` | `bf16` |" in page
     assert "| `model.path` | text | **required** |" in page
-    assert "| `algorithm.loss.clip_high` | `0.28` | `0.2` | `0.28` | `0.2` |" in page
+    assert "| `agpo_v1` | `agpo` | `0.1` | `group_norm` | `constant` | `ppo` | `0.2` |" in page
 
 
 def test_the_generator_writes_the_page(tmp_path: Path) -> None:

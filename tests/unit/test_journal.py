@@ -41,7 +41,10 @@ def make_step(step: int, journaled: list, version: str = "0.1.abc") -> StepRecor
             len(s.prompt_tokens) + len(s.response_tokens),
             1.0,
             0.5,
-            [0.25] * len(s.loss_mask),
+            0.25,
+            len(s.loss_mask),
+            ref_logprobs=[-1.5] * len(s.loss_mask),
+            correction=[0.0] + [0.5] * (len(s.loss_mask) - 1),
         )
         for j in journaled
         for s, ref in zip(j.group.samples, j.refs, strict=True)
@@ -64,7 +67,12 @@ def test_round_trip_of_groups_and_steps(tmp_path: Path) -> None:
     sequences = reader.sequences(committed, [4, 0])
     assert [s.sample_id for s in sequences] == ["g000000001.1", "g000000000.0"]
     assert sequences[0].tokens == [1, 2, 4, 10, 11, 12]
-    assert sequences[0].loss_weights == [0, 0, 0, 0.25, 0.25, 0.25]
+    assert sequences[0].loss_weight == 0.25
+    assert sequences[0].loss_mask == [0, 0, 0, 0, 1, 1], "a token of correction 0 does not train"
+    assert sequences[0].trained() == [4, 5]
+    assert sequences[0].correction == [0, 0, 0, 0.0, 0.5, 0.5]
+    assert sequences[0].ref_logprobs == [0, 0, 0, -1.5, -1.5, -1.5]
+    assert sequences[0].old_logprobs == []
     assert sequences[0].rollout_logprobs == [0, 0, 0, -0.5, -1.0, -1.5]
     assert sequences[0].advantage == 0.5
 
@@ -90,7 +98,7 @@ def test_what_a_superseded_writer_still_writes_is_ignored(tmp_path: Path) -> Non
     assert new.pending_groups() == {0: kept}
     assert JournalReader(tmp_path).steps() == []
     third = Journal(tmp_path)
-    assert third.pending_groups() == {0: kept} and third.committed_steps() == []
+    assert third.pending_groups() == {0: kept} and third.reader.steps() == []
 
 
 def test_the_same_step_of_a_later_attempt_does_not_collide(tmp_path: Path) -> None:
@@ -106,7 +114,7 @@ def test_a_half_written_file_is_not_a_step(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     name = f".step-00000001-a{journal.attempt:06d}-0123456789abcdef.arrow.99.tmp"
     (tmp_path / "steps" / name).write_bytes(b"half")
-    assert Journal(tmp_path).committed_steps() == []
+    assert Journal(tmp_path).reader.steps() == []
 
 
 def test_damage_is_refused_with_the_file_name(tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_prune_keeps_what_later_steps_and_pending_groups_need(tmp_path: Path) ->
     assert journal.prune(before_step=3) == 3  # two steps, and the segment only they used
     assert JournalReader(tmp_path).steps() == [3]
     again = Journal(tmp_path)
-    assert again.committed_steps() == [3] and again.pending_groups() == {3: d}
+    assert again.reader.steps() == [3] and again.pending_groups() == {3: d}
     assert again.reader.sequences(again.reader.record(3))
     with pytest.raises(JournalError, match="superseded"):
         journal.prune(before_step=4)
@@ -159,7 +167,7 @@ def test_prune_keeps_pending_groups_that_share_a_segment_with_old_steps(tmp_path
     journal.commit_step(make_step(2, [b]))
     journal.prune(before_step=3)
     assert Journal(tmp_path).pending_groups() == {5: ahead}
-    assert Journal(tmp_path).committed_steps() == [2]  # the newest stays: its cursor is needed
+    assert Journal(tmp_path).reader.steps() == [2]  # the newest stays: its cursor is needed
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ response/truncated_frac, group/zero_variance_frac, group/all_correct_frac, group
 group/cov_length_advantage, mask/kept_tokens, mask/kept_groups, loss/policy, loss/unclipped, loss/clip_gate, loss/kl,
 policy/entropy, policy/ratio_mean, policy/clip_frac, grad_norm, lr, rollout/logprob_abs_diff_mean,
 rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped, time/rollout, time/reward,
-time/score, time/update, time/publish, time/step, throughput/tokens_per_s"""
+time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
+sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.policy.objective import LossSettings
 
 LENGTHS = [5, 60, 17, 1, 9, 33, 2, 16]
 
@@ -53,7 +54,7 @@ def test_the_optimizers_own_copy_is_the_checkpoints(tmp_path: Path) -> None:
     folder = policy_models.save(model, tmp_path / "hf")
     batch = policy_models.sequences([12, 8])
     with policy_models.one_rank(folder, PolicyConfig(dtype="bf16")) as policy:
-        policy.update([batch], loss="nll", lr=1e-8)
+        policy.update([batch], loss=LossSettings("nll"), lr=1e-8)
         found = {name: tensor.clone() for name, tensor in policy.named_hf_tensors()}
     for name, expected in model.state_dict().items():
         assert torch.allclose(found[name].float(), expected, rtol=1e-2, atol=1e-4), name
@@ -65,6 +66,6 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     results = []
     for dtype in ("fp32", "bf16"):
         with policy_models.one_rank(folder, PolicyConfig(dtype=dtype)) as policy:
-            results.append(policy.update([batch], loss="nll", lr=1e-4))
+            results.append(policy.update([batch], loss=LossSettings("nll"), lr=1e-4))
     assert results[1]["loss/policy"] == pytest.approx(results[0]["loss/policy"], rel=2e-2)
     assert results[1]["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=5e-2)

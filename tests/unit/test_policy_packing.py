@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,12 +11,14 @@ from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all, pack_multipl
 from agpo_megatron.types import TrainSequence
 
 
-def sequence(name: str, tokens: list[int], weights: list[float], **more: object) -> TrainSequence:
-    return TrainSequence(name, tokens, weights, advantage=2.0, **more)  # type: ignore[arg-type]
+def sequence(
+    name: str, tokens: list[int], mask: list[int], weight: float = 0.5, **more: object
+) -> TrainSequence:
+    return TrainSequence(name, tokens, weight, mask, advantage=2.0, **more)  # type: ignore[arg-type]
 
 
-SHORT = sequence("a", [7, 8, 9], [0, 0.5, 0.25], rollout_logprobs=[0, -1.0, -2.0])
-LONG = sequence("b", [1, 2, 3, 4, 5], [0, 0, 0.1, 0, 0.2])
+SHORT = sequence("a", [7, 8, 9], [0, 1, 1], 0.25, rollout_logprobs=[0, -1.0, -2.0])
+LONG = sequence("b", [1, 2, 3, 4, 5], [0, 0, 1, 0, 1])
 
 
 def test_rows_are_the_positions_before_weighted_tokens() -> None:
@@ -27,7 +30,9 @@ def test_rows_are_the_positions_before_weighted_tokens() -> None:
     assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.rows.tolist() == [1, 3, 5, 6]
     assert batch.targets.tolist() == [3, 5, 8, 9]
-    assert batch.weights.tolist() == pytest.approx([0.1, 0.2, 0.5, 0.25])
+    assert batch.weights.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert batch.sequence.tolist() == [0, 0, 1, 1]
+    assert batch.correction.tolist() == [1.0] * 4
     assert batch.advantages.tolist() == [2.0] * 4
     assert batch.has_rollout.tolist() == [False, False, True, True]
     assert batch.rollout_logprobs.tolist() == [0, 0, -1, -2]
@@ -71,11 +76,20 @@ def test_replicas_with_less_work_get_fillers_of_one_length_when_asked() -> None:
     assert [len(b.tokens) for b in pack_all([[SHORT]], 16, 2, same_length=False)] == [16, 16]
 
 
-def test_old_logprobs_follow_their_tokens() -> None:
-    old = {"a": [0.0, -0.5, -0.6], "b": [0, -1, -2, -3, -4]}
-    batch = pack([SHORT, LONG], 16, old_logprobs=old)
+def test_logprobs_and_corrections_follow_their_tokens() -> None:
+    scored = {"a": [0.0, -0.5, -0.6], "b": [0, -1, -2, -3, -4]}
+    batch = pack(
+        [
+            replace(
+                s, old_logprobs=scored[s.sample_id], correction=[-x for x in scored[s.sample_id]]
+            )
+            for s in (SHORT, LONG)
+        ],
+        16,
+    )
     assert batch.old_logprobs is not None
     assert batch.old_logprobs.tolist() == pytest.approx([-2, -4, -0.5, -0.6])
+    assert batch.correction.tolist() == pytest.approx([2, 4, 0.5, 0.6])
     assert pack([SHORT], 16).old_logprobs is None
 
 
@@ -83,8 +97,8 @@ def test_old_logprobs_follow_their_tokens() -> None:
     ("broken", "words"),
     [
         (sequence("c", [], []), "c has no tokens"),
-        (sequence("c", [1, 2], [0.0]), "2 tokens but 1 loss weights"),
-        (sequence("c", [1, 2], [0, 1.0], rollout_logprobs=[0.0]), "1 rollout log-probs"),
+        (sequence("c", [1, 2], [0]), "2 tokens but 1 mask entries"),
+        (sequence("c", [1, 2], [0, 1], rollout_logprobs=[0.0]), "1 rollout_logprobs"),
     ],
 )
 def test_lists_that_do_not_fit_are_named(broken: TrainSequence, words: str) -> None:
@@ -93,5 +107,9 @@ def test_lists_that_do_not_fit_are_named(broken: TrainSequence, words: str) -> N
 
 
 def test_a_missing_old_logprob_is_named() -> None:
-    with pytest.raises(ValueError, match="b: 5 tokens but no old log-probs"):
-        pack([SHORT, LONG], 16, old_logprobs={"a": [0.0, -0.5, -0.6]})
+    with pytest.raises(ValueError, match="b has no old_logprobs, others have"):
+        pack([replace(SHORT, old_logprobs=[0.0, -0.5, -0.6]), LONG], 16)
+
+
+def test_a_sequence_without_weight_has_no_rows() -> None:
+    assert len(pack([replace(LONG, loss_weight=0.0)], 16).rows) == 0

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from agpo_megatron.config.schema import TrainConfig
+from agpo_megatron.policy.objective import LossSettings
 from agpo_megatron.types import TrainSequence
+
+PPO = LossSettings()
+CLIP = LossSettings(adaptive="max0")
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +31,13 @@ def test_on_policy_statistics(folder: Path) -> None:
     """At ratio 1 the loss is -sum w A, whatever the model says."""
     batch = policy_models.sequences([20, 9, 14])
     with policy_models.one_rank(folder) as policy:
-        stats = policy.update([batch[:2], batch[2:]], loss="ppo", lr=1e-4)
+        stats = policy.update([batch[:2], batch[2:]], loss=PPO, lr=1e-4)
         scores = policy.score([batch])
-    expected = -sum(w * s.advantage for s in batch for w in s.loss_weights)
+    expected = -sum(s.loss_weight * len(s.trained()) * s.advantage for s in batch)
     assert stats["loss/policy"] == stats["loss/unclipped"] == pytest.approx(expected, abs=1e-6)
     assert stats["policy/ratio_mean"] == 1.0
     assert stats["policy/clip_frac"] == 0.0
-    assert stats["tokens/trained"] == sum(w != 0 for s in batch for w in s.loss_weights)
+    assert stats["tokens/trained"] == sum(len(s.trained()) for s in batch)
     assert stats["loss/clip_gate"] == 1.0
     assert stats["grad_norm"] > 0
     assert len(scores) == 3
@@ -43,10 +47,10 @@ def test_old_logprobs_give_ratios_and_clipping(folder: Path) -> None:
     batch = policy_models.sequences([20, 9])
     with policy_models.one_rank(folder) as policy:
         current = {k: s.logprobs for k, s in policy.score([batch]).items()}
-        shifted = {k: [x - 0.4 for x in v] for k, v in current.items()}
-        stats = policy.update([batch], loss="ppo", lr=1e-4, old_logprobs=shifted)
+        shifted = [replace(s, old_logprobs=[x - 0.4 for x in current[s.sample_id]]) for s in batch]
+        stats = policy.update([shifted], loss=PPO, lr=1e-4)
     ratio = 2.718281828**0.4
-    counts = [sum(w != 0 for w in s.loss_weights) for s in batch]
+    counts = [len(s.trained()) for s in batch]
     assert stats["policy/ratio_mean"] == pytest.approx(ratio, rel=1e-5)
     # advantage -0.5 (s0): ratio not bounded from above; +1 (s1): clipped at 1.28
     assert stats["policy/clip_frac"] == pytest.approx(counts[1] / sum(counts))
@@ -58,15 +62,10 @@ def test_rollout_difference_counts_known_tokens_only(folder: Path) -> None:
     with policy_models.one_rank(folder) as policy:
         batch = policy_models.sequences([12, 6])
         exact = policy.score([batch])
-        known = TrainSequence(
-            "s0",
-            batch[0].tokens,
-            batch[0].loss_weights,
-            1.0,
-            [x + 0.25 for x in exact["s0"].logprobs[:-1]] + [exact["s0"].logprobs[-1] - 2.0],
-        )
-        stats = policy.update([[known, batch[1]]], loss="ppo", lr=1e-4)
-    n = sum(w != 0 for w in known.loss_weights)
+        shifted = [x + 0.25 for x in exact["s0"].logprobs[:-1]] + [exact["s0"].logprobs[-1] - 2.0]
+        known = replace(batch[0], rollout_logprobs=shifted)
+        stats = policy.update([[known, batch[1]]], loss=PPO, lr=1e-4)
+    n = len(known.trained())
     assert stats["rollout/logprob_abs_diff_max"] == pytest.approx(2.0, abs=1e-4)
     assert stats["rollout/logprob_abs_diff_mean"] == pytest.approx(
         (0.25 * (n - 1) + 2.0) / n, abs=1e-4
@@ -84,7 +83,7 @@ def test_what_was_not_measured_is_not_reported(folder: Path) -> None:
     with policy_models.one_rank(folder) as policy:
         found = {
             (loss, len(first.rollout_logprobs) > 0): policy.update(
-                [[first], [batch[1]]], loss=loss, lr=1e-4
+                [[first], [batch[1]]], loss=LossSettings(loss), lr=1e-4
             ).keys()
             & (ROLLOUT | RATIO)
             for loss in ("nll", "ppo")
@@ -103,14 +102,14 @@ def test_a_closed_gate(folder: Path, when: str) -> None:
     """Negative loss: the gradient is 0. ``skip_step`` leaves the weights alone; ``step`` still decays and, with
     momentum, still moves (reference: AdamW on a zero gradient)."""
     up, down = policy_models.sequences([10, 14])
-    up = TrainSequence("u", up.tokens, up.loss_weights, -1.0)
-    down = TrainSequence("d", down.tokens, down.loss_weights, 1.0)
+    up = replace(up, advantage=-1.0)
+    down = replace(down, advantage=1.0)
     train = TrainConfig(adam_eps=1e-5, grad_clip=0.0, weight_decay=0.1)
     with policy_models.one_rank(folder, train=train) as policy:
-        opened = policy.update([[up]], loss="ppo", lr=1e-3, gate_min=0.0, when_clipped=when)
+        opened = policy.update([[up]], loss=replace(CLIP, when_clipped=when), lr=1e-3)
         assert opened["loss/clip_gate"] == 1.0
         before = weights(policy)
-        closed = policy.update([[down]], loss="ppo", lr=1e-3, gate_min=0.0, when_clipped=when)
+        closed = policy.update([[down]], loss=replace(CLIP, when_clipped=when), lr=1e-3)
         after = weights(policy)
     assert closed["loss/unclipped"] < 0
     assert (closed["loss/policy"], closed["loss/clip_gate"], closed["grad_norm"]) == (0, 0, 0)
@@ -120,10 +119,10 @@ def test_a_closed_gate(folder: Path, when: str) -> None:
 
 def test_the_gate_closes_at_its_bound_and_not_above(folder: Path) -> None:
     batch = policy_models.sequences([10])
-    bound = 0.05 * 0.5 * sum(w != 0 for w in batch[0].loss_weights)
+    bound = 0.05 * 0.5 * len(batch[0].trained())
     with policy_models.one_rank(folder) as policy:
         for minimum, gate in ((bound - 1e-3, 1.0), (bound + 1e-3, 0.0)):
-            stats = policy.update([batch], loss="ppo", lr=1e-9, gate_min=minimum)
+            stats = policy.update([batch], loss=replace(CLIP, minimum=minimum), lr=1e-9)
             assert stats["loss/clip_gate"] == gate
             assert stats["loss/policy"] == pytest.approx(max(bound, minimum), abs=1e-6)
 
@@ -132,27 +131,31 @@ def test_the_gate_closes_at_its_bound_and_not_above(folder: Path) -> None:
 def test_a_tie_is_told_at_the_scale_of_the_loss(folder: Path, sign: float) -> None:
     """Terms of hundreds (seq_mean_token_sum) that cancel but for a rounding of float32, well above 1e-6: closed, and
     the bound is reported. A sum of tiny terms, well below, is no tie."""
-    up, down = policy_models.sequences([30, 30], weight=0.0)
+    up, down = policy_models.sequences([30, 30], weight=80.0)
     rounding = sign * 2e-7
-    up = replace(up, loss_weights=[0.0] + [80.0] * 29, advantage=-1.0 - rounding)
-    down = replace(down, loss_weights=up.loss_weights, advantage=1.0)
-    tiny = replace(up, loss_weights=[0.0] + [1e-9] * 29)
+    up, down = replace(up, advantage=-1.0 - rounding), replace(down, advantage=1.0)
+    tiny = replace(up, loss_weight=1e-9)
+    loss = LossSettings(adaptive="max0")
     with policy_models.one_rank(folder) as policy:
-        tied = policy.update([[up], [down]], loss="ppo", lr=1e-9, gate_min=0.0)
-        opened = policy.update([[tiny]], loss="ppo", lr=1e-9, gate_min=0.0)
+        tied = policy.update([[up], [down]], loss=loss, lr=1e-9)
+        opened = policy.update([[tiny]], loss=loss, lr=1e-9)
     assert 1e-4 < sign * tied["loss/unclipped"] < 2e-3
     assert tied["loss/clip_gate"] == tied["loss/policy"] == 0.0
     assert opened["loss/clip_gate"] == 1.0
-    assert opened["loss/policy"] == opened["loss/unclipped"] == pytest.approx(29e-9, rel=1e-5)
+    assert (
+        opened["loss/policy"]
+        == opened["loss/unclipped"]
+        == pytest.approx(len(tiny.trained()) * 1e-9, rel=1e-5)
+    )
 
 
 def test_decay_spares_norms(folder: Path) -> None:
     """A step without any gradient: matrices shrink by lr x decay, vectors stay."""
-    silent = [TrainSequence("s", [1, 2, 3], [0.0, 0.0, 0.0], 1.0)]
+    silent = [TrainSequence("s", [1, 2, 3], 1.0, [0, 0, 0], 1.0)]
     train = TrainConfig(weight_decay=0.5, grad_clip=1.0)
     with policy_models.one_rank(folder, train=train) as policy:
         before = weights(policy)
-        stats = policy.update([silent], loss="ppo", lr=1e-2)
+        stats = policy.update([silent], loss=PPO, lr=1e-2)
         after = weights(policy)
     assert stats["grad_norm"] == 0 and stats["tokens/trained"] == 0
     for name, old in before.items():
@@ -162,9 +165,9 @@ def test_decay_spares_norms(folder: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_refused(folder: Path) -> None:
     batch = policy_models.sequences([10])
-    broken = [TrainSequence("s", batch[0].tokens, batch[0].loss_weights, float("nan"))]
+    broken = [replace(batch[0], advantage=float("nan"))]
     with policy_models.one_rank(folder) as policy:
         with pytest.raises(ValueError, match="policy loss is nan"):
-            policy.update([broken], loss="ppo", lr=1e-3, gate_min=0.0)
+            policy.update([broken], loss=CLIP, lr=1e-3)
         with pytest.raises(FloatingPointError, match="gradient norm is nan"):
-            policy.update([broken], loss="ppo", lr=1e-3)
+            policy.update([broken], loss=PPO, lr=1e-3)

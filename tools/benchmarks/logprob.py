@@ -311,9 +311,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="bench.py logprob", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=4096, help="T")
     parser.add_argument("--vocab", type=int, default=151936, help="V")
@@ -327,7 +327,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS], choices=(*OURS, *OTHERS))
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write all numbers there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     rows = report(options)
     print(table(rows))
     if options.json:

@@ -1,0 +1,73 @@
+"""The terms beside the policy loss: KL to a reference policy, and the entropy bonus.
+
+objective = phi(L_policy) + beta sum w k - c_H sum w H          (clip.on: policy)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .policy_loss import LOG_RATIO_LIMIT
+
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(
+    logprob: Tensor,
+    ref_logprob: Tensor,
+    estimator: KlEstimator,
+    old_logprob: Tensor | None = None,
+) -> Tensor:
+    """Per-token estimate of KL(pi || pi_ref) at sampled tokens; [N] in, [N] out, differentiable.
+
+    With d = logprob - ref_logprob (limited to +-20)::
+
+        k1 = d        k2 = d^2 / 2        k3 = e^-d + d - 1
+
+    As a loss, the expected gradient of k1 is 0, that of k2 the reverse KL's, that of k3 is biased;
+    as a term of the reward k1 is right. ``old_logprob`` given: times rho = exp(logprob -
+    old_logprob), which makes the expected gradient of k1 and k3 the reverse KL's (DeepSeek-V3.2;
+    k2 gains nothing by it).
+    Source: J. Schulman, "Approximating KL Divergence"; 2512.02556 for the importance correction.
+    """
+    d = (logprob - ref_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    match estimator:
+        case "k1":
+            k = d
+        case "k2":
+            k = 0.5 * d * d
+        case "k3":
+            k = (-d).exp() + d - 1.0
+        case _:
+            raise ValueError(f"unknown KL estimator {estimator!r}")
+    if old_logprob is None:
+        return k
+    return (logprob - old_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * k
+
+
+def kl_sum(
+    logprobs: Sequence[float], ref_logprobs: Sequence[float], estimator: KlEstimator
+) -> float:
+    """Sum of the estimate over the tokens of one response: what a KL penalty in the reward subtracts, times beta."""
+    both = torch.tensor([logprobs, ref_logprobs], dtype=torch.float64)
+    return float(kl_estimate(both[0], both[1], estimator).sum())
+
+
+def next_entropy_coefficient(
+    coefficient: float, entropy: float, target: float, delta: float
+) -> tuple[float, float]:
+    """Adaptive entropy control (Skywork-OR1, arXiv:2505.22312).
+
+    ``entropy``: of the current policy on this step's tokens, nats. Returns (coefficient to carry to
+    the next step, coefficient to apply in this one)::
+
+        c' = c + delta if H <= target, else max(0, c - delta)
+        applied: c' if H <= target, else 0
+    """
+    if entropy <= target:
+        return coefficient + delta, coefficient + delta
+    return max(0.0, coefficient - delta), 0.0

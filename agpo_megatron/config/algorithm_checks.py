@@ -1,0 +1,153 @@
+"""Switches of ``algorithm`` that contradict each other, or are seldom meant together; why, in one sentence each."""
+
+from __future__ import annotations
+
+from .schema import Config
+
+
+def check_algorithm(config: Config) -> tuple[list[str], list[str]]:
+    """(contradictions, warnings)."""
+    rules = _contradictions(config)
+    doubts = _doubts_about_rewards(config) + _doubts_about_the_loss(config)
+    return [text for wrong, text in rules if wrong], [text for odd, text in doubts if odd]
+
+
+def _contradictions(config: Config) -> list[tuple[bool, str]]:
+    algorithm, limit = config.algorithm, config.rollout.max_response_tokens
+    loss, correction, length = algorithm.loss, algorithm.loss.correction, algorithm.length_reward
+    return [
+        (
+            config.reward.correct <= config.reward.wrong,
+            f"reward: correct {config.reward.correct:g} must be above wrong {config.reward.wrong:g}",
+        ),
+        (
+            length.kind == "dapo_overlong" and (length.buffer or 1) > limit,
+            f"algorithm.length_reward: buffer {length.buffer} exceeds rollout.max_response_tokens {limit}, so that "
+            "every response would be overlong",
+        ),
+        (
+            loss.dual_clip is not None and loss.policy != "ppo",
+            f"algorithm.loss: dual_clip bounds the token ratio of policy ppo; {loss.policy} has no such bound: set "
+            "dual_clip null",
+        ),
+        (
+            loss.clip.on == "total" and loss.clip.scope != "batch",
+            f"algorithm.loss.clip: on total with scope {loss.clip.scope} would split the KL and entropy terms too; use "
+            "scope batch",
+        ),
+        (
+            correction.kind != "none" and loss.old_logprobs == "rollout",
+            f"algorithm.loss: correction {correction.kind} weighs the gap between server and trainer, which "
+            "old_logprobs rollout already puts into the ratio; choose one",
+        ),
+        (
+            correction.kind == "icepop" and correction.level != "token",
+            "algorithm.loss.correction: icepop masks single tokens; for whole sequences use kind mis",
+        ),
+        (
+            correction.kind in ("mis", "icepop") and correction.low >= correction.high,
+            f"algorithm.loss.correction: low {correction.low:g} is not below high {correction.high:g}, so that nothing "
+            "would pass",
+        ),
+        (
+            loss.kl.importance and loss.kl.place == "reward",
+            "algorithm.loss.kl: importance corrects the gradient of a loss term; in the reward there is none: set "
+            "importance false",
+        ),
+    ]
+
+
+def has_group_baseline(config: Config) -> bool:
+    """Whether advantages compare a response with those to the same prompt."""
+    return config.algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
+
+
+def _doubts_about_rewards(config: Config) -> list[tuple[bool, str]]:
+    algorithm = config.algorithm
+    advantage, loss, length = algorithm.advantage, algorithm.loss, algorithm.length_reward
+    constant = advantage.zero_variance == "constant"
+    return [
+        (
+            constant and loss.mask.zero_variance,
+            "algorithm: advantage.zero_variance constant gives zero-variance groups a signal that "
+            "loss.mask.zero_variance removes again; choose one",
+        ),
+        (
+            loss.mask.zero_variance and not constant and not has_group_baseline(config),
+            f"algorithm: advantage.estimator {advantage.estimator} compares with the whole step, so that zero-variance "
+            "groups have a signal too, which loss.mask.zero_variance removes",
+        ),
+        (
+            constant and not has_group_baseline(config),
+            f"algorithm: advantage.zero_variance constant puts +1 and -1 in the place of what advantage.estimator "
+            f"{advantage.estimator} says of zero-variance groups anyway",
+        ),
+        (
+            constant and loss.clip.kind == "max0",
+            "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
+            "on most steps",
+        ),
+        (
+            constant and length.kind == "agpo" and length.groups == "all",
+            "algorithm: length_reward.groups all has no effect in all-right groups, whose advantage "
+            "advantage.zero_variance constant fixes at +1",
+        ),
+        (
+            advantage.zero_variance == "resample" and loss.mask.zero_variance,
+            "algorithm: advantage.zero_variance resample replaces the groups that loss.mask.zero_variance would drop; "
+            "the mask acts on what is left when resample_rounds run out only",
+        ),
+    ]
+
+
+def _doubts_about_the_loss(config: Config) -> list[tuple[bool, str]]:
+    loss, length = config.algorithm.loss, config.algorithm.length_reward
+    bound = loss.clip.kind == "max0"
+    terms = (loss.kl.coef > 0 and loss.kl.place == "loss") or loss.entropy.coef > 0
+    return [
+        (
+            bound
+            and has_group_baseline(config)
+            and loss.clip.scope in ("batch", "group")
+            and loss.aggregation == "seq_mean_token_mean",
+            "algorithm: with aggregation seq_mean_token_mean the on-policy loss of complete groups is identically 0, "
+            "so loss.clip acts on rounding noise; use token_mean",
+        ),
+        (
+            bound and loss.clip.scope in ("sequence", "token") and loss.clip.min >= 0,
+            f"algorithm: loss.clip with scope {loss.clip.scope} and min {loss.clip.min:g} drops every positive "
+            "advantage: training on mistakes only",
+        ),
+        (
+            loss.clip.kind != "none" and loss.clip.scope == "micro_batch",
+            "algorithm: with loss.clip.scope micro_batch the result depends on train.micro_batch_tokens and "
+            "data_parallel; report them with it",
+        ),
+        (
+            loss.mask.zero_variance and loss.mask.criterion == "sample",
+            "algorithm: loss.mask.criterion sample also drops members that sit exactly at the mean of an informative "
+            "group",
+        ),
+        (
+            bound and loss.clip.on == "policy" and terms,
+            "algorithm: loss.clip gates the policy loss only; on steps with a closed gate KL and entropy terms still "
+            "train",
+        ),
+        (
+            loss.kl.coef > 0
+            and loss.kl.place == "loss"
+            and loss.kl.estimator == "k1"
+            and not loss.kl.importance,
+            "algorithm: the expected gradient of the k1 estimate in the loss is 0; use k2 or k3, importance, or place "
+            "reward",
+        ),
+        (
+            loss.kl.coef > 0 and loss.kl.place == "reward" and loss.kl.estimator != "k1",
+            f"algorithm: in the reward only k1 is the unbiased KL penalty, not {loss.kl.estimator}",
+        ),
+        (
+            loss.mask.truncated and length.kind == "dapo_overlong",
+            "algorithm: loss.mask.truncated takes truncated responses out of the loss, so their length_reward penalty "
+            "only moves the baseline of the others",
+        ),
+    ]
