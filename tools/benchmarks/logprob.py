@@ -15,9 +15,11 @@ All variants start from hidden states [T, H] and an LM head [V, H] and end with 
     plain              logits, log-softmax (not with --tp)
     plain_entropy      the same with the entropy (not with --tp)
 
-Variants take turns; the first turn is a warm-up on a sixteenth of the rows; times are medians over the others, of the
-slowest rank. Peak memory is measured in a process of its own for each, as growth of the resident set beyond inputs,
-less dL/dhidden and dL/dhead. ``--kept`` applies to selected_logprobs only: the others compute all rows, always.
+Variants take turns; the first turn is a warm-up on a sixteenth of the rows. Times are medians over the others, of the
+slowest rank: by the clock, and CPU time over the number of threads (cpu), which says more where other work runs. Peak
+memory is measured in a process of its own for each, as growth of the resident set beyond inputs, less dL/dhidden and
+dL/dhead. "/best": over the best of the other ways; "/mm": over the matmuls. ``--kept`` applies to selected_logprobs
+only: the others compute all rows, always.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ OURS = ("one_pass", "one_pass_entropy", "two_pass", "score")
 OTHERS = ("matmuls", "mcore", "mcore_fused", "mcore_entropy", "plain", "plain_entropy")
 WITH_ENTROPY = ("one_pass_entropy", "mcore_entropy", "plain_entropy")
 ENTROPY_COEFFICIENT = 1e-3
+CLOCKS = ("seconds", "cpu")
 MEGABYTE = 2**20
 
 
@@ -211,21 +214,22 @@ def runner(problem: Problem, name: str, kept: float, chunk: int) -> Callable[[],
     return functools.partial(run_other, problem, name)
 
 
-def time_cases(options: argparse.Namespace, problem: Problem) -> list[list[float]]:
-    """Seconds of each case, in each turn."""
+def time_cases(options: argparse.Namespace, problem: Problem) -> list[list[tuple[float, float]]]:
+    """(seconds, CPU seconds over threads) of each case, in each turn."""
     small = problem.first(max(options.rows // 16, 1))
     cases = cases_of(options)
     for name, kept in cases:
         runner(small, name, kept, options.chunk)()
-    seconds: list[list[float]] = [[] for _ in cases]
+    seconds: list[list[tuple[float, float]]] = [[] for _ in cases]
     for _ in range(options.repeats):
         for i, (name, kept) in enumerate(cases):
             run = runner(problem, name, kept, options.chunk)
             if options.tp > 1:
                 dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             run()
-            seconds[i].append(time.perf_counter() - start)
+            cpu = (time.process_time() - cpu) / torch.get_num_threads()
+            seconds[i].append((time.perf_counter() - start, cpu))
             del run
     return seconds
 
@@ -279,13 +283,15 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     times = measure(options, "times")
     rows = []
     for i, (name, kept) in enumerate(cases_of(options)):
-        turns = [max(rank[i][turn] for rank in times) for turn in range(options.repeats)]
-        row = {"variant": name, "kept": kept, "seconds": statistics.median(turns), "turns": turns}
+        row: dict[str, Any] = {"variant": name, "kept": kept}
+        for which, clock in enumerate(CLOCKS):
+            turns = [max(r[i][turn][which] for r in times) for turn in range(options.repeats)]
+            row |= {clock: statistics.median(turns), f"{clock}_turns": turns}
         if options.memory:
             one = argparse.Namespace(**{**vars(options), "variants": [name], "kept": [kept]})
-            row["peak_mb"] = max(measure(one, "peak"))
+            row["peak MB"] = max(measure(one, "peak"))
         rows.append(row)
-    floor = {r["variant"]: r["seconds"] for r in rows if r["variant"] == "matmuls"}
+    floor = next((r for r in rows if r["variant"] == "matmuls"), None)
     for row in rows:
         entropy = row["variant"] in WITH_ENTROPY
         rivals = [
@@ -293,20 +299,20 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
             for r in rows
             if r["variant"] in OTHERS[1:] and (r["variant"] in WITH_ENTROPY) == entropy
         ]
-        for key, name in (("seconds", "time_ratio"), ("peak_mb", "memory_ratio")):
+        for key in (*CLOCKS, "peak MB"):
             if rivals and key in row:
-                row[name] = row[key] / min(r[key] for r in rivals)
-        if floor:
-            row["of_matmuls"] = row["seconds"] / floor["matmuls"]
+                row[f"{key}/best"] = row[key] / min(r[key] for r in rivals)
+            if floor and key in CLOCKS:
+                row[f"{key}/mm"] = row[key] / floor[key]
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Columns: time, times the best rival, times the matmuls, peak, times the best rival's peak."""
-    columns = ("seconds", "time_ratio", "of_matmuls", "peak_mb", "memory_ratio")
-    lines = [f"{'variant':18}{'kept':>6}" + "".join(f"{c:>14}" for c in columns)]
+    """Each measure, over that of the best other way, and times over the matmuls'."""
+    columns = [c for c in rows[-1] if c not in ("variant", "kept") and "turns" not in c]
+    lines = [f"{'variant':18}{'kept':>6}" + "".join(f"{c:>12}" for c in columns)]
     for row in rows:
-        cells = "".join(f"{row[c]:14.3f}" if c in row else f"{'-':>14}" for c in columns)
+        cells = "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns)
         lines.append(f"{row['variant']:18}{row['kept']:6.2f}{cells}")
     return "\n".join(lines)
 
@@ -321,7 +327,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.5], help="of the rows")
-    parser.add_argument("--chunk", type=int, default=384, help="selected_logprobs' chunk")
+    parser.add_argument("--chunk", type=int, default=384, help="of selected_logprobs")
     parser.add_argument("--threads", type=int, default=2, help="of all processes together")
     parser.add_argument("--repeats", type=int, default=3, help="turns after the warm-up")
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS], choices=(*OURS, *OTHERS))
