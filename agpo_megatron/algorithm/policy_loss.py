@@ -157,6 +157,8 @@ POLICY_LOSSES: dict[PolicyLossName, PolicyLoss] = {
     "gmpo": gmpo,
     "sapo": sapo,
 }
+SEQUENCE_RATIO_LOSSES: frozenset[PolicyLossName] = frozenset({"gspo", "gspo_token", "gmpo"})
+"""Those in which a token's gradient depends on the other tokens of its sequence."""
 
 
 def negative_log_likelihood(logprob: Tensor) -> Tensor:

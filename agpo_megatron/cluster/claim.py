@@ -45,6 +45,7 @@ FREE = (
     "policy.distributed_optimizer",
     "policy.recompute",
     "policy.logprob_chunk",
+    "policy.logprob_kernels",
 )
 
 

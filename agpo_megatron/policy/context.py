@@ -50,6 +50,10 @@ class Share:
     targets: Tensor
     exchange: Exchange | None = None
 
+    def own(self, batch: PackedBatch) -> PackedBatch:
+        """What ``batch`` says of this rank's rows."""
+        return batch if self.exchange is None else batch.part(self.exchange.own_rows)
+
     def whole(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of this rank's rows, [n], to those of all the pack's, [N], differentiable."""
         if self.exchange is None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from agpo_megatron.algorithm.adaptive_loss import Adaptive, AdaptiveKind, Tie
 from agpo_megatron.algorithm.policy_loss import (
     POLICY_LOSSES,
+    SEQUENCE_RATIO_LOSSES,
     Bounds,
     PolicyLossName,
     Rows,
@@ -26,6 +27,7 @@ from agpo_megatron.algorithm.policy_loss import (
     negative_log_likelihood,
 )
 from agpo_megatron.algorithm.regularization import KlEstimator, kl_estimate
+from agpo_megatron.logprob.fused import TokenLoss as TokenLosses
 from agpo_megatron.policy.packing import PackedBatch
 from agpo_megatron.types import TrainSequence
 
@@ -95,6 +97,33 @@ def micro_batch_loss(
     A pack without rows gives a 0 that backward can still run through: every rank takes part in every collective.
     Raises ValueError for a KL term without reference log-probs.
     """
+    losses, sums = _row_losses(settings, logprob, entropy, batch)
+    stats = {name: value.double().sum() for name, value in sums.items()}
+    diff = sums["rollout_diff"].double()
+    stats["rollout_diff_max"] = diff.amax() if len(diff) else diff.sum()
+    return losses.sum(), stats
+
+
+def token_losses(settings: LossSettings, batch: PackedBatch) -> TokenLosses | None:
+    """The loss row by row, where a row's loss depends on nothing but its own log-prob and entropy; None elsewhere.
+
+    It does depend on others with the ratio of a sequence (gspo, gspo_token, gmpo), and with an adaptive part whose
+    gain is decided within the pack by the loss of several rows (scopes ``micro_batch`` and ``sequence``).
+    """
+    decided_within = settings.adaptive != "none" and settings.scope in ("micro_batch", "sequence")
+    if settings.policy in SEQUENCE_RATIO_LOSSES or decided_within:
+        return None
+
+    def losses(logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        return _row_losses(settings, logprob, entropy, batch.part(rows))[0]
+
+    return losses
+
+
+def _row_losses(
+    settings: LossSettings, logprob: Tensor, entropy: Tensor, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss of each row, weighted; what each row adds to ``SUMS``, and ``rollout_diff``), all [N]."""
     current = logprob.detach()
     old = current if batch.old_logprobs is None else batch.old_logprobs
     w = batch.weights.to(logprob.dtype)
@@ -103,7 +132,7 @@ def micro_batch_loss(
     values = corrected * token.surrogate
     scale = (corrected * batch.advantages.to(w.dtype)).abs()
     gains, adapted = _gains(settings, w, values, scale, batch)
-    total = (corrected * gains * token.loss).sum()
+    losses = corrected * gains * token.loss
 
     kl = torch.zeros_like(current)
     if settings.kl_coef > 0 and len(current):
@@ -111,13 +140,12 @@ def micro_batch_loss(
             raise ValueError("a KL term needs reference log-probs; score the batch with them first")
         start = old if settings.kl_importance else None
         k = kl_estimate(logprob, batch.ref_logprobs.to(w.dtype), settings.kl_estimator, start)
-        total = total + settings.kl_coef * (w * k).sum()
+        losses = losses + settings.kl_coef * w * k
         kl = k.detach()
     if settings.entropy_coef > 0:
-        total = total - settings.entropy_coef * (w * entropy).sum()
+        losses = losses - settings.entropy_coef * w * entropy
 
-    diff = (current - batch.rollout_logprobs).abs() * batch.has_rollout
-    sums = {
+    return losses, {
         "loss": values,
         "scale": scale,
         "adapted": adapted,
@@ -128,12 +156,9 @@ def micro_batch_loss(
         "ratio": token.ratio,
         "clipped": token.is_clipped,
         "tokens": torch.ones_like(current),
-        "rollout_diff": diff,
+        "rollout_diff": (current - batch.rollout_logprobs).abs() * batch.has_rollout,
         "rollout_tokens": batch.has_rollout,
     }
-    stats = {name: value.double().sum() for name, value in sums.items()}
-    stats["rollout_diff_max"] = diff.double().amax() if len(diff) else diff.double().sum()
-    return total, stats
 
 
 def sequence_values(settings: LossSettings, logprob: Tensor, batch: PackedBatch) -> Tensor:

@@ -19,6 +19,18 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.types import TrainSequence
 
 PAD_TOKEN = 0
+_PER_ROW = (
+    "rows",
+    "targets",
+    "sequence",
+    "weights",
+    "correction",
+    "advantages",
+    "rollout_logprobs",
+    "has_rollout",
+    "old_logprobs",
+    "ref_logprobs",
+)
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,21 @@ class PackedBatch:
     gains: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch with its tensors on ``device``."""
+        """The batch with its tensors on ``device``, but for ``rows``, which are read on the host."""
         if device.type == "cpu":
             return self
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and name != "rows"
         }
         return replace(self, **moved)
+
+    def part(self, rows: slice | Tensor) -> PackedBatch:
+        """The batch with some of its rows only; tokens and sequences stay."""
+        whole = {name: getattr(self, name) for name in _PER_ROW}
+        cut: dict[str, Any] = {n: None if x is None else x[rows] for n, x in whole.items()}
+        return replace(self, **cut)
 
 
 def pack_multiple(policy: PolicyConfig) -> int:

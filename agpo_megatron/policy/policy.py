@@ -88,7 +88,9 @@ class Policy:
         source = HfCheckpoint(Path(hf_dir))
         weight_map = source.weight_map()
         layout = parallel.initialize(policy, seed, timeout=timeout)
-        head = step.HeadSettings(weight_map.shape.vocab_size, temperature, policy.logprob_chunk)
+        head = step.HeadSettings(
+            weight_map.shape.vocab_size, temperature, policy.logprob_chunk, policy.logprob_kernels
+        )
         built = Policy(policy, train, weight_map, head, layout)
         with built.backend.scope():
             weights.load_hf(built.chunks, weight_map, source, layout)

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
 from agpo_megatron.logprob.fused import selected_logprobs
+from agpo_megatron.logprob.projection import Kernels
+from agpo_megatron.logprob.rows import select_rows
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.attention import PackedSequences, transformer_engine_params
 from agpo_megatron.policy.context import Share, share_of
-from agpo_megatron.policy.objective import LossSettings, micro_batch_loss, sequence_values
+from agpo_megatron.policy.objective import (
+    LossSettings,
+    micro_batch_loss,
+    sequence_values,
+    token_losses,
+)
 from agpo_megatron.policy.packing import PackedBatch
 from agpo_megatron.policy.parallel import Layout
 
@@ -36,6 +39,7 @@ class HeadSettings:
     vocab_size: int
     temperature: float
     chunk: int
+    kernels: Kernels = "auto"
 
 
 def sum_only_gradients(model: list[Any], num_tokens: Tensor | None, **keywords: Any) -> None:
@@ -151,15 +155,26 @@ class _Head:
         """``hidden_states`` [T / CP, 1, H] ([T / CP / TP, 1, H] under sequence parallelism); returns a scalar."""
         batch, share = context
         weight = output_layer.weight if output_weight is None else output_weight
-        rows = self._select(hidden_states, share.rows, output_layer.sequence_parallel)
+        group = self.layout.tp_group if self.layout.tp > 1 else None
+        one_pass = None
+        if self.loss is not None and not self.values_only:
+            one_pass = token_losses(self.loss, share.own(batch))
         result = selected_logprobs(
-            rows,
+            select_rows(
+                hidden_states.squeeze(1),
+                share.rows,
+                group=group,
+                sequence_parallel=output_layer.sequence_parallel,
+            ),
             weight,
             share.targets,
-            group=self.layout.tp_group if self.layout.tp > 1 else None,
+            group=group,
             vocab_size=self.head.vocab_size,
             temperature=self.head.temperature,
             chunk=self.head.chunk,
+            token_loss=one_pass,
+            entropy_gradient=self.loss is not None and self.loss.entropy_coef > 0,
+            kernels=self.head.kernels,
         )
         logprob, entropy = share.whole(result.logprob, result.entropy)
         if self.loss is None:
@@ -169,24 +184,9 @@ class _Head:
             self.stats = {"values": sequence_values(self.loss, logprob, batch)}
             return logprob.sum()
         loss, self.stats = micro_batch_loss(self.loss, logprob, entropy, batch)
-        return loss
+        return loss if result.loss is None else result.loss
 
     def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Megatron's loss function: (sum of w l, 0 tokens, statistics): with a token count of 0 nothing divides."""
         stats, self.stats = self.stats, {}
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), stats
-
-    def _select(self, hidden: Tensor, rows: Tensor, sequence_parallel: bool) -> Tensor:
-        """The rows that train, [N, H]. Their gradient comes back as partial sums of TP shards, which the mapping's
-        backward adds up: over all T rows under sequence parallelism, over the N selected ones without."""
-        group = self.layout.tp_group
-        if self.layout.tp == 1:
-            return hidden.squeeze(1).index_select(0, rows)
-        if sequence_parallel:
-            full = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True, group=group
-            )
-            return full.squeeze(1).index_select(0, rows)
-        return copy_to_tensor_model_parallel_region(
-            hidden.squeeze(1).index_select(0, rows), group=group
-        )

@@ -20,6 +20,7 @@ from agpo_megatron.policy.objective import (
     gate_of,
     micro_batch_loss,
     on_policy_parts,
+    token_losses,
 )
 from agpo_megatron.policy.packing import PackedBatch, pack
 from agpo_megatron.types import TrainSequence
@@ -323,3 +324,38 @@ def test_an_all_masked_pack_is_no_loss_and_no_nan() -> None:
             total.backward()
             assert total == 0 and all(value == 0 for value in stats.values())
             assert empty.grad is not None and not empty.grad.any()
+
+
+ROW_BY_ROW = ("ppo", "cispo", "sapo", "nll")
+
+
+@pytest.mark.parametrize("policy", [*POLICY_LOSSES, "nll"])
+@pytest.mark.parametrize("scope", ["batch", "micro_batch", "group", "sequence", "token"])
+@pytest.mark.parametrize("adaptive", ["none", "max0", "exp"])
+def test_row_by_row_the_loss_and_its_gradient_are_the_same(
+    policy: str, scope: str, adaptive: str
+) -> None:
+    """What one pass is given is the loss of the pack, cut anywhere; where it cannot be, there is nothing to give."""
+    loss = LossSettings(
+        policy=policy,  # type: ignore[arg-type]
+        adaptive=adaptive,  # type: ignore[arg-type]
+        scope=scope,  # type: ignore[arg-type]
+        kl_coef=0.3,
+        entropy_coef=0.2,
+    )
+    batch, logprob, entropy = off_policy()
+    if adaptive != "none" and scope == "group":  # decided before, and folded in
+        batch = replace(batch, gains=torch.linspace(0.2, 1.4, len(batch.spans)))
+    rows = token_losses(loss, batch)
+    local = adaptive != "none" and scope in ("micro_batch", "sequence")
+    assert (rows is None) == (policy not in ROW_BY_ROW or local)
+    if rows is None:
+        return
+    total, _ = micro_batch_loss(loss, logprob, entropy, batch)
+    want = torch.autograd.grad(total, (logprob, entropy))
+    parts = [rows(logprob[cut], entropy[cut], cut) for cut in (slice(0, 5), slice(5, N))]
+    assert [len(part) for part in parts] == [5, N - 5]
+    mine = torch.cat(parts).sum()
+    assert float(mine.detach()) == pytest.approx(float(total.detach()), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(mine, (logprob, entropy)), want, strict=True):
+        assert a.tolist() == pytest.approx(b.tolist(), rel=1e-9, abs=1e-15)
