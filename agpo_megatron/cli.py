@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
+from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
     """sft, train, replay or eval on this machine, under the local supervisor."""
-    from agpo_megatron.cluster.supervisor import run_locally
+    from agpo_megatron.cluster.node import run_locally
 
     mode, extra = arguments.command, []
     if mode == "train" and arguments.replay:
@@ -112,16 +112,6 @@ def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
     inner = RunFolder(folder.path / mode)
     changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
     return config.model_copy(update=changes), inner
-
-
-def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
-    """Whether ``mode`` has come to its end here: a cold start with its output, a training run with all its steps."""
-    if mode == "eval" or not folder.done.exists():
-        return False
-    done = json.loads(folder.done.read_text())
-    if mode == "sft":
-        return (Path(config.model.path) / "config.json").exists()
-    return bool(done["steps"] >= config.train.steps)
 
 
 if __name__ == "__main__":

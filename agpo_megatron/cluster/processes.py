@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -26,8 +26,8 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def free_port() -> int:
-    """A port of the loopback interface that is free, and that the kernel gives to nobody who asks for any port.
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine's ``address`` that is free, and that the kernel gives to nobody who asks for any port.
 
     A server binds its port a minute after it was chosen. Meanwhile every outgoing connection takes one from the
     ephemeral range, so the choice is made below that range. Raises OSError when nothing is free there.
@@ -38,7 +38,7 @@ def free_port() -> int:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                sock.bind(("127.0.0.1", port))
+                sock.bind((address, port))
                 return port
     raise OSError(f"no free port between {FIRST_PORT} and {lowest_ephemeral}; set rollout.port")
 
@@ -58,6 +58,7 @@ class RunningRole:
     role: Role
     process: subprocess.Popen[bytes]
     restarts: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
 def start(role: Role) -> RunningRole:

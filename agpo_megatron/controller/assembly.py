@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import aiohttp
 from rich.console import Console
 
-from agpo_megatron.cluster.supervisor import serving_marker
+from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
-from agpo_megatron.controller.run import Recipe, Run, remove_leftovers
+from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest, remove_leftovers
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.data.problems import DataError, Problem, load_problems
@@ -40,12 +40,12 @@ from agpo_megatron.rollout.pool import RolloutPool
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the supervisor tells the controller. ``url``: where it listens. ``started``: label of this start."""
+    """What the supervisor tells the controller. ``url``: where it listens."""
 
     url: str
     token: str
     servers: list[str]
-    started: str
+    start: StartFolder
 
 
 async def carry_out(
@@ -53,7 +53,7 @@ async def carry_out(
 ) -> None:
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
-        async with rollouts_of(config, folder, surroundings, training=False) as rollouts:
+        async with rollouts_of(config, surroundings, training=False) as rollouts:
             rollouts.pool.serve_as_started()
             evaluation = await loop.measure(rollouts)
         evaluation.write(folder.evaluation(0))
@@ -72,7 +72,7 @@ async def carry_out(
         elif mode == "replay" and recorded:
             await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
         else:
-            async with rollouts_of(config, folder, surroundings, training=True) as rollouts:
+            async with rollouts_of(config, surroundings, training=True) as rollouts:
                 await loop.train(run, rollouts)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
@@ -111,7 +111,13 @@ async def run_of(
     hidden = int(read_config(base)["hidden_size"])
     try:
         with Progress(steps, title) as progress:
-            yield Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
+            run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
+            run.stop_requested = surroundings.start.stop_requested.exists
+            try:
+                yield run
+            except StoppedOnRequest:
+                await trainers.call("stop")
+                raise
     finally:
         metrics.close()
         await trainers.close()
@@ -119,7 +125,7 @@ async def run_of(
 
 @asynccontextmanager
 async def rollouts_of(
-    config: Config, folder: RunFolder, surroundings: Surroundings, training: bool
+    config: Config, surroundings: Surroundings, training: bool
 ) -> AsyncIterator[loop.Rollouts]:
     """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
     tokenizer = load_tokenizer(config.model.path)
@@ -140,7 +146,7 @@ async def rollouts_of(
             RewardPool(config.reward) as rewards,
         ):
             await pool.wait_alive()
-            serving_marker(folder, surroundings.started).touch()
+            surroundings.start.serving.touch()
             yield loop.Rollouts(
                 pool,
                 rewards,

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
-from agpo_megatron.journal import Journal, JournalError, StepRecord
+from agpo_megatron.journal import Journal, JournalError, JournalReader, StepRecord
 from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
@@ -28,6 +28,10 @@ from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
 APPLY_WITHOUT_TOKENS = ("loss/policy", "loss/unclipped", "grad_norm", "lr", "tokens/trained")
+
+
+class StoppedOnRequest(Exception):
+    """The run was asked to end and has saved a checkpoint; the same command continues it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Run:
     """One start (attempt) of a run.
 
     ``version``: identity of the weights the trainer holds now. ``backend``: of its collectives, once it has loaded.
+    ``stop_requested``: whether to end after the step under way.
     """
 
     config: Config
@@ -71,6 +76,7 @@ class Run:
     hidden_size: int
     version: WeightVersion = field(init=False)
     backend: str = field(init=False)
+    stop_requested: Callable[[], bool] = field(init=False, default=lambda: False)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
@@ -83,14 +89,42 @@ class Run:
         with waiting(name), seconds_into(timings, key):
             yield
 
-    async def load(self) -> int:
-        """Load the newest complete checkpoint, or the initial weights; returns the step it holds."""
+    async def load(self, recorded: JournalReader | None = None) -> int:
+        """Load the newest complete checkpoint, or the initial weights; returns the step that the trainer then holds.
+
+        Trainers that outlived their last controller may be further than that, and stay where they are. ``recorded``:
+        the journal that is trained on, if it is not this run's.
+        """
         step, path = latest_checkpoint(self.folder)
         with self.phase("load weights", {}, ""):
-            answers = await self.trainers.call("load", checkpoint=path and str(path))
+            answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
         self.backend = answers[0]["backend"]
-        self.version = WeightVersion(step, self.journal.attempt)
-        return step
+        held: int = answers[0]["step"]
+        self.version = WeightVersion(held, self.journal.attempt)
+        if held > step and not self.metrics.has(held):  # its result reached no controller
+            reader = recorded or self.journal.reader
+            record = reader.read_record(reader.step_names()[held])
+            self.report(record, self._stats(record, answers[0]["last_update"]), {})
+        return held
+
+    def _stats(self, record: StepRecord, result: dict[str, float]) -> dict[str, float]:
+        """Metrics of an update from what the trainer answered."""
+        stats = {**result, "lr": self.recipe.lr_at(record.step)}
+        if stats["tokens/trained"] == 0:  # ratios, entropy and gate of nothing
+            stats = {key: value for key, value in stats.items() if key in APPLY_WITHOUT_TOKENS}
+        return stats
+
+    async def save_if_due(self, last: int) -> None:
+        """Checkpoint every ``run.checkpoint_every`` steps, at step ``last``, and when asked to end.
+
+        Raises StoppedOnRequest after the latter.
+        """
+        step = self.version.step
+        stop = self.stop_requested() and step < last
+        if step % self.config.run.checkpoint_every == 0 or step == last or stop:
+            await self.save()
+        if stop:
+            raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
 
     async def update(self, record: StepRecord, journal: Path, name: str) -> dict[str, float]:
         """One optimizer step on the committed record ``name``; afterwards ``version`` is one step further.
@@ -113,7 +147,6 @@ class Run:
             hidden_size=self.hidden_size,
         )
         numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
-        lr = self.recipe.lr_at(record.step)
         clip = self.config.algorithm.loss
         results = await self.trainers.call(
             "update",
@@ -126,13 +159,10 @@ class Run:
             clip_high=clip.clip_high,
             gate_min=self.recipe.gate_min,
             when_clipped=self.recipe.when_clipped,
-            lr=lr,
+            lr=self.recipe.lr_at(record.step),
         )
         self.version = WeightVersion(record.step, self.journal.attempt)
-        stats: dict[str, float] = {**results[0], "lr": lr}
-        if stats["tokens/trained"] == 0:  # ratios, entropy and gate of nothing
-            stats = {key: value for key, value in stats.items() if key in APPLY_WITHOUT_TOKENS}
-        return stats
+        return self._stats(record, results[0])
 
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""

@@ -2,13 +2,14 @@
 
 Trainers connect out to this HTTP server (so only the controller's address must be known)::
 
-    GET  /command?after=SEQ   rank 0 long-polls the next command         -> {attempt, seq, name, args} or 204
+    GET  /command?attempt=A&after=SEQ   rank 0 long-polls the next command   -> {attempt, seq, name, args} or 204
     POST /result              rank 0 delivers the results of all ranks   {attempt, seq, results: [one per rank]}
     POST /heartbeat           every rank: {rank, phase, since}           the death of one hides no other
     POST /failure             any rank: {rank, command, error}           before it exits
 
 Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0 asks
-for what comes after the last seq it carried out, so a command is carried out once however often it is fetched.
+for what comes after the last seq it carried out, so a command is carried out once however often it is fetched. Trainers
+outlive a controller that is killed: the next one, of another attempt, counts its commands from 1.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ class TrainerClient:
         return response
 
     async def _on_command(self, request: web.Request) -> web.Response:
-        after = int(request.query["after"])
+        known = int(request.query["attempt"]) == self.attempt
+        after = int(request.query["after"]) if known else 0
         try:
             async with asyncio.timeout(POLL_SECONDS):
                 async with self._issued:

@@ -56,9 +56,10 @@ class Channel:
                     ) from error
                 time.sleep(0.2)
 
-    def next_command(self, after: int) -> Command | None:
-        """The next command after ``after``; None when the long poll ended without one."""
-        response = self._request("GET", f"/command?after={after}", timeout=60)
+    def next_command(self, attempt: int, after: int) -> Command | None:
+        """The command after number ``after`` of ``attempt``, or the first of a newer one; None when the long poll ended
+        without one."""
+        response = self._request("GET", f"/command?attempt={attempt}&after={after}", timeout=60)
         return None if response.status_code == 204 else Command(**response.json())
 
     def deliver(self, command: Command, results: list[dict[str, Any]]) -> None:

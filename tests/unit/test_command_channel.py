@@ -39,7 +39,7 @@ def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:
         channel = Channel(url, TOKEN, 0, patience=5.0)
         last = 0
         while len(seen) < 2:
-            command = channel.next_command(last)
+            command = channel.next_command(7, last)
             if command is None:
                 continue
             seen.append((command.seq, command.name, command.args))
@@ -103,4 +103,4 @@ def test_a_deadline_tells_what_was_waited_for_and_where_everyone_is() -> None:
 def test_a_rank_gives_up_on_a_controller_that_is_gone() -> None:
     channel = Channel(f"http://127.0.0.1:{free_port()}", TOKEN, 3, patience=0.5)
     with pytest.raises(ControllerLost, match="rank 3: no answer from the controller"):
-        channel.next_command(0)
+        channel.next_command(7, 0)
