@@ -130,7 +130,8 @@ if [ ${#others[@]} -gt 0 ]; then
     group=0
     [ ${#trainer_hosts[@]} -gt 1 ] || group=1
     srun ${SLURM_HET_SIZE:+--het-group="$group"} --overlap --nodes=1 --ntasks=1 --nodelist="${others[0]}" \
-        bash "$repo/launch/watch_batch_node.sh" "$SLURM_JOB_ID" "$SLURMD_NODENAME" &
+        bash "$repo/launch/watch_batch_node.sh" "$SLURM_JOB_ID" "$SLURMD_NODENAME" \
+        "${AGPO_WATCH_SECONDS:-20}" >"$start/watch.log" 2>&1 &
     watch=$!
 fi
 

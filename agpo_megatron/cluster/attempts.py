@@ -40,7 +40,7 @@ def conclude(run: RunFolder, start: StartFolder, allowed: int) -> Conclusion:
     cause = culprit.message() if culprit else ended["reason"]
     failed = failed_in_a_row(run)
     again = failed < allowed
-    count = f"start {failed} of at most {allowed} (cluster.attempts) in a row that failed without a committed step"
+    count = f"failed start {failed} of at most {allowed} (cluster.attempts) without a committed step between them"
     return Conclusion(outcome, again, f"{cause}\n{count}" + ("" if again else ": giving up"))
 
 

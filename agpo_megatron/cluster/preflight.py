@@ -28,7 +28,8 @@ MAX_SKEW = 5.0
 """Seconds that clocks may differ: the order of events in logs and of exits rests on them."""
 CALL_SECONDS = 10.0
 NEEDED = {"trainer": "megatron-core", "rollout": "sglang"}
-SAME_EVERYWHERE = ("agpo_megatron",)
+SAME_EVERYWHERE = ("agpo_megatron", "nvidia-nccl-cu13")
+"""Trainers and servers, otherwise of different environments, meet in NCCL groups when weights are published."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def gather_facts(
     for kind, present in kinds.items():
         if present and NEEDED[kind] not in versions:
             problems.append(f"the {kind} environment has no {NEEDED[kind]}; see launch/images/")
+    recipe = config.policy.fp8.recipe
+    if roles.ranks and recipe != "none" and "transformer-engine" not in versions:
+        problems.append(f"policy.fp8.recipe {recipe} needs Transformer Engine; see launch/images/")
     try:
         check_inputs(config, mode)
         _read_weights(Path(config.model.path))
@@ -131,6 +135,7 @@ class Hello:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close alone would not
         self._socket.close()
 
 

@@ -61,8 +61,12 @@ class RunningRole:
     since: float = field(default_factory=time.monotonic)
 
 
-def start(role: Role) -> RunningRole:
-    """Start a role in a process group of its own, tied to this process's life."""
+def start(role: Role, deaf: bool = False) -> RunningRole:
+    """Start a role in a process group of its own, tied to this process's life.
+
+    ``deaf``: SIGUSR1 and SIGTERM do not reach it or its children: Slurm sends them to every process of a step, and they
+    are meant for the supervisor.
+    """
     with open(role.log, "ab") if role.log else contextlib.nullcontext() as output:
         process = subprocess.Popen(
             list(role.argv),
@@ -70,7 +74,7 @@ def start(role: Role) -> RunningRole:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=become_own_group,
+            preexec_fn=become_deaf if deaf else become_own_group,
         )
     return RunningRole(role, process)
 
@@ -78,6 +82,12 @@ def start(role: Role) -> RunningRole:
 def become_own_group() -> None:
     os.setpgid(0, 0)
     die_with_parent()
+
+
+def become_deaf() -> None:
+    become_own_group()
+    # Blocked, not ignored: SGLang installs handlers, which would undo the latter.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
 
 def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from agpo_megatron.config.schema import Config
 
 MODES_WITH_SERVERS = ("train", "eval")
+HOSTS = r"(?:[\w.-]|\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\])+"
+"""Between the commas of a host list outside brackets: ``gpu[01-03,7]-ib``."""
 MODES_WITH_TRAINERS = ("train", "sft", "replay")
 
 
@@ -186,12 +188,9 @@ def expand_hosts(nodelist: str) -> list[str]:
 
     Here, because inside a container there is no scontrol. Raises LaunchError on what is no host list.
     """
-    hosts = [
-        host for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist) for host in _expand(part)
-    ]
-    if not hosts or any(re.search(r"[\[\]\s]", host) for host in hosts):
+    if not re.fullmatch(f"{HOSTS}(,{HOSTS})*", nodelist):
         raise LaunchError(f"not a Slurm host list: {nodelist!r}")
-    return hosts
+    return [host for part in re.findall(HOSTS, nodelist) for host in _expand(part)]
 
 
 def _expand(part: str) -> Iterator[str]:

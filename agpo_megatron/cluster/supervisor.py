@@ -85,7 +85,7 @@ class Supervisor:
         outcome: Outcome = "failed"
         try:
             for role in roles:  # one by one: what has started is stopped if the next cannot start
-                self._running.append(start(role))
+                self._running.append(start(role, deaf=self._several))
             self._write_processes()
             outcome = self._watch()
             return outcome
@@ -94,7 +94,9 @@ class Supervisor:
                 signal.signal(number, signal.SIG_IGN)
             if outcome == "failed":
                 self._ask_for_stacks()
-            stop_all(self._running)
+            stop_all(
+                self._running, grace=0.0 if self._several else 5.0
+            )  # the deaf hear only SIGKILL
             self._start.processes(self._host).unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -150,7 +152,7 @@ class Supervisor:
             signal_group(role, signal.SIGKILL)  # what it left in its process group
             lived = time.monotonic() - role.since
             restarts = 0 if lived > RESTARTS_FORGOTTEN else role.restarts + 1
-            self._running[index] = replace(start(role.role), restarts=restarts)
+            self._running[index] = replace(start(role.role, deaf=self._several), restarts=restarts)
             self._write_processes()
             return None
         if is_server(role) and self._start.serving.exists() and self._servers_left(index):
