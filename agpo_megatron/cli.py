@@ -1,4 +1,4 @@
-"""``agpo-megatron {prepare,sft,train,eval,check}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,check,status}``: also ``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
+from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
@@ -44,6 +45,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 type=Path,
                 help="train on the recorded batches of an earlier run; no rollout servers",
             )
+    text = "who is doing what, for how long, in the newest start of a run"
+    status = commands.add_parser("status", help=text, description=text)
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     return parser.parse_args(argv)
 
 
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # However it is spelled, it is the same folder.
     run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
+        if arguments.command == "status":
+            sys.stdout.write(describe_run(RunFolder(arguments.run_dir)))
+            return 0
         resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")

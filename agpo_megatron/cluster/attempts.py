@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from agpo_megatron.cluster.start_folder import StartFolder, committed_steps, starts, write_json
+from agpo_megatron.cluster.status import write_report
 from agpo_megatron.cluster.supervisor import first_culprit
 from agpo_megatron.config.run_folder import RunFolder
 
@@ -38,6 +39,7 @@ def conclude(run: RunFolder, start: StartFolder, allowed: int) -> Conclusion:
         return Conclusion(outcome, True, "stopped after a checkpoint, as asked to")
     culprit = first_culprit(start)
     cause = culprit.message() if culprit else ended["reason"]
+    write_report(run, start, cause)
     failed = failed_in_a_row(run)
     again = failed < allowed
     count = f"failed start {failed} of at most {allowed} (cluster.attempts) without a committed step between them"

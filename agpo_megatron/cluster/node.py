@@ -22,6 +22,7 @@ from agpo_megatron.cluster.preflight import (
 from agpo_megatron.cluster.processes import Role, python_module
 from agpo_megatron.cluster.roles import NodeRoles, Plan, machine_plan
 from agpo_megatron.cluster.start_folder import Outcome, StartFolder
+from agpo_megatron.cluster.status import write_report
 from agpo_megatron.cluster.supervisor import Interrupted, Supervisor, first_culprit
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
@@ -51,6 +52,7 @@ def run_locally(config: Config, folder: RunFolder, mode: str, extra: Sequence[st
         return 130
     if outcome == "failed" and (culprit := first_culprit(start)):
         sys.stderr.write(culprit.message() + "\n")
+        write_report(folder, start, culprit.message())
     return 0 if outcome == "finished" else 1
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -198,12 +201,17 @@ class Supervisor:
         )
 
     def _ask_for_stacks(self) -> None:
-        """Python roles write the stacks of their threads to their log on SIGUSR2; it ends others, which end anyway."""
-        asked = [r for r in self._running if not is_server(r) and r.process.poll() is None]
-        for role in asked:
-            role.process.send_signal(signal.SIGUSR2)
-        if asked:
-            time.sleep(STACKS_SECONDS)
+        """Our own roles write the stacks of all threads to their logs on SIGUSR2; servers need py-spy, if present."""
+        for role in self._running:
+            if role.process.poll() is not None:
+                continue
+            if not is_server(role):
+                role.process.send_signal(signal.SIGUSR2)
+            elif role.role.log and (spy := shutil.which("py-spy")):
+                with role.role.log.open("ab") as output, suppress(subprocess.SubprocessError):
+                    dump = [spy, "dump", "--subprocesses", "--pid", str(role.process.pid)]
+                    subprocess.run(dump, stdout=output, stderr=output, timeout=10)
+        time.sleep(STACKS_SECONDS)
 
     def _write_processes(self) -> None:
         """Role -> pid, for py-spy, kill and curiosity."""

@@ -20,6 +20,7 @@ from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
 from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest, remove_leftovers
+from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.data.problems import DataError, Problem, load_problems
@@ -53,7 +54,7 @@ async def carry_out(
 ) -> None:
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
-        async with rollouts_of(config, surroundings, training=False) as rollouts:
+        async with rollouts_of(config, surroundings, False, None) as rollouts:
             rollouts.pool.serve_as_started()
             evaluation = await loop.measure(rollouts)
         evaluation.write(folder.evaluation(0))
@@ -63,7 +64,7 @@ async def carry_out(
     recipe = (
         sft.sft_recipe(config.sft) if mode == "sft" and config.sft else loop.agpo_recipe(config)
     )
-    async with run_of(mode, config, folder, surroundings, recipe, steps) as run:
+    async with run_of(mode, config, folder, surroundings, recipe, steps) as (run, status):
         if mode == "sft" and config.sft:
             examples = await asyncio.to_thread(
                 load_sft_examples, config.sft.path, config.data, load_tokenizer(config.sft.base)
@@ -72,7 +73,7 @@ async def carry_out(
         elif mode == "replay" and recorded:
             await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
         else:
-            async with rollouts_of(config, surroundings, training=True) as rollouts:
+            async with rollouts_of(config, surroundings, True, status) as rollouts:
                 await loop.train(run, rollouts)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
@@ -93,7 +94,7 @@ async def run_of(
     surroundings: Surroundings,
     recipe: Recipe,
     steps: int,
-) -> AsyncIterator[Run]:
+) -> AsyncIterator[tuple[Run, StatusWriter]]:
     journal = await asyncio.to_thread(Journal, folder.journal)
     await asyncio.to_thread(remove_leftovers, folder)
     trainers = TrainerClient(
@@ -113,11 +114,12 @@ async def run_of(
         with Progress(steps, title) as progress:
             run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
             run.stop_requested = surroundings.start.stop_requested.exists
-            try:
-                yield run
-            except StoppedOnRequest:
-                await trainers.call("stop")
-                raise
+            async with StatusWriter(surroundings.start, trainers) as status:
+                try:
+                    yield run, status
+                except StoppedOnRequest:
+                    await trainers.call("stop")
+                    raise
     finally:
         metrics.close()
         await trainers.close()
@@ -125,7 +127,7 @@ async def run_of(
 
 @asynccontextmanager
 async def rollouts_of(
-    config: Config, surroundings: Surroundings, training: bool
+    config: Config, surroundings: Surroundings, training: bool, status: StatusWriter | None
 ) -> AsyncIterator[loop.Rollouts]:
     """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
     tokenizer = load_tokenizer(config.model.path)
@@ -145,6 +147,8 @@ async def rollouts_of(
             RolloutPool(clients, config.rollout, decode) as pool,
             RewardPool(config.reward) as rewards,
         ):
+            if status:
+                status.pool = pool
             await pool.wait_alive()
             surroundings.start.serving.touch()
             yield loop.Rollouts(

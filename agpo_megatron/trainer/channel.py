@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from agpo_megatron.wait import current_phase
+from agpo_megatron.wait import current_phase, last_finished
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
@@ -85,7 +85,12 @@ class Channel:
         last_answer = time.monotonic()
         while True:
             phase = current_phase()
-            body: dict[str, Any] = {"rank": self.rank, "phase": phase.name, "since": phase.since}
+            body: dict[str, Any] = {
+                "rank": self.rank,
+                "phase": phase.name,
+                "since": phase.since,
+                "last": last_finished(),
+            }
             try:
                 session.post(self._url + "/heartbeat", json=body, timeout=5).raise_for_status()
                 last_answer = time.monotonic()
