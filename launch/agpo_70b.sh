@@ -64,7 +64,7 @@ container() { # IMAGE: pyxis options
 }
 mapfile -t train_container < <(container "${TRAIN_IMAGE:-}")
 mapfile -t rollout_container < <(container "${ROLLOUT_IMAGE:-}")
-export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
+export AGPO_SIGNAL_LEAD=$signal_lead PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
 
 # Python of the trainers' environment on this node; inside their container when there is one.
 control() {

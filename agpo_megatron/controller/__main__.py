@@ -1,7 +1,8 @@
 """``python -m agpo_megatron.controller CONFIG MODE [--replay RUN_DIR]``: the controller role of one run.
 
 Started by the supervisor, not by hand. Environment: AGPO_CONTROLLER_URL (where to listen), AGPO_TOKEN, AGPO_SERVERS
-(JSON list of rollout server URLs), AGPO_START (folder of this start).
+(JSON list of rollout server URLs), AGPO_START (folder of this start); under Slurm AGPO_SIGNAL_LEAD (seconds from its
+signal to the time limit).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> int:
         token=os.environ["AGPO_TOKEN"],
         servers=json.loads(os.environ["AGPO_SERVERS"]),
         start=StartFolder(Path(os.environ["AGPO_START"])),
+        signal_lead=float(lead) if (lead := os.environ.get("AGPO_SIGNAL_LEAD")) else None,
     )
     log_file = surroundings.start.log("controller")
     logging.basicConfig(

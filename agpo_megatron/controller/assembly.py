@@ -41,12 +41,14 @@ from agpo_megatron.rollout.pool import RolloutPool
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the supervisor tells the controller. ``url``: where it listens."""
+    """What the supervisor tells the controller. ``url``: where it listens. ``signal_lead``: seconds between Slurm's
+    signal and the time limit, if there is one."""
 
     url: str
     token: str
     servers: list[str]
     start: StartFolder
+    signal_lead: float | None = None
 
 
 async def carry_out(
@@ -114,6 +116,7 @@ async def run_of(
         with Progress(steps, title) as progress:
             run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
             run.stop_requested = surroundings.start.stop_requested.exists
+            run.signal_lead = surroundings.signal_lead
             async with StatusWriter(surroundings.start, trainers) as status:
                 try:
                     yield run, status

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
+LEAD_MARGIN = 60.0
+"""Seconds beside step and save: Slurm may signal late, processes end."""
 APPLY_WITHOUT_TOKENS = ("loss/policy", "loss/unclipped", "grad_norm", "lr", "tokens/trained")
 
 
@@ -63,7 +66,8 @@ class Run:
     """One start (attempt) of a run.
 
     ``version``: identity of the weights the trainer holds now. ``backend``: of its collectives, once it has loaded.
-    ``stop_requested``: whether to end after the step under way.
+    ``stop_requested``: whether to end after the step under way. ``signal_lead``: seconds that it may take from the
+    request to the saved checkpoint; None where there is no limit.
     """
 
     config: Config
@@ -77,6 +81,8 @@ class Run:
     version: WeightVersion = field(init=False)
     backend: str = field(init=False)
     stop_requested: Callable[[], bool] = field(init=False, default=lambda: False)
+    signal_lead: float | None = field(init=False, default=None)
+    _longest: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
@@ -167,9 +173,27 @@ class Run:
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
         step = self.version.step
-        with self.phase(f"save step {step}", {}, ""):
+        timings: dict[str, float] = {}
+        with self.phase(f"save step {step}", timings, "time/save"):
             await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
+        self._check_lead(timings)
         await asyncio.to_thread(self._remove_old)
+
+    def _check_lead(self, timings: dict[str, float]) -> None:
+        """Warn, once per record, when the longest step, save and a minute do not fit between signal and time limit."""
+        before = sum(self._longest.values())
+        for key in ("time/step", "time/save"):
+            self._longest[key] = max(self._longest.get(key, 0.0), timings.get(key, 0.0))
+        step, save = self._longest["time/step"], self._longest["time/save"]
+        needed = step + save + LEAD_MARGIN
+        if self.signal_lead is None or needed <= self.signal_lead or step + save == before:
+            return
+        text = (
+            f"the longest step {step:.0f} s + save {save:.0f} s + {LEAD_MARGIN:.0f} s = {needed:.0f} s exceed the "
+            f"{self.signal_lead:.0f} s from signal to time limit; raise --signal and signal_lead in the batch script"
+        )
+        log.warning("%s", text)
+        sys.stderr.write(f"warning: {text}\n")
 
     def _remove_old(self) -> None:
         """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
@@ -201,6 +225,7 @@ class Run:
         self, record: StepRecord, stats: dict[str, float], timings: dict[str, float]
     ) -> None:
         """Write the step's metrics, once: a replayed step that was already reported is not reported again."""
+        self._check_lead(timings)
         if self.metrics.has(record.step):
             return
         metrics: dict[str, Any] = {**record.metrics, **stats, **timings, "step": record.step}

@@ -17,7 +17,7 @@ from agpo_megatron.config.run_folder import RunFolder
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "launch" / "agpo_70b.sh"
 TRAINER, CONTROLLER = "agpo_megatron.trainer", "agpo_megatron.controller"
-PHASE_SECONDS = 240.0
+PHASE_SECONDS = 600.0
 
 
 def site_env(folder: Path) -> dict[str, str]:

@@ -40,7 +40,7 @@ def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job.submit(cluster, config, sbatch=("--nodes=3",))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 class TestOneRun:
     """The tests build on one another: each finds the job as the one before left it."""
 
@@ -66,7 +66,7 @@ class TestOneRun:
 
     def test_usr1_saves_and_requeues_and_the_next_start_continues(self, job: Job) -> None:
         job.cluster.command("scancel", "--batch", "--signal=USR1", job.id)
-        wait_for(lambda: (job.start(1) / "plan.json").exists(), "the requeued start", 120)
+        wait_for(lambda: (job.start(1) / "plan.json").exists(), "the requeued start", 300)
         stopped_after = int(job.phases(0)[-1].removeprefix("save step "))
         TestOneRun.saved = stopped_after
         job.wait_phase(1, f"generate step {stopped_after + 1}")
@@ -76,7 +76,7 @@ class TestOneRun:
     def test_a_killed_rank_ends_the_start_which_names_it_and_requeues(self, job: Job) -> None:
         last = self.saved + 4
         job.kill_at(1, f"update step {last}", TRAINER, RANK="1")
-        wait_for(lambda: (job.start(2) / "plan.json").exists(), "the requeued start", 120)
+        wait_for(lambda: (job.start(2) / "plan.json").exists(), "the requeued start", 300)
         assert "trainer rank 1 on n2 was killed by signal 9" in job.output
         job.wait_phase(2, f"generate step {last + 1}")
         replayed = [p for p in job.phases(2) if p.startswith("replay")]

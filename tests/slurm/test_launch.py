@@ -104,7 +104,7 @@ def test_an_allocation_that_is_not_what_the_config_asks_for_is_refused(
 ) -> None:
     config = write_run(where / "mismatch")
     job = Job.submit(production, config, sbatch=("--nodes=3",))
-    job.wait_state("FAILED", seconds=120)
+    job.wait_state("FAILED", seconds=300)
     assert "cluster.trainer_nodes 1 + cluster.rollout_nodes 1 = 2 nodes" in job.output
     assert "the allocation has 3 (n[1-3])" in job.output
     assert not job.folder.logs.exists()
@@ -120,7 +120,7 @@ def test_the_scripts_agree_with_their_configs() -> None:
     assert "\nsignal_lead=3600 " in SCRIPT.read_text()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_heterogeneous_job_on_separate_networks_survives_a_server(where: Path) -> None:
     """Every node with an address, ports and a loopback of its own: nothing may be handed out as localhost."""
     folder = where / "het"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import requests
@@ -30,6 +31,28 @@ def serve(scenario: Callable, heartbeat_timeout: float = 60.0) -> None:
             await client.close()
 
     asyncio.run(body())
+
+
+def test_a_trainer_that_outlived_its_controller_takes_the_next_ones_first_command() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def rank_zero(url: str) -> None:
+        channel = Channel(url, TOKEN, 0, patience=5.0)
+        command = None
+        while command is None:  # 40 commands into the attempt before
+            command = channel.next_command(6, 40)
+        seen.append((command.attempt, command.seq))
+        channel.deliver(replace(command, attempt=6, seq=40), [{"late": "of the one before"}])
+        channel.deliver(command, [{"rank": 0}, {"rank": 1}])
+
+    async def scenario(client: TrainerClient, url: str) -> None:
+        thread = threading.Thread(target=rank_zero, args=(url,))
+        thread.start()
+        assert await client.call("load", checkpoint=None, step=0) == [{"rank": 0}, {"rank": 1}]
+        await asyncio.to_thread(thread.join)
+
+    serve(scenario)
+    assert seen == [(7, 1)]
 
 
 def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:

@@ -202,6 +202,24 @@ raise SystemExit({STOPPED})
     assert Supervisor(start, HOST, several=True).supervise([role("controller", code)]) == "stopped"
 
 
+def test_among_several_nodes_roles_are_deaf_to_what_slurm_sends_to_all(start: StartFolder) -> None:
+    """Slurm signals every process of a step; a role may even have a handler of its own, as SGLang has."""
+    heard = start.path / "heard"
+    code = f"""
+import os, signal, subprocess, sys, time
+from pathlib import Path
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *_: Path({str(heard)!r}).touch())
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+for pid in (os.getpid(), child.pid):
+    os.kill(pid, signal.SIGUSR1)
+    os.kill(pid, signal.SIGTERM)
+assert child.wait() == 0
+"""
+    assert Supervisor(start, HOST, several=True).supervise([role("controller", code)]) == "finished"
+    assert not heard.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_killed_supervisor(start: StartFolder, number: int) -> None:
     program = f"""
