@@ -136,20 +136,22 @@ if [ ${#others[@]} -gt 0 ]; then
 fi
 
 # Preemption and time limit: the controller saves after the step under way, then the trainers' step ends by itself.
-terminated= out_of_time=
+terminated=
+deadline=$((SECONDS + 366 * 86400))
 ask_to_stop() { # SECONDS to wait for it
     kill -USR1 "$trainers" 2>/dev/null || true # srun hands it to its tasks; SIGTERM it would answer by killing them
-    (sleep "$1" && kill -ALRM $$) &
+    deadline=$((SECONDS + $1))
 }
 trap 'echo "agpo_70b.sh: USR1, asking for a checkpoint"; ask_to_stop $((signal_lead - 90))' USR1
 trap 'terminated=yes; ask_to_stop 20' TERM
-trap 'out_of_time=yes' ALRM
-while [ -z "$out_of_time" ] && kill -0 "$trainers" 2>/dev/null; do
-    wait "$trainers" || true # returns early for a signal
+while kill -0 "$trainers" 2>/dev/null && [ $SECONDS -lt $deadline ]; do
+    sleep 2 &
+    wait $! || true # returns early for a signal
 done
+trap - USR1 TERM
 
 verdict=0
-if [ -n "$out_of_time" ]; then
+if kill -0 "$trainers" 2>/dev/null; then
     echo "agpo_70b.sh: the step under way did not end in time; it is trained from the journal at the next start"
     verdict=75
 else

@@ -25,10 +25,9 @@ def conclude(run: RunFolder, start: StartFolder, allowed: int) -> Conclusion:
 
     ``allowed``: starts in a row that may fail without a step committed in between (``cluster.attempts``).
     """
-    ended = start.ended() or {
-        "outcome": "failed",
-        "reason": "its trainers' step ended without a word",
-    }
+    start.end("failed", "its trainers' step ended without a word")  # unless they left one
+    ended = start.ended()
+    assert ended is not None
     outcome: str = ended["outcome"]
     write_json(
         start.path / "conclusion.json", {"outcome": outcome, "committed": committed_steps(run)}

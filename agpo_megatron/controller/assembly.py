@@ -35,7 +35,7 @@ from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
 from agpo_megatron.reward.numeric import extract_number
 from agpo_megatron.reward.workers import RewardPool
-from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
 
 
@@ -139,9 +139,7 @@ async def rollouts_of(
     )
     held_out = await asyncio.to_thread(problems_in, config.eval.path, config, tokenizer)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    # The pool bounds what is in flight. SGLang closes a connection that was idle for 5 s, perhaps just as it is used.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    async with aiohttp.ClientSession(connector=server_connector()) as session:
         clients = [
             ServerClient(url, session, config.rollout.request_timeout)
             for url in surroundings.servers
