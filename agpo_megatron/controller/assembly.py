@@ -19,7 +19,7 @@ from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
-from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest, remove_leftovers
+from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
 from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
@@ -98,7 +98,6 @@ async def run_of(
     steps: int,
 ) -> AsyncIterator[tuple[Run, StatusWriter]]:
     journal = await asyncio.to_thread(Journal, folder.journal)
-    await asyncio.to_thread(remove_leftovers, folder)
     trainers = TrainerClient(
         config.policy.world_size,
         surroundings.token,

@@ -104,6 +104,8 @@ class Run:
         step, path = latest_checkpoint(self.folder)
         with self.phase("load weights", {}, ""):
             answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
+        # Only now: trainers that outlived their controller may have been in the middle of saving.
+        await asyncio.to_thread(remove_leftovers, self.folder)
         self.backend = answers[0]["backend"]
         held: int = answers[0]["step"]
         self.version = WeightVersion(held, self.journal.attempt)
