@@ -149,7 +149,8 @@ async def rollouts_of(
         ):
             if status:
                 status.pool = pool
-            await pool.wait_alive()
+            # A controller that replaces another must not wait for servers that have been lost since.
+            await pool.wait_alive(1 if surroundings.start.serving.exists() else None)
             surroundings.start.serving.touch()
             yield loop.Rollouts(
                 pool,
