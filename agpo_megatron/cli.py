@@ -1,4 +1,4 @@
-"""``agpo-megatron {prepare,sft,train,eval,check,parity}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,check,parity,status}``: also ``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
+from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
+from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
@@ -53,6 +54,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 type=Path,
                 help="train on the recorded batches of an earlier run; no rollout servers",
             )
+    text = "who is doing what, for how long, in the newest start of a run"
+    status = commands.add_parser("status", help=text, description=text)
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     return parser.parse_args(argv)
 
 
@@ -62,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # However it is spelled, it is the same folder.
     run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
+        if arguments.command == "status":
+            sys.stdout.write(describe_run(RunFolder(arguments.run_dir)))
+            return 0
         resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
     """sft, train, replay or eval on this machine, under the local supervisor."""
-    from agpo_megatron.cluster.supervisor import run_locally
+    from agpo_megatron.cluster.node import run_locally
 
     mode, extra = arguments.command, []
     if mode == "train" and arguments.replay:
@@ -139,16 +146,6 @@ def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
     inner = RunFolder(folder.path / mode)
     changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
     return config.model_copy(update=changes), inner
-
-
-def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
-    """Whether ``mode`` has come to its end here: a cold start with its output, a training run with all its steps."""
-    if mode == "eval" or not folder.done.exists():
-        return False
-    done = json.loads(folder.done.read_text())
-    if mode == "sft":
-        return (Path(config.model.path) / "config.json").exists()
-    return bool(done["steps"] >= config.train.steps)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Phase:
 
 _lock = threading.Lock()
 _stack: list[Phase] = []
+_last = ""
 
 
 def current_phase() -> Phase:
@@ -42,9 +43,21 @@ def current_phase() -> Phase:
         return _stack[-1] if _stack else Phase("idle", time.time())
 
 
+def open_phases() -> list[Phase]:
+    """Everything this process is doing or waiting for, oldest first."""
+    with _lock:
+        return list(_stack)
+
+
+def last_finished() -> str:
+    """Name of the phase that ended last; "" when there was none. Of a rank that hangs: the last it got through."""
+    with _lock:
+        return _last
+
+
 @contextmanager
 def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
-    """Record ``name`` as the current phase. A ``TimeoutError`` from inside becomes ``WaitExpired`` with the name."""
+    """Record ``name`` as a phase. A ``TimeoutError`` from inside becomes ``WaitExpired`` with the name."""
     now = time.time()
     phase = Phase(name, now, None if seconds is None else now + seconds)
     with _lock:
@@ -56,8 +69,10 @@ def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
     except TimeoutError as error:
         raise WaitExpired(name, time.time() - now, str(error)) from error
     finally:
+        global _last
         with _lock:
             _stack.remove(phase)
+            _last = name
 
 
 @asynccontextmanager

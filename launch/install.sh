@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the virtual environment with the pinned CPU stack. Does nothing, quickly, when it is complete.
 #
-#   bash launch/install.sh [--dev]        --dev: also what the tests and checks need
+#   bash launch/install.sh [--dev]        --dev: also what the tests and checks need; with root on Debian and its kin
+#                                         that includes a Slurm, whose services stay off
 #
 #   AGPO_VENV  where the environment lies   (default: .venv in the repository)
 #   PYTHON     interpreter to make it with  (default: the first of python3, python3.11 ... that is >= 3.11)
@@ -71,6 +72,35 @@ pip_install() { # NAME ARGUMENTS...: one pip run, timed; its output is shown whe
     echo "install: $name, $((SECONDS - start)) s"
 }
 
+# tests/slurm starts clusters of its own from the distribution's packages.
+install_slurm() {
+    local packages=(slurmctld slurmd slurm-client munge iproute2) name log start=$SECONDS
+    local policy=/usr/sbin/policy-rc.d
+    for name in slurmctld slurmd sbatch munged ip; do
+        PATH=$PATH:/usr/sbin:/sbin command -v $name >/dev/null || break
+        [ $name != ip ] || return 0
+    done
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "install: no Slurm here, and no root or apt-get to install it: the tests in tests/slurm will be skipped"
+        return
+    fi
+    log=$(mktemp)
+    if ! [ -e "$policy" ]; then # the packages must not start their services
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 755 "$policy"
+        # shellcheck disable=SC2064
+        trap "rm -f $policy" EXIT
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    local install=(apt-get install -y -q --no-install-recommends "${packages[@]}")
+    if ! "${install[@]}" >"$log" 2>&1 && ! { apt-get update -q && "${install[@]}"; } >"$log" 2>&1; then
+        cat "$log" >&2
+        fail "could not install ${packages[*]} (apt-get's messages are above)"
+    fi
+    rm -f "$log"
+    echo "install: Slurm, $((SECONDS - start)) s"
+}
+
 base=$(fingerprint launch/install.sh launch/requirements-cpu.txt)
 if ! complete base "$base"; then
     pip_install "CPU stack" -r "$repo/launch/requirements-cpu.txt"
@@ -94,4 +124,5 @@ if $dev; then
         pip_install "tests and checks" -r "$repo/launch/requirements-dev.txt"
         echo "$tools" >"$venv/.dev.stamp"
     fi
+    install_slurm
 fi

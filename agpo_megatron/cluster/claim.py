@@ -100,6 +100,16 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
         )
 
 
+def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
+    """Whether ``mode`` has come to its end here: a cold start with its output, a training run with all its steps."""
+    if mode == "eval" or not folder.done.exists():
+        return False
+    done = json.loads(folder.done.read_text())
+    if mode == "sft":
+        return (Path(config.model.path) / "config.json").exists()
+    return bool(done["steps"] >= config.train.steps)
+
+
 def is_identity(key: str, config: Config, mode: str) -> bool:
     """Whether a run with another value of ``key`` would be another run."""
     if mode == "sft":

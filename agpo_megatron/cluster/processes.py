@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -26,8 +26,8 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def free_port() -> int:
-    """A port of the loopback interface that is free, and that the kernel gives to nobody who asks for any port.
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine's ``address`` that is free, and that the kernel gives to nobody who asks for any port.
 
     A server binds its port a minute after it was chosen. Meanwhile every outgoing connection takes one from the
     ephemeral range, so the choice is made below that range. Raises OSError when nothing is free there.
@@ -38,7 +38,7 @@ def free_port() -> int:
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                sock.bind(("127.0.0.1", port))
+                sock.bind((address, port))
                 return port
     raise OSError(f"no free port between {FIRST_PORT} and {lowest_ephemeral}; set rollout.port")
 
@@ -58,10 +58,15 @@ class RunningRole:
     role: Role
     process: subprocess.Popen[bytes]
     restarts: int = 0
+    since: float = field(default_factory=time.monotonic)
 
 
-def start(role: Role) -> RunningRole:
-    """Start a role in a process group of its own, tied to this process's life."""
+def start(role: Role, deaf: bool = False) -> RunningRole:
+    """Start a role in a process group of its own, tied to this process's life.
+
+    ``deaf``: SIGUSR1 and SIGTERM do not reach it or its children: Slurm sends them to every process of a step, and they
+    are meant for the supervisor.
+    """
     with open(role.log, "ab") if role.log else contextlib.nullcontext() as output:
         process = subprocess.Popen(
             list(role.argv),
@@ -69,7 +74,7 @@ def start(role: Role) -> RunningRole:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            preexec_fn=become_own_group,
+            preexec_fn=become_deaf if deaf else become_own_group,
         )
     return RunningRole(role, process)
 
@@ -77,6 +82,12 @@ def start(role: Role) -> RunningRole:
 def become_own_group() -> None:
     os.setpgid(0, 0)
     die_with_parent()
+
+
+def become_deaf() -> None:
+    become_own_group()
+    # Blocked, not ignored: SGLang installs handlers, which would undo the latter.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
 
 
 def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:

@@ -1,49 +1,55 @@
-"""Local supervisor: the roles of one run as subprocesses of one machine.
+"""Supervises the roles of one node: on one machine that is the whole run, under Slurm one of several.
 
-The same three roles that Slurm starts on a cluster. It holds no state of the run: it starts the roles, restarts a
-rollout server that dies after it has served, and ends everything as soon as the controller or a trainer rank ends.
+It holds no state of the run. A rollout server that dies after it has served, and a controller that is killed, are
+started again a few times; anything else that ends ends the start: the node says so in the start folder, and the
+supervisors of all nodes, who look there, stop their roles.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import secrets
+import shutil
 import signal
-import sys
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agpo_megatron.cluster.processes import (
     Role,
     RunningRole,
-    free_port,
     log_tail,
-    python_module,
     signal_group,
     start,
     stop_all,
 )
-from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.config.schema import Config
-from agpo_megatron.rollout.server import refuse_port_in_use, server_command
+from agpo_megatron.cluster.start_folder import Outcome, StartFolder, write_json
 
 log = logging.getLogger(__name__)
-SERVER_RESTARTS = 3
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RESTARTS = 3
+RESTARTS_FORGOTTEN = 3600.0
+"""A role that ran this many seconds before it died starts counting anew: bounded attempts are for what cannot run."""
+STOPPED = 75
+"""Exit code of a controller that ended because it was asked to, after a checkpoint (sysexits: EX_TEMPFAIL)."""
+INTERRUPTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_REQUESTS = (signal.SIGUSR1, signal.SIGTERM)
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 0.5
+"""Between looks into the start folder, which other nodes of a shared file system write to."""
+STACKS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Culprit:
-    """The role whose end ended the run."""
+    """The role whose end ended the start. ``host``: "" on a single machine."""
 
     name: str
     exit_code: int
     log: Path | None
+    host: str = ""
 
     def message(self) -> str:
         how = (
@@ -51,145 +57,181 @@ class Culprit:
             if self.exit_code < 0
             else f"exited with code {self.exit_code}"
         )
-        text = f"{self.name} {how}; the other processes have been stopped. The same command continues the run."
+        where = f" on {self.host}" if self.host else ""
+        text = f"{self.name}{where} {how}; the other processes have been stopped. The same command continues the run."
         tail = log_tail(self.log)
         return f"{text}\n--- end of {self.log} ---\n{tail}" if tail else text
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT reached the supervisor."""
+    """SIGTERM or SIGINT reached the supervisor of a single machine."""
 
 
-def local_roles(config: Config, folder: RunFolder, mode: str, extra: Sequence[str]) -> list[Role]:
-    """Controller, trainer ranks and rollout servers for ``mode`` (train, sft, eval, replay)."""
-    controller_port, master_port = free_port(), free_port()
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    shared = {
-        "AGPO_CONTROLLER_URL": f"http://127.0.0.1:{controller_port}",
-        "AGPO_TOKEN": secrets.token_hex(16),
-        "AGPO_STARTED": stamp,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    roles, urls = [], []
-    if mode in ("train", "eval"):
-        for index in range(config.rollout.servers):
-            port = config.rollout.port + index if config.rollout.port else free_port()
-            refuse_port_in_use("127.0.0.1", port)
-            launch = server_command(config, config.model.path, port=port, index=index)
-            path = folder.logs / f"rollout-{index}.{stamp}"
-            roles.append(
-                Role(f"rollout server {index}", launch.argv, {**shared, **launch.env}, path)
-            )
-            urls.append(f"http://127.0.0.1:{port}")
-    if mode != "eval":
-        world = config.policy.world_size
-        for rank in range(world):
-            env = {
-                **shared,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(master_port),
-            }
-            argv = python_module("agpo_megatron.trainer", str(folder.config), mode)
-            roles.append(
-                Role(f"trainer rank {rank}", argv, env, folder.logs / f"trainer-{rank}.{stamp}")
-            )
-    argv = python_module("agpo_megatron.controller", str(folder.config), mode, *extra)
-    env = {**shared, "AGPO_SERVERS": json.dumps(urls)}
-    roles.append(Role("controller", argv, env, None))
-    return roles
-
-
-def supervise(roles: Sequence[Role], folder: RunFolder) -> Culprit | None:
-    """Run the roles to the end. None when the controller finished its work, else who ended the run.
-
-    Every process has ended when this returns or raises.
+class Supervisor:
+    """``several``: one of several nodes under Slurm, where SIGTERM, like SIGUSR1 everywhere, asks for a checkpoint and
+    the end; on a single machine SIGTERM, SIGINT and SIGHUP end at once. ``other_servers``: on other nodes.
     """
-    running: list[RunningRole] = []
 
-    def interrupt(number: int, _frame: object) -> None:
-        raise Interrupted(signal.Signals(number).name)
+    def __init__(
+        self, folder: StartFolder, host: str, *, several: bool = False, other_servers: int = 0
+    ) -> None:
+        self._start, self._host, self._several = folder, host, several
+        self._other_servers = other_servers
+        self._running: list[RunningRole] = []
+        self._gone: set[int] = set()  # indices of roles that ended, as they may
+        self._looked = 0.0
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
-    try:
-        for role in roles:  # one by one: what has started is stopped if the next one cannot start
-            running.append(start(role))
-        write_processes(running, folder)
-        return watch(running, folder)
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        stop_all(running)
-        folder.processes.unlink(missing_ok=True)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def supervise(self, roles: Sequence[Role]) -> Outcome:
+        """Run ``roles`` until the start ends; every process has ended when this returns or raises."""
+        before = {n: signal.getsignal(n) for n in {*INTERRUPTS, *STOP_REQUESTS}}
+        self._handle_signals()
+        outcome: Outcome = "failed"
+        try:
+            for role in roles:  # one by one: what has started is stopped if the next cannot start
+                self._running.append(start(role, deaf=self._several))
+            self._write_processes()
+            outcome = self._watch()
+            return outcome
+        finally:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)
+            if outcome == "failed":
+                self._ask_for_stacks()
+            stop_all(
+                self._running, grace=0.0 if self._several else 5.0
+            )  # the deaf hear only SIGKILL
+            self._start.processes(self._host).unlink(missing_ok=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
+    def _handle_signals(self) -> None:
+        def interrupt(number: int, _frame: object) -> None:
+            raise Interrupted(signal.Signals(number).name)
 
-def watch(running: list[RunningRole], folder: RunFolder) -> Culprit | None:
-    """Wait for the end of the run; restarts servers meanwhile."""
-    while True:
-        time.sleep(POLL_SECONDS)
-        for index, role in enumerate(running):
-            code = role.process.poll()
-            if code is None or (code == 0 and is_trainer(role)):
-                continue  # a trainer leaves with 0 when the controller has told it to
-            if code == 0 and role.role.name == "controller":
-                return None
-            if not may_restart(role, folder):
-                return first_culprit(running)
+        def request_stop(_number: int, _frame: object) -> None:
+            self._start.stop_requested.touch()
+
+        for number in INTERRUPTS:
+            signal.signal(number, signal.SIG_IGN if self._several else interrupt)
+        for number in STOP_REQUESTS if self._several else (signal.SIGUSR1,):
+            signal.signal(number, request_stop)
+
+    def _watch(self) -> Outcome:
+        while True:
+            time.sleep(POLL_SECONDS)
+            if outcome := self._ended_elsewhere():
+                return outcome
+            for index, role in enumerate(self._running):
+                code = role.process.poll()
+                if code is None or index in self._gone:
+                    continue
+                if outcome := self._judge(index, code):
+                    self._start.end(outcome, f"{role.role.name} on {self._host}: code {code}")
+                    return outcome
+            if len(self._gone) == len(self._running):
+                return "finished"  # trainers that were told to stop, servers given up
+
+    def _ended_elsewhere(self) -> Outcome | None:
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return None
+        self._looked = time.monotonic()
+        ended = self._start.ended()
+        if ended is None:
+            return None
+        outcome: Outcome = ended["outcome"]
+        return outcome
+
+    def _judge(self, index: int, code: int) -> Outcome | None:
+        """What the end of a role means; None when the start goes on."""
+        role = self._running[index]
+        if role.role.name == "controller" and code in (0, STOPPED):
+            return "finished" if code == 0 else "stopped"
+        if code == 0 and is_trainer(role):
+            self._gone.add(index)  # the controller has told it to
+            return None
+        if self._may_restart(role, code):
             log.warning("%s ended with code %d; starting it again", role.role.name, code)
-            signal_group(role, signal.SIGKILL)  # what the dead server left in its process group
-            running[index] = replace(start(role.role), restarts=role.restarts + 1)
-            write_processes(running, folder)
+            self._record(role, code, restarted=True)
+            signal_group(role, signal.SIGKILL)  # what it left in its process group
+            lived = time.monotonic() - role.since
+            restarts = 0 if lived > RESTARTS_FORGOTTEN else role.restarts + 1
+            self._running[index] = replace(start(role.role, deaf=self._several), restarts=restarts)
+            self._write_processes()
+            return None
+        if is_server(role) and self._start.serving.exists() and self._servers_left(index):
+            log.error("%s ended with code %d too often; going on without it", role.role.name, code)
+            self._record(role, code, restarted=False)
+            self._gone.add(index)
+            return None
+        time.sleep(2 * POLL_SECONDS)  # for what caused it, or what it causes, to end too
+        for index, other in enumerate(self._running):
+            ended = other.process.poll()
+            if (
+                ended is not None
+                and index not in self._gone
+                and not (ended == 0 and is_trainer(other))
+            ):
+                self._record(other, ended, restarted=False)
+        return "failed"
+
+    def _may_restart(self, role: RunningRole, code: int) -> bool:
+        """A server that dies once serving, or a controller that is killed. One that cannot start is a bad set-up, and
+        an error of the controller's own would only happen again."""
+        if role.restarts >= RESTARTS or self._start.stop_requested.exists():
+            return False
+        if role.role.name == "controller":
+            return code < 0
+        return is_server(role) and self._start.serving.exists()
+
+    def _servers_left(self, index: int) -> int:
+        here = [i for i, r in enumerate(self._running) if is_server(r) and i not in self._gone]
+        return self._other_servers + len([i for i in here if i != index])
+
+    def _record(self, role: RunningRole, code: int, restarted: bool) -> None:
+        self._start.record_exit(
+            {
+                "role": role.role.name,
+                "host": self._host if self._several else "",
+                "code": code,
+                "log": str(self._start.log(role.role.name)),
+                "restarts": role.restarts,
+                "restarted": restarted,
+                "time": time.time(),
+            }
+        )
+
+    def _ask_for_stacks(self) -> None:
+        """Our own roles write the stacks of all threads to their logs on SIGUSR2; servers need py-spy, if present."""
+        for role in self._running:
+            if role.process.poll() is not None:
+                continue
+            if not is_server(role):
+                role.process.send_signal(signal.SIGUSR2)
+            elif role.role.log and (spy := shutil.which("py-spy")):
+                with role.role.log.open("ab") as output, suppress(subprocess.SubprocessError):
+                    dump = [spy, "dump", "--subprocesses", "--pid", str(role.process.pid)]
+                    subprocess.run(dump, stdout=output, stderr=output, timeout=10)
+        time.sleep(STACKS_SECONDS)
+
+    def _write_processes(self) -> None:
+        """Role -> pid, for py-spy, kill and curiosity."""
+        table = {role.role.name: role.process.pid for role in self._running}
+        write_json(self._start.processes(self._host), {"supervisor": os.getpid(), **table})
 
 
 def is_trainer(role: RunningRole) -> bool:
     return role.role.name.startswith("trainer")
 
 
-def may_restart(role: RunningRole, folder: RunFolder) -> bool:
-    """A rollout server that dies once serving is restarted a few times; one that cannot start is a bad set-up."""
-    return (
-        role.role.name.startswith("rollout server")
-        and role.restarts < SERVER_RESTARTS
-        and serving_marker(folder, role.role.env["AGPO_STARTED"]).exists()
-    )
+def is_server(role: RunningRole) -> bool:
+    return role.role.name.startswith("rollout server")
 
 
-def serving_marker(folder: RunFolder, started: str) -> Path:
-    """Touched by the controller once every server has generated for the first time in this start of the run."""
-    return folder.logs / f"serving.{started}"
-
-
-def first_culprit(running: Sequence[RunningRole]) -> Culprit:
-    """Who began it, of all that have ended: a signal is a cause, an exit code mostly a consequence, and the controller
-    fails because of another role."""
-    time.sleep(2 * POLL_SECONDS)
-    ended = [(role, code) for role in running if (code := role.process.poll()) is not None]
-    guilty = [(role, code) for role, code in ended if code != 0 or not is_trainer(role)]
-    role, code = min(guilty, key=lambda g: (g[1] >= 0, g[0].role.name == "controller"))
-    return Culprit(role.role.name, code, role.role.log)
-
-
-def write_processes(running: Sequence[RunningRole], folder: RunFolder) -> None:
-    """processes.json: role -> pid, for py-spy, kill and curiosity."""
-    table = {role.role.name: role.process.pid for role in running}
-    folder.processes.write_text(json.dumps({"supervisor": os.getpid(), **table}, indent=1))
-
-
-def run_locally(config: Config, folder: RunFolder, mode: str, extra: Sequence[str] = ()) -> int:
-    """Start and supervise a whole run on this machine; returns the exit code for the shell."""
-    folder.logs.mkdir(parents=True, exist_ok=True)
-    roles = local_roles(config, folder, mode, extra)
-    try:
-        culprit = supervise(roles, folder)
-    except Interrupted as signal_name:
-        sys.stderr.write(f"stopped by {signal_name}; the same command continues the run\n")
-        return 130
-    if culprit is None:
-        return 0
-    sys.stderr.write(culprit.message() + "\n")
-    return 1
+def first_culprit(folder: StartFolder) -> Culprit | None:
+    """Who began it, of all whose end was no plan: a signal is a cause, an exit code mostly a consequence, and the
+    controller fails because of another role. None when no role failed."""
+    guilty = [e for e in folder.exits() if not e["restarted"]]
+    if not guilty:
+        return None
+    first = min(guilty, key=lambda e: (e["code"] >= 0, e["role"] == "controller", e["time"]))
+    return Culprit(first["role"], first["code"], Path(first["log"]), first["host"])

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -134,26 +132,12 @@ def _check_precision(config: Config, found: _Findings) -> None:
     recipe = config.policy.fp8.recipe
     if recipe == "none":
         return
-    # Without Transformer Engine megatron-core ignores fp8 silently and trains in the base precision.
+    # Without Transformer Engine megatron-core ignores fp8 silently and trains in the base precision. Whether it is
+    # there is asked where the trainers run (cluster/preflight.py, policy/model.py): a login node need not have it.
     if config.cluster.device == "cpu":
         found.errors.append(
             f"policy.fp8: recipe {recipe} runs on a GPU only, but cluster.device is cpu; set recipe none"
         )
-    elif problem := _transformer_engine_problem():
-        found.errors.append(
-            f"policy.fp8: recipe {recipe} needs Transformer Engine, which {problem}; install transformer-engine for "
-            "this CUDA version or set recipe none"
-        )
-
-
-def _transformer_engine_problem() -> str | None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "is not installed"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another CUDA or torch
-        return f"cannot be imported ({error})"
-    return None
 
 
 def _check_cluster(config: Config, found: _Findings) -> None:
@@ -167,10 +151,14 @@ def _check_cluster(config: Config, found: _Findings) -> None:
     )
     servers = config.rollout.servers * config.rollout.tensor_parallel
     fleet = f"servers {config.rollout.servers} x tensor_parallel {config.rollout.tensor_parallel} = {servers} GPUs"
-    for room, need, what, nodes, key in (
+    demands = [
         ("policy", world, layout, cluster.trainer_nodes, "trainer_nodes"),
         ("rollout", servers, fleet, cluster.rollout_nodes, "rollout_nodes"),
-    ):
+    ]
+    if cluster.rollout_nodes == 0:
+        both = f"{layout}, and {fleet}"
+        demands = [("policy", world + servers, both, cluster.trainer_nodes, "trainer_nodes")]
+    for room, need, what, nodes, key in demands:
         have = nodes * cluster.gpus_per_node
         there = f"cluster.{key} {nodes} x gpus_per_node {cluster.gpus_per_node} = {have}"
         if need > have:

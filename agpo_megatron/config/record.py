@@ -16,6 +16,7 @@ _PACKAGES = [
     "megatron-core",
     "sglang",
     "transformer-engine",
+    "nvidia-nccl-cu13",
     "transformers",
     "tokenizers",
     "safetensors",

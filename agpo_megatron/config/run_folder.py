@@ -33,11 +33,8 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
+        """One folder per start, with the logs of all its roles; ``latest`` points to the newest."""
         return self.path / "logs"
-
-    @property
-    def processes(self) -> Path:
-        return self.path / "processes.json"
 
     @property
     def exported_model(self) -> Path:

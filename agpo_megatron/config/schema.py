@@ -348,8 +348,8 @@ class JournalConfig(Section):
 class ClusterConfig(Section):
     trainer_nodes: int = Field(1, ge=1)
     """Nodes for the trainers."""
-    rollout_nodes: int = Field(1, ge=1)
-    """Nodes for the rollout servers."""
+    rollout_nodes: int = Field(1, ge=0)
+    """Nodes for the rollout servers; 0 puts them on the trainers' nodes, on the devices behind the ranks'."""
     gpus_per_node: int = Field(8, ge=1)
     """Accelerators per node."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -358,6 +358,10 @@ class ClusterConfig(Section):
     """Seconds without a rank's heartbeat after which it counts as lost."""
     command_timeout: float = Field(1800.0, gt=0)
     """Seconds for one trainer command (load, score, update, publish, save)."""
+    start_timeout: float = Field(300.0, gt=0)
+    """Seconds for all nodes of a start to report and to pass the preflight."""
+    attempts: int = Field(3, ge=1)
+    """Starts in a row that may fail without a step committed in between; then a Slurm job is not requeued again."""
 
 
 class PrepareConfig(Section):

@@ -1,22 +1,28 @@
 """``python -m agpo_megatron.controller CONFIG MODE [--replay RUN_DIR]``: the controller role of one run.
 
-Started by the supervisor (or by Slurm), not by hand. Environment: AGPO_CONTROLLER_URL (where to listen), AGPO_TOKEN,
-AGPO_SERVERS (JSON list of rollout server URLs), AGPO_STARTED (label of this start).
+Started by the supervisor, not by hand. Environment: AGPO_CONTROLLER_URL (where to listen), AGPO_TOKEN, AGPO_SERVERS
+(JSON list of rollout server URLs), AGPO_START (folder of this start); under Slurm AGPO_SIGNAL_LEAD (seconds from its
+signal to the time limit).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
+from agpo_megatron.cluster.start_folder import StartFolder
+from agpo_megatron.cluster.supervisor import STOPPED
 from agpo_megatron.config import load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.controller import assembly
+from agpo_megatron.controller.run import StoppedOnRequest
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +39,24 @@ def main() -> int:
         url=os.environ["AGPO_CONTROLLER_URL"],
         token=os.environ["AGPO_TOKEN"],
         servers=json.loads(os.environ["AGPO_SERVERS"]),
-        started=os.environ["AGPO_STARTED"],
+        start=StartFolder(Path(os.environ["AGPO_START"])),
+        signal_lead=float(lead) if (lead := os.environ.get("AGPO_SIGNAL_LEAD")) else None,
     )
+    log_file = surroundings.start.log("controller")
     logging.basicConfig(
-        filename=folder.logs / f"controller.{surroundings.started}",
+        filename=log_file,
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     try:
-        asyncio.run(
-            assembly.carry_out(arguments.mode, config, folder, surroundings, arguments.replay)
-        )
+        with log_file.open("a") as stacks:  # of all threads, when the supervisor asks for them
+            faulthandler.register(signal.SIGUSR2, file=stacks)
+            asyncio.run(
+                assembly.carry_out(arguments.mode, config, folder, surroundings, arguments.replay)
+            )
+    except StoppedOnRequest as stopped:
+        log.info("%s", stopped)
+        return STOPPED
     except BaseException as error:
         log.exception("the controller ends")
         sys.stderr.write(f"agpo-megatron: {root_cause(error)}\n")

@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 import aiohttp
 from rich.console import Console
 
-from agpo_megatron.cluster.supervisor import serving_marker
+from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import loop, replay, sft
-from agpo_megatron.controller.run import Recipe, Run, remove_leftovers
+from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
+from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.data.problems import DataError, Problem, load_problems
@@ -34,18 +35,20 @@ from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
 from agpo_megatron.reward.numeric import extract_number
 from agpo_megatron.reward.workers import RewardPool
-from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the supervisor tells the controller. ``url``: where it listens. ``started``: label of this start."""
+    """What the supervisor tells the controller. ``url``: where it listens. ``signal_lead``: seconds between Slurm's
+    signal and the time limit, if there is one."""
 
     url: str
     token: str
     servers: list[str]
-    started: str
+    start: StartFolder
+    signal_lead: float | None = None
 
 
 async def carry_out(
@@ -53,7 +56,7 @@ async def carry_out(
 ) -> None:
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
-        async with rollouts_of(config, folder, surroundings, training=False) as rollouts:
+        async with rollouts_of(config, surroundings, False, None) as rollouts:
             rollouts.pool.serve_as_started()
             evaluation = await loop.measure(rollouts)
         evaluation.write(folder.evaluation(0))
@@ -63,7 +66,7 @@ async def carry_out(
     recipe = (
         sft.sft_recipe(config.sft) if mode == "sft" and config.sft else loop.agpo_recipe(config)
     )
-    async with run_of(mode, config, folder, surroundings, recipe, steps) as run:
+    async with run_of(mode, config, folder, surroundings, recipe, steps) as (run, status):
         if mode == "sft" and config.sft:
             examples = await asyncio.to_thread(
                 load_sft_examples, config.sft.path, config.data, load_tokenizer(config.sft.base)
@@ -72,7 +75,7 @@ async def carry_out(
         elif mode == "replay" and recorded:
             await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
         else:
-            async with rollouts_of(config, folder, surroundings, training=True) as rollouts:
+            async with rollouts_of(config, surroundings, True, status) as rollouts:
                 await loop.train(run, rollouts)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
@@ -93,9 +96,8 @@ async def run_of(
     surroundings: Surroundings,
     recipe: Recipe,
     steps: int,
-) -> AsyncIterator[Run]:
+) -> AsyncIterator[tuple[Run, StatusWriter]]:
     journal = await asyncio.to_thread(Journal, folder.journal)
-    await asyncio.to_thread(remove_leftovers, folder)
     trainers = TrainerClient(
         config.policy.world_size,
         surroundings.token,
@@ -111,7 +113,15 @@ async def run_of(
     hidden = int(read_config(base)["hidden_size"])
     try:
         with Progress(steps, title) as progress:
-            yield Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
+            run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
+            run.stop_requested = surroundings.start.stop_requested.exists
+            run.signal_lead = surroundings.signal_lead
+            async with StatusWriter(surroundings.start, trainers) as status:
+                try:
+                    yield run, status
+                except StoppedOnRequest:
+                    await trainers.call("stop")
+                    raise
     finally:
         metrics.close()
         await trainers.close()
@@ -119,7 +129,7 @@ async def run_of(
 
 @asynccontextmanager
 async def rollouts_of(
-    config: Config, folder: RunFolder, surroundings: Surroundings, training: bool
+    config: Config, surroundings: Surroundings, training: bool, status: StatusWriter | None
 ) -> AsyncIterator[loop.Rollouts]:
     """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
     tokenizer = load_tokenizer(config.model.path)
@@ -128,9 +138,7 @@ async def rollouts_of(
     )
     held_out = await asyncio.to_thread(problems_in, config.eval.path, config, tokenizer)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
-    # The pool bounds what is in flight. SGLang closes a connection that was idle for 5 s, perhaps just as it is used.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    async with aiohttp.ClientSession(connector=server_connector()) as session:
         clients = [
             ServerClient(url, session, config.rollout.request_timeout)
             for url in surroundings.servers
@@ -139,8 +147,11 @@ async def rollouts_of(
             RolloutPool(clients, config.rollout, decode) as pool,
             RewardPool(config.reward) as rewards,
         ):
-            await pool.wait_alive()
-            serving_marker(folder, surroundings.started).touch()
+            if status:
+                status.pool = pool
+            # A controller that replaces another must not wait for servers that have been lost since.
+            await pool.wait_alive(1 if surroundings.start.serving.exists() else None)
+            surroundings.start.serving.touch()
             yield loop.Rollouts(
                 pool,
                 rewards,

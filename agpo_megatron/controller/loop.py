@@ -125,8 +125,7 @@ async def train(run: Run, rollouts: Rollouts) -> None:
                 stats = await run.update(record, run.folder.journal, name)
             await publish(run, publisher, timings)
         run.report(record, stats, timings)
-        if step % config.run.checkpoint_every == 0 or step == config.train.steps:
-            await run.save()
+        await run.save_if_due(config.train.steps)
 
     after = await evaluate(run, rollouts, step=config.train.steps)
     await run.export(run.folder.exported_model)

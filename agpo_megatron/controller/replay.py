@@ -13,7 +13,7 @@ async def train_on_record(run: Run, recorded: JournalReader) -> None:
     Raises JournalError when the record does not hold every step that is asked for.
     """
     config = run.config
-    done = await run.load()
+    done = await run.load(recorded)
     names = recorded.step_names()
     missing = [s for s in range(done + 1, config.train.steps + 1) if s not in names]
     if missing:
@@ -31,6 +31,5 @@ async def train_on_record(run: Run, recorded: JournalReader) -> None:
         ):
             stats = await run.update(record, recorded.folder, names[step])
         run.report(record, stats, timings)
-        if step % config.run.checkpoint_every == 0 or step == config.train.steps:
-            await run.save()
+        await run.save_if_due(config.train.steps)
     await run.export(run.folder.exported_model)

@@ -8,8 +8,9 @@ import logging
 import math
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
-from agpo_megatron.journal import Journal, JournalError, StepRecord
+from agpo_megatron.journal import Journal, JournalError, JournalReader, StepRecord
 from agpo_megatron.journal.records import read_scores, write_durably
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.metrics import MetricsWriter
@@ -28,6 +29,12 @@ from agpo_megatron.types import Sample, VersionSpan, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
+LEAD_MARGIN = 60.0
+"""Seconds beside step and save: Slurm may signal late, processes end."""
+
+
+class StoppedOnRequest(Exception):
+    """The run was asked to end and has saved a checkpoint; the same command continues it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Run:
     """One start (attempt) of a run.
 
     ``version``: identity of the weights the trainer holds now. ``backend``: of its collectives, once it has loaded.
+    ``stop_requested``: whether to end after the step under way. ``signal_lead``: seconds that it may take from the
+    request to the saved checkpoint; None where there is no limit.
     """
 
     config: Config
@@ -69,6 +78,9 @@ class Run:
     hidden_size: int
     version: WeightVersion = field(init=False)
     backend: str = field(init=False)
+    stop_requested: Callable[[], bool] = field(init=False, default=lambda: False)
+    signal_lead: float | None = field(init=False, default=None)
+    _longest: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
@@ -81,14 +93,41 @@ class Run:
         with waiting(name), seconds_into(timings, key):
             yield
 
-    async def load(self) -> int:
-        """Load the newest complete checkpoint, or the initial weights; returns the step it holds."""
+    async def load(self, recorded: JournalReader | None = None) -> int:
+        """Load the newest complete checkpoint, or the initial weights; returns the step that the trainer then holds.
+
+        Trainers that outlived their last controller may be further than that, and stay where they are. ``recorded``:
+        the journal that is trained on, if it is not this run's.
+        """
         step, path = latest_checkpoint(self.folder)
         with self.phase("load weights", {}, ""):
-            answers = await self.trainers.call("load", checkpoint=path and str(path))
+            answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
+        # Only now: trainers that outlived their controller may have been in the middle of saving.
+        await asyncio.to_thread(remove_leftovers, self.folder)
         self.backend = answers[0]["backend"]
-        self.version = WeightVersion(step, self.journal.attempt)
-        return step
+        held: int = answers[0]["step"]
+        self.version = WeightVersion(held, self.journal.attempt)
+        if held > step and not self.metrics.has(held):  # its result reached no controller
+            reader = recorded or self.journal.reader
+            record = reader.read_record(reader.step_names()[held])
+            self.report(record, self._stats(record, answers[0]["last_update"]), {})
+        return held
+
+    def _stats(self, record: StepRecord, result: dict[str, float]) -> dict[str, float]:
+        """Metrics of an update from what the trainer answered."""
+        return {**result, "lr": self.recipe.lr_at(record.step)}
+
+    async def save_if_due(self, last: int) -> None:
+        """Checkpoint every ``run.checkpoint_every`` steps, at step ``last``, and when asked to end.
+
+        Raises StoppedOnRequest after the latter.
+        """
+        step = self.version.step
+        stop = self.stop_requested() and step < last
+        if step % self.config.run.checkpoint_every == 0 or step == last or stop:
+            await self.save()
+        if stop:
+            raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
 
     async def update(self, record: StepRecord, journal: Path, name: str) -> dict[str, float]:
         """One optimizer step on the committed record ``name``; afterwards ``version`` is one step further.
@@ -103,7 +142,6 @@ class Run:
         with_weight = [i for i, row in enumerate(record.rows) if row.has_weight]
         plan = await self.plan([record.rows[i].tokens for i in with_weight])
         numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
-        lr = self.recipe.lr_at(record.step)
         results = await self.trainers.call(
             "update",
             journal=str(journal),
@@ -111,10 +149,10 @@ class Run:
             step=record.step,
             plan=numbered,
             loss={**self.recipe.loss, "entropy_coef": record.entropy_coef},
-            lr=lr,
+            lr=self.recipe.lr_at(record.step),
         )
         self.version = WeightVersion(record.step, self.journal.attempt)
-        return {**results[0], "lr": lr}
+        return self._stats(record, results[0])
 
     async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro-batches of sequences of these lengths, by data-parallel rank."""
@@ -167,9 +205,27 @@ class Run:
     async def save(self) -> None:
         """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
         step = self.version.step
-        with self.phase(f"save step {step}", {}, ""):
+        timings: dict[str, float] = {}
+        with self.phase(f"save step {step}", timings, "time/save"):
             await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
+        self._check_lead(timings)
         await asyncio.to_thread(self._remove_old)
+
+    def _check_lead(self, timings: dict[str, float]) -> None:
+        """Warn, once per record, when the longest step, save and a minute do not fit between signal and time limit."""
+        before = sum(self._longest.values())
+        for key in ("time/step", "time/save"):
+            self._longest[key] = max(self._longest.get(key, 0.0), timings.get(key, 0.0))
+        step, save = self._longest["time/step"], self._longest["time/save"]
+        needed = step + save + LEAD_MARGIN
+        if self.signal_lead is None or needed <= self.signal_lead or step + save == before:
+            return
+        text = (
+            f"the longest step {step:.0f} s + save {save:.0f} s + {LEAD_MARGIN:.0f} s = {needed:.0f} s exceed the "
+            f"{self.signal_lead:.0f} s from signal to time limit; raise --signal and signal_lead in the batch script"
+        )
+        log.warning("%s", text)
+        sys.stderr.write(f"warning: {text}\n")
 
     def _remove_old(self) -> None:
         """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
@@ -201,6 +257,7 @@ class Run:
         self, record: StepRecord, stats: dict[str, float], timings: dict[str, float]
     ) -> None:
         """Write the step's metrics, once: a replayed step that was already reported is not reported again."""
+        self._check_lead(timings)
         if self.metrics.has(record.step):
             return
         metrics: dict[str, Any] = {**record.metrics, **stats, **timings, "step": record.step}

@@ -2,13 +2,14 @@
 
 Trainers connect out to this HTTP server (so only the controller's address must be known)::
 
-    GET  /command?after=SEQ   rank 0 long-polls the next command         -> {attempt, seq, name, args} or 204
+    GET  /command?attempt=A&after=SEQ   rank 0 long-polls the next command   -> {attempt, seq, name, args} or 204
     POST /result              rank 0 delivers the results of all ranks   {attempt, seq, results: [one per rank]}
-    POST /heartbeat           every rank: {rank, phase, since}           the death of one hides no other
+    POST /heartbeat           every rank: {rank, phase, since, last}     the death of one hides no other
     POST /failure             any rank: {rank, command, error}           before it exits
 
 Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0 asks
-for what comes after the last seq it carried out, so a command is carried out once however often it is fetched.
+for what comes after the last seq it carried out, so a command is carried out once however often it is fetched. Trainers
+outlive a controller that is killed: the next one, of another attempt, counts its commands from 1.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class TrainerError(RuntimeError):
 
 @dataclass
 class RankStatus:
-    """Last heartbeat of one rank (``seen``: monotonic seconds of this process)."""
+    """Last heartbeat of one rank (``seen``: monotonic seconds of this process). ``last``: the phase it ended last."""
 
     phase: str
     since: float
     seen: float
+    last: str = ""
 
 
 class TrainerClient:
@@ -125,6 +127,13 @@ class TrainerClient:
             if time.monotonic() > deadline:
                 raise WaitExpired(f"trainer command {name}", seconds, self.report())
 
+    @property
+    def command_under_way(self) -> str:
+        """Name and number of the command that the trainers have not answered yet; "" when there is none."""
+        if self._command is None or self._result is None or self._result.done():
+            return ""
+        return f"{self._command['name']} ({self._command['seq']})"
+
     def report(self) -> str:
         """One line: what every rank was doing when last heard of."""
         now = time.monotonic()
@@ -144,7 +153,8 @@ class TrainerClient:
         return response
 
     async def _on_command(self, request: web.Request) -> web.Response:
-        after = int(request.query["after"])
+        known = int(request.query["attempt"]) == self.attempt
+        after = int(request.query["after"]) if known else 0
         try:
             async with asyncio.timeout(POLL_SECONDS):
                 async with self._issued:
@@ -164,7 +174,9 @@ class TrainerClient:
 
     async def _on_heartbeat(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.ranks[int(body["rank"])] = RankStatus(body["phase"], body["since"], time.monotonic())
+        self.ranks[int(body["rank"])] = RankStatus(
+            body["phase"], body["since"], time.monotonic(), body["last"]
+        )
         return web.Response()
 
     async def _on_failure(self, request: web.Request) -> web.Response:

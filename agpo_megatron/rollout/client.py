@@ -8,14 +8,40 @@ temperature 1 whatever the request says. All methods raise ``ServerError``; ``st
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from aiohttp.connector import AddrInfoType
 
 from agpo_megatron.types import VersionSpan
 from agpo_megatron.wait import waiting
+
+GONE_SECONDS = 30
+"""Without an acknowledgement from a server's machine; then its requests fail."""
+
+
+def server_connector() -> aiohttp.TCPConnector:
+    """Connections to all servers: as many as the pool asks for, and ended when the other end is gone without a word.
+
+    A node that loses its power resets nothing: a request that waits there for its answer would wait for its whole
+    timeout. With keep-alive probes it fails after ``GONE_SECONDS``.
+    """
+    # SGLang closes a connection that was idle for 5 s, perhaps just as it is used.
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=_probed_socket)
+
+
+def _probed_socket(address: AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    connection = socket.socket(family, kind, protocol)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE_SECONDS // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, GONE_SECONDS // 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE_SECONDS * 1000)
+    return connection
 
 
 class ServerError(RuntimeError):

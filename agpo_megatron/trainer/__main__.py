@@ -1,15 +1,17 @@
 """``python -m agpo_megatron.trainer CONFIG MODE``: one trainer rank.
 
 Started by the supervisor or by Slurm. Environment: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT as for
-torch.distributed; AGPO_CONTROLLER_URL, AGPO_TOKEN.
+torch.distributed; AGPO_CONTROLLER_URL, AGPO_TOKEN; AGPO_ADDRESS (under which the rollout servers reach this node).
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import random
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -31,6 +33,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    faulthandler.register(signal.SIGUSR2)  # the supervisor asks for the stacks of all threads
     config = load_config(arguments.config)
     rank = int(os.environ["RANK"])
     channel = Channel(

@@ -11,7 +11,7 @@ from typing import Any
 
 import requests
 
-from agpo_megatron.wait import current_phase
+from agpo_megatron.wait import current_phase, last_finished
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 2.0
@@ -56,9 +56,10 @@ class Channel:
                     ) from error
                 time.sleep(0.2)
 
-    def next_command(self, after: int) -> Command | None:
-        """The next command after ``after``; None when the long poll ended without one."""
-        response = self._request("GET", f"/command?after={after}", timeout=60)
+    def next_command(self, attempt: int, after: int) -> Command | None:
+        """The command after number ``after`` of ``attempt``, or the first of a newer one; None when the long poll ended
+        without one."""
+        response = self._request("GET", f"/command?attempt={attempt}&after={after}", timeout=60)
         return None if response.status_code == 204 else Command(**response.json())
 
     def deliver(self, command: Command, results: list[dict[str, Any]]) -> None:
@@ -84,7 +85,12 @@ class Channel:
         last_answer = time.monotonic()
         while True:
             phase = current_phase()
-            body: dict[str, Any] = {"rank": self.rank, "phase": phase.name, "since": phase.since}
+            body: dict[str, Any] = {
+                "rank": self.rank,
+                "phase": phase.name,
+                "since": phase.since,
+                "last": last_finished(),
+            }
             try:
                 session.post(self._url + "/heartbeat", json=body, timeout=5).raise_for_status()
                 last_answer = time.monotonic()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +30,7 @@ class PolicyPublisher:
         if self._source is None:
             return {"stage": None}
         stage = self._policy.layout.pp_rank
-        host = own_address()
+        host = os.environ["AGPO_ADDRESS"]
         port = self._source.open(host, group_name(epoch, stage), world_size, self._timeout)
         return {"stage": stage, "host": host, "port": port}
 
@@ -64,12 +63,3 @@ class PolicyPublisher:
 
 def tensor_spec(entry: dict[str, Any]) -> TensorSpec:
     return TensorSpec(entry["name"], tuple(entry["shape"]), entry["dtype"])
-
-
-def own_address() -> str:
-    """Address under which the rollout servers reach this rank: that of the interface towards the master rank."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing: only chooses the route
-        address: str = probe.getsockname()[0]
-        return address

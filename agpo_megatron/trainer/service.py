@@ -38,6 +38,7 @@ class TrainerService:
         self._policy, self._channel = policy, channel
         self._publisher = publisher
         self._step = 0
+        self._last_update: dict[str, Any] = {}
         self._control = ControlGroup(policy.layout.control_group)
         self._initial_weights = initial_weights
         self._readers: dict[str, JournalReader] = {}
@@ -54,9 +55,9 @@ class TrainerService:
 
     def run(self) -> None:
         """Fetch (rank 0), hand on, carry out, collect, deliver; returns after ``stop``."""
-        last = 0
+        attempt, last = 0, 0
         while True:
-            command = self._next(last)
+            command = self._next(attempt, last)
             if command is None:
                 continue
             if command.name == "stop":
@@ -74,31 +75,31 @@ class TrainerService:
             results = self._control.gather(result)
             if results is not None:
                 self._channel.deliver(command, results)
-            last = command.seq
+            attempt, last = command.attempt, command.seq
 
-    def _next(self, last: int) -> Command | None:
+    def _next(self, attempt: int, last: int) -> Command | None:
         """One long poll of rank 0, handed to all ranks; None when it brought nothing new."""
         message: dict[str, Any] | None = None
         if self._control.rank == 0:
             with waiting("the next command"):
-                command = self._channel.next_command(last)
+                command = self._channel.next_command(attempt, last)
             message = {"command": vars(command) if command else None}
         with waiting("the next command, from rank 0"):
             handed = self._control.broadcast(message)["command"]
         return Command(**handed) if handed else None
 
-    def load(self, checkpoint: str | None) -> dict[str, Any]:
-        """A checkpoint with optimizer and RNG state; None keeps the initial weights that the policy was built with.
-
-        Raises ValueError for None after an update: a run begins anew in a new process.
+    def load(self, checkpoint: str | None, step: int) -> dict[str, Any]:
+        """The checkpoint of ``step`` with optimizer and RNG state; None: the initial weights, which the policy was
+        built with. A policy that is at ``step`` or further, for a controller that is gone, stays as it is: each of its
+        updates was on a committed record, so its state is the one that replaying those would give.
         """
-        if checkpoint is not None:
+        if checkpoint is not None and self._step < step:
             self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
-        elif self._step:
-            raise ValueError(
-                f"the policy is at step {self._step}, no longer at the initial weights"
-            )
-        return {"step": self._step, "backend": self._policy.backend.dist_backend}
+        return {
+            "step": self._step,
+            "backend": self._policy.backend.dist_backend,
+            "last_update": self._last_update,
+        }
 
     def update(
         self,
@@ -125,7 +126,7 @@ class TrainerService:
         if settings.old_logprobs == "rollout":
             batches = [[replace(s, old_logprobs=s.rollout_logprobs) for s in b] for b in batches]
         stats: dict[str, Any] = self._policy.update(batches, loss=settings, lr=lr)
-        self._step = step
+        self._step, self._last_update = step, stats
         return stats
 
     def score_samples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from kills import check_nothing_lost_or_repeated, command, finish
+from kills import check_nothing_lost_or_repeated, command, finish, running_processes
 from tiny_run import write_run
 
 from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
@@ -138,13 +137,12 @@ def test_replay_of_what_is_no_run(config: Path) -> None:
 def test_a_server_that_dies_while_it_starts(config: Path) -> None:
     run_dir = config.parent / "run"
     run = subprocess.Popen(command(config, run_dir), stderr=subprocess.PIPE, text=True)
-    table = run_dir / "processes.json"
-    while not table.exists():
+    while not (pids := running_processes(RunFolder(run_dir))):
         assert run.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
     children = psutil.Process(run.pid).children(recursive=True)
-    os.kill(json.loads(table.read_text())["rollout server 0"], signal.SIGKILL)
+    os.kill(pids["rollout server 0"], signal.SIGKILL)
     _, message = run.communicate(timeout=60)
     assert run.returncode == 1
     assert "rollout server 0 was killed by signal 9" in message

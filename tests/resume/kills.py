@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from agpo_megatron.cluster.node import MACHINE
+from agpo_megatron.cluster.start_folder import latest_start, starts
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.journal import JournalReader
 from agpo_megatron.journal.reader import valid_files
@@ -55,7 +57,7 @@ def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float
     Asserts that no process of the run is left.
     """
     folder = RunFolder(run_dir)
-    before = set(folder.logs.glob("controller.*"))
+    before = controller_logs(folder)
     run = subprocess.Popen(
         command(config, run_dir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -63,11 +65,11 @@ def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float
     for role, phase in kills:
         pattern = re.compile(rf"phase {re.escape(phase)}$", re.MULTILINE)
         deadline = time.monotonic() + timeout
-        while not any(pattern.search(p.read_text()) for p in new_logs(folder, before)):
+        while not any(pattern.search(p.read_text()) for p in controller_logs(folder) - before):
             assert run.poll() is None, f"the run ended before {phase}:\n{run.communicate()[0]}"
             assert time.monotonic() < deadline, f"{phase} was not reached in {timeout} s"
             time.sleep(0.005)
-        pids = json.loads(folder.processes.read_text())
+        pids = running_processes(folder)
         descendants |= set(psutil.Process(run.pid).children(recursive=True))
         os.kill(pids[role], signal.SIGKILL)
     output, _ = run.communicate(timeout=timeout)
@@ -77,11 +79,18 @@ def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float
 
 
 def controller_log(run_dir: Path) -> str:
-    return "".join(p.read_text() for p in sorted((run_dir / "logs").glob("controller.*")))
+    return "".join(p.read_text() for p in sorted(controller_logs(RunFolder(run_dir))))
 
 
-def new_logs(folder: RunFolder, before: set[Path]) -> set[Path]:
-    return set(folder.logs.glob("controller.*")) - before
+def controller_logs(folder: RunFolder) -> set[Path]:
+    return {start.log("controller") for start in starts(folder) if start.log("controller").exists()}
+
+
+def running_processes(folder: RunFolder) -> dict[str, int]:
+    """Role -> pid; empty while the roles have not started."""
+    start = latest_start(folder)
+    table = start and start.processes(MACHINE)
+    return json.loads(table.read_text()) if table and table.exists() else {}
 
 
 def check_nothing_lost_or_repeated(

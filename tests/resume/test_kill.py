@@ -43,6 +43,9 @@ def kill_and_continue(
         if victim == SERVER:  # survived: restarted, given the weights, and the run comes to its end
             assert outcome.exit_code == 0, outcome.output
             assert controller_log(run_dir).count("-> dead") >= len(kills)
+        elif victim == "controller":  # survived too: the trainers wait for the next one
+            assert outcome.exit_code == 0, outcome.output
+            assert outcome.output.count("controller ended with code -9; starting it") == len(kills)
         elif (
             victim == "supervisor"
         ):  # nobody is left to say anything; that nobody is left, kill_at has checked
@@ -67,10 +70,22 @@ def test_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("role", ["controller", "trainer rank 1", "supervisor"])
+@pytest.mark.parametrize("role", ["trainer rank 1", "supervisor"])
 def test_a_role_killed_at_every_phase(tmp_path: Path, role: str) -> None:
     phases = ["generate step 1", "update step 2", "publish weights 3", "save step 4"]
     kill_and_continue(tmp_path, [[(role, phase)] for phase in phases])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "phases",
+    [
+        ["generate step 1", "update step 2", "publish weights 3"],
+        ["publish weights 0", "save step 2", "save step 4"],
+    ],
+)
+def test_a_controller_killed_at_every_phase(tmp_path: Path, phases: list[str]) -> None:
+    kill_and_continue(tmp_path, [[("controller", phase) for phase in phases]])
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import requests
@@ -32,6 +33,28 @@ def serve(scenario: Callable, heartbeat_timeout: float = 60.0) -> None:
     asyncio.run(body())
 
 
+def test_a_trainer_that_outlived_its_controller_takes_the_next_ones_first_command() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def rank_zero(url: str) -> None:
+        channel = Channel(url, TOKEN, 0, patience=5.0)
+        command = None
+        while command is None:  # 40 commands into the attempt before
+            command = channel.next_command(6, 40)
+        seen.append((command.attempt, command.seq))
+        channel.deliver(replace(command, attempt=6, seq=40), [{"late": "of the one before"}])
+        channel.deliver(command, [{"rank": 0}, {"rank": 1}])
+
+    async def scenario(client: TrainerClient, url: str) -> None:
+        thread = threading.Thread(target=rank_zero, args=(url,))
+        thread.start()
+        assert await client.call("load", checkpoint=None, step=0) == [{"rank": 0}, {"rank": 1}]
+        await asyncio.to_thread(thread.join)
+
+    serve(scenario)
+    assert seen == [(7, 1)]
+
+
 def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:
     seen: list[tuple[int, str, dict]] = []
 
@@ -39,7 +62,7 @@ def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:
         channel = Channel(url, TOKEN, 0, patience=5.0)
         last = 0
         while len(seen) < 2:
-            command = channel.next_command(last)
+            command = channel.next_command(7, last)
             if command is None:
                 continue
             seen.append((command.seq, command.name, command.args))
@@ -83,7 +106,7 @@ def test_the_first_failing_rank_is_named() -> None:
 
 def test_a_silent_rank_is_named_with_its_last_phase() -> None:
     async def scenario(client: TrainerClient, url: str) -> None:
-        body = {"rank": 1, "phase": "update: backward", "since": 0.0}
+        body = {"rank": 1, "phase": "update: backward", "since": 0.0, "last": ""}
         headers = {"Authorization": f"Bearer {TOKEN}"}
         await asyncio.to_thread(requests.post, url + "/heartbeat", json=body, headers=headers)
         with pytest.raises(TrainerError, match=r"\[1\] sent no heartbeat.*update: backward"):
@@ -103,4 +126,4 @@ def test_a_deadline_tells_what_was_waited_for_and_where_everyone_is() -> None:
 def test_a_rank_gives_up_on_a_controller_that_is_gone() -> None:
     channel = Channel(f"http://127.0.0.1:{free_port()}", TOKEN, 3, patience=0.5)
     with pytest.raises(ControllerLost, match="rank 3: no answer from the controller"):
-        channel.next_command(0)
+        channel.next_command(7, 0)

@@ -142,7 +142,6 @@ def test_a_damaged_model_config_is_named(tmp_path: Path) -> None:
         ("rollout.max_in_flight=7", "max_in_flight 7 is below group_size 8"),
         ("rollout={port: 65535, servers: 2}", "65536 is beyond 65535"),
         ("train={lr: 1e-5, min_lr: 1e-4}", "min_lr 0.0001 is above lr 1e-05"),
-        ("policy.fp8.recipe=delayed", "needs Transformer Engine, which is not installed"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, override: str, message: str) -> None:

@@ -1,0 +1,242 @@
+"""What is checked on every node before rank 0 loads a byte, and the one table that says so.
+
+Each node writes its facts into the start folder (so a node that does not see the folder is missing there), then calls
+every other node over TCP (so an address nobody can reach is found, and clocks are compared), then the master judges.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from agpo_megatron.cluster.processes import free_port
+from agpo_megatron.cluster.roles import NodeRoles, Plan
+from agpo_megatron.config import Config, ConfigError
+from agpo_megatron.config.checks import check_inputs
+from agpo_megatron.config.record import package_versions
+from agpo_megatron.rollout.server import refuse_port_in_use
+
+MAX_SKEW = 5.0
+"""Seconds that clocks may differ: the order of events in logs and of exits rests on them."""
+CALL_SECONDS = 10.0
+NEEDED = {"trainer": "megatron-core", "rollout": "sglang"}
+SAME_EVERYWHERE = ("agpo_megatron", "nvidia-nccl-cu13")
+"""Trainers and servers, otherwise of different environments, meet in NCCL groups when weights are published."""
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """``ports``: role -> port chosen on this node. ``gpu_memory``: MiB of each. ``problems``: cause and fix each."""
+
+    address: str
+    interface: str
+    hello_port: int
+    ports: dict[str, int]
+    versions: dict[str, str]
+    gpu_memory: list[int]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What one node found when it called the others. ``skew``: seconds that their clocks are ahead."""
+
+    skew: dict[str, float] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
+
+
+def gather_facts(
+    roles: NodeRoles, config: Config, mode: str, address: str, interface: str, hello_port: int
+) -> NodeFacts:
+    """Everything this node can say about itself; chooses its ports."""
+    problems: list[str] = []
+    ports: dict[str, int] = {}
+    names = ["controller", "master"] if roles.controller else []
+    for name in names:
+        ports[name] = free_port(address)
+    for local, server in enumerate(roles.servers):
+        first = config.rollout.port
+        port = first + local if first else free_port(address)
+        try:
+            refuse_port_in_use(address, port)
+        except OSError as error:
+            problems.append(str(error.strerror))
+        ports[f"rollout server {server}"] = port
+    versions = package_versions()
+    kinds = {"trainer": bool(roles.ranks), "rollout": bool(roles.servers)}
+    for kind, present in kinds.items():
+        if present and NEEDED[kind] not in versions:
+            problems.append(f"the {kind} environment has no {NEEDED[kind]}; see launch/images/")
+    recipe = config.policy.fp8.recipe
+    if roles.ranks and recipe != "none" and "transformer-engine" not in versions:
+        problems.append(f"policy.fp8.recipe {recipe} needs Transformer Engine; see launch/images/")
+    try:
+        check_inputs(config, mode)
+        _read_weights(Path(config.model.path))
+    except (ConfigError, OSError) as error:
+        problems.append(str(error))
+    memory = gpu_memory() if config.cluster.device != "cpu" else []
+    needed = len(roles.ranks) + len(roles.servers) * config.rollout.tensor_parallel
+    if config.cluster.device == "cuda" and len(memory) < needed:
+        problems.append(
+            f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"
+        )
+    return NodeFacts(address, interface, hello_port, ports, versions, memory, problems)
+
+
+def _read_weights(folder: Path) -> None:
+    """A byte of every weight file: a file that is listed may still not be readable here."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            file.read(1)
+
+
+def gpu_memory() -> list[int]:
+    """MiB of every visible GPU, by nvidia-smi. Not yet executed on a GPU."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) for line in answer.stdout.split()]
+
+
+class Hello:
+    """Answers every connection with this node's clock, until closed."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.create_server((address, 0), backlog=256)
+        self.port: int = self._socket.getsockname()[1]
+        threading.Thread(target=self._answer, name="hello", daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            with connection:
+                connection.sendall(json.dumps({"clock": time.time()}).encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which close alone would not
+        self._socket.close()
+
+
+def call_others(host: str, facts: Mapping[str, NodeFacts]) -> Calls:
+    """Connect to the Hello of every other node."""
+    calls = Calls()
+    for other, its in facts.items():
+        if other == host:
+            continue
+        before = time.time()
+        try:
+            with socket.create_connection(
+                (its.address, its.hello_port), CALL_SECONDS
+            ) as connection:
+                answer = json.loads(connection.makefile().read())
+            # Halfway through the call, as far as one can tell.
+            calls.skew[other] = answer["clock"] - (before + time.time()) / 2
+        except (OSError, ValueError) as error:
+            calls.unreachable[other] = f"{its.address}:{its.hello_port}: {error}"
+    return calls
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``failure``: the first problem, with node and fix; "" when the run may start."""
+
+    table: str
+    failure: str
+
+
+def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]) -> Verdict:
+    """One line per node and check; the first failure in the order of the plan."""
+    failures: list[str] = []
+    rows = [("node", "address", "roles", "gpus", "versions", "network", "clock", "inputs, ports")]
+    for node in plan.nodes:
+        own, heard = facts[node.host], calls[node.host]
+        versions = _version_problems(node, plan, facts)
+        network = [f"cannot reach {other} ({why})" for other, why in heard.unreachable.items()]
+        skew = max((abs(s) for s in heard.skew.values()), default=0.0)
+        clock = [
+            f"its clock differs from that of {other} by {s:.1f} s; synchronise them (chrony)"
+            for other, s in heard.skew.items()
+            if abs(s) > MAX_SKEW
+        ]
+        gpus = _gpu_problems(node, plan, facts)
+        for found in (own.problems, gpus, versions, network, clock):
+            failures += [f"{node.host}: {problem}" for problem in found]
+        rows.append(
+            (
+                node.host,
+                f"{own.address} ({own.interface})" if own.interface else own.address,
+                describe(node),
+                _mark(gpus, str(len(own.gpu_memory))),
+                _mark(versions, "same"),
+                _mark(network, f"{len(heard.skew)} reached"),
+                _mark(clock, f"{skew:.2f} s"),
+                _mark(own.problems, "ok"),
+            )
+        )
+    return Verdict(_aligned(rows), failures[0] if failures else "")
+
+
+def describe(node: NodeRoles) -> str:
+    """``controller, ranks 0-7`` and the like."""
+    parts = ["controller"] if node.controller else []
+    for what, numbers in (("rank", node.ranks), ("server", node.servers)):
+        if len(numbers) == 1:
+            parts.append(f"{what} {numbers[0]}")
+        elif numbers:
+            parts.append(f"{what}s {numbers[0]}-{numbers[-1]}")
+    return ", ".join(parts)
+
+
+def _version_problems(node: NodeRoles, plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
+    """Against the first node of the same kind, and in our own version against the master."""
+    alike = next(n for n in plan.nodes if bool(n.ranks) == bool(node.ranks))
+    problems = []
+    for other, names in ((alike.host, None), (plan.master, SAME_EVERYWHERE)):
+        theirs, own = facts[other].versions, facts[node.host].versions
+        for name in names or sorted(theirs.keys() | own.keys()):
+            if own.get(name) != theirs.get(name):
+                problems.append(
+                    f"{name} is {own.get(name)}, on {other} it is {theirs.get(name)}; give both the same image"
+                )
+    return problems
+
+
+def _gpu_problems(node: NodeRoles, plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
+    alike = next(n for n in plan.nodes if bool(n.ranks) == bool(node.ranks))
+    smallest = min(facts[node.host].gpu_memory, default=0)
+    there = min(facts[alike.host].gpu_memory, default=0)
+    if smallest >= 0.98 * there:
+        return []
+    return [f"its smallest GPU has {smallest} MiB, those of {alike.host} {there}; exclude the node"]
+
+
+def _mark(problems: Sequence[str], good: str) -> str:
+    return "FAILED" if problems else good
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines) + "\n"

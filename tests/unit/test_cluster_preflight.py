@@ -1,0 +1,124 @@
+"""Preflight and addresses: real sockets, real files; every failure names node, cause and fix."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import write_run
+
+from agpo_megatron.cluster import address
+from agpo_megatron.cluster.address import own_address
+from agpo_megatron.cluster.preflight import (
+    Calls,
+    Hello,
+    NodeFacts,
+    call_others,
+    gather_facts,
+    judge,
+)
+from agpo_megatron.cluster.roles import LaunchError, NodeRoles, Plan
+from agpo_megatron.cluster.start_folder import StartFolder
+from agpo_megatron.config import load_config
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.wait import WaitExpired
+
+PLAN = Plan(
+    "train",
+    (NodeRoles("a", (0,), controller=True), NodeRoles("b", (1,)), NodeRoles("c", (), (0,))),
+    2,
+)
+VERSIONS = {"agpo_megatron": "0.1.0", "torch": "2.13.0"}
+GOOD = NodeFacts("10.0.0.1", "eth0", 1, {}, VERSIONS, [81559] * 8, [])
+HEARD = Calls({"x": 0.01}, {})
+
+
+def verdict(calls: dict[str, Calls] | None = None, **facts: NodeFacts) -> str:
+    everyone = {"a": GOOD, "b": GOOD, "c": GOOD} | facts
+    return judge(PLAN, everyone, {"a": HEARD, "b": HEARD, "c": HEARD} | (calls or {})).failure
+
+
+def test_nodes_that_are_alike_pass_and_the_table_names_them() -> None:
+    result = judge(PLAN, {"a": GOOD, "b": GOOD, "c": GOOD}, dict.fromkeys("abc", HEARD))
+    assert result.failure == ""
+    lines = result.table.splitlines()
+    assert [line.split()[0] for line in lines] == ["node", "a", "b", "c"]
+    assert "controller, rank 0" in lines[1] and "server 0" in lines[3]
+    assert "10.0.0.1 (eth0)" in lines[2] and "FAILED" not in result.table
+
+
+def test_the_first_failure_names_node_and_fix() -> None:
+    other = replace(GOOD, versions={**VERSIONS, "torch": "2.12.0"})
+    assert verdict(b=other) == "b: torch is 2.12.0, on a it is 2.13.0; give both the same image"
+    assert verdict(c=other) == ""  # the servers' environment is another one
+    ours = replace(GOOD, versions={**VERSIONS, "agpo_megatron": "0.0.9"})
+    assert verdict(c=ours).startswith("c: agpo_megatron is 0.0.9")
+    small = replace(GOOD, gpu_memory=[81559] * 7 + [40960])
+    assert verdict(b=small) == (
+        "b: its smallest GPU has 40960 MiB, those of a 81559; exclude the node"
+    )
+    assert verdict({"b": Calls({"a": -7.5}, {})}).startswith("b: its clock differs")
+    assert verdict({"c": Calls({}, {"a": "10.0.0.1:1: refused"})}).startswith("c: cannot reach a")
+    assert verdict(a=replace(GOOD, problems=["x"]), b=small) == "a: x"
+
+
+def test_facts_of_a_real_node(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path))
+    roles = NodeRoles("here", (0, 1), (0,), controller=True)
+    facts = gather_facts(roles, config, "train", "127.0.0.1", "lo", 1)
+    assert facts.problems == []
+    assert set(facts.ports) == {"controller", "master", "rollout server 0"}
+    assert len(set(facts.ports.values())) == 3
+    assert {"torch", "sglang", "megatron-core"} <= set(facts.versions)
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        weights.unlink()
+    (tmp_path / "train.jsonl").unlink()
+    broken = gather_facts(roles, config, "train", "127.0.0.1", "lo", 1)
+    assert "has no weights" in broken.problems[0] and "data.path" in broken.problems[0]
+
+
+def test_nodes_call_each_other() -> None:
+    with Hello("127.0.0.1") as alive:
+        facts = {
+            "a": replace(GOOD, address="127.0.0.1", hello_port=alive.port),
+            "b": replace(GOOD, address="127.0.0.1", hello_port=alive.port),
+        }
+        calls = call_others("a", facts)
+        assert calls.unreachable == {} and abs(calls.skew["b"]) < 1.0
+    assert "127.0.0.1" in call_others("a", facts).unreachable["b"]
+
+
+def test_a_node_that_reports_nothing_is_named(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path))
+    start = StartFolder.create(RunFolder(tmp_path / "run"), "1-0", PLAN, config)
+    threading.Timer(0.3, start.write_node, ("a", "facts", {"n": 1})).start()
+    with pytest.raises(WaitExpired, match="nothing from b, c"):
+        start.wait_nodes(["a", "b", "c"], "facts", time.monotonic() + 1.0)
+    assert start.wait_nodes(["a"], "facts", time.monotonic() + 1.0) == {"a": {"n": 1}}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"a": "10.1.0.1", "b": "10.1.0.2"}, "10.1.0.1"),
+        ({"a": "127.0.1.1", "b": "10.1.0.2"}, "source towards 10.1.0.2"),  # Debian's /etc/hosts
+        ({"a": "127.0.1.1", "b": "127.0.1.2"}, "127.0.1.1"),  # one machine plays all nodes
+    ],
+)
+def test_the_address_others_reach(
+    names: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(address, "resolve", names.__getitem__)
+    monkeypatch.setattr(address, "source_towards", lambda peer: f"source towards {peer}")
+    assert own_address("a", ["b"]) == expected
+
+
+def test_there_is_no_fallback_to_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "resolve", lambda name: "127.0.0.1")
+    with pytest.raises(LaunchError, match="correct /etc/hosts"):
+        own_address("a", ["b"])
+    with pytest.raises(LaunchError, match="no IPv4 address on interface nosuch0"):
+        own_address("a", ["b"], "nosuch0")
