@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import datetime
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
