@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import conversion_cases as cases
@@ -24,29 +23,19 @@ def convert(*command: object) -> None:
     assert converter.convert(*command) == 0
 
 
-class Models:
-    """Each architecture as transformers saved it and as it converts, made when first asked for."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.reference: dict[str, Any] = {}
-
-    def folders(self, name: str, dtype: str) -> tuple[Path, Path]:
-        """(Hugging Face folder, Megatron folder)."""
-        fp32, hf, megatron = (self.root / f"{name}-{x}" for x in ("fp32", dtype, f"{dtype}-m"))
-        if name not in self.reference:
-            self.reference[name] = cases.hf_model(name)
-            self.reference[name].save_pretrained(fp32)
-        if not megatron.exists():
-            convert("to-megatron", fp32, megatron, "--dtype", dtype, "--tp", 2)
-        if not hf.exists():
-            convert("to-hf", megatron, hf)
-        return hf, megatron
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("conversion"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of each architecture: the transformers model, its folders in both precisions, and what they convert to."""
+    root = tmp_path_factory.mktemp("conversion")
+    made = {}
+    for name in cases.CONFIGS:
+        model = cases.hf_model(name)
+        made[name] = model
+        model.save_pretrained(root / f"{name}-fp32")
+        convert("to-megatron", root / f"{name}-fp32", root / f"{name}-fp32-m", "--tp", 2)
+        convert("to-megatron", root / f"{name}-fp32", root / f"{name}-bf16-m", "--dtype", "bf16")
+        convert("to-hf", root / f"{name}-bf16-m", root / f"{name}-bf16")
+    return {"root": root, "models": made}
 
 
 @pytest.fixture(scope="module")
@@ -63,31 +52,19 @@ def pools() -> Any:
         ranks.close()
 
 
-def run(pools: Any, models: Models, names: list[str], policy: PolicyConfig) -> None:
-    """``names`` in one layout."""
-    layout = "-".join(str(v) for v in policy.model_dump().values() if isinstance(v, int | str))
-    saved = {name: models.root / f"{name}-{layout}" for name in names}
-    folders = {
-        name: cases.Model(*map(str, (*models.folders(name, policy.dtype), saved[name])))
-        for name in names
-    }
-    ranks = pools(policy.world_size).run(cases.execute, folders, policy, BATCH, timeout=600)
-    for name in names:
-        source = HfCheckpoint(folders[name].hf_dir)
-        found = cases.merged(ranks, name)
-        assert_same(found.from_hf, source, f"{name} after loading Hugging Face weights")
-        assert_same(found.from_megatron, source, f"{name} after loading the converted checkpoint")
-        back = models.root / f"{saved[name].name}-back"
-        convert("to-hf", saved[name], back, "--like", source.folder)
-        returned = HfCheckpoint(back)
-        assert_same({n: returned.load(n) for n in returned.specs}, source, f"{name} saved")
-        if policy.dtype == "fp32":
-            assert_logits(models.reference[name], found, name, policy.data_parallel)
-
-
-def layout(world: int, dtype: str, tp: int, pp: int, ep: int = 1) -> PolicyConfig:
-    """Filled up to ``world`` ranks by DP."""
-    return PolicyConfig(
+def run(
+    pools: Any,
+    models: dict[str, Any],
+    names: list[str],
+    world: int,
+    dtype: str,
+    tp: int,
+    pp: int,
+    ep: int,
+) -> None:
+    """``names`` in one layout, which DP fills up to ``world`` ranks."""
+    root = models["root"]
+    policy = PolicyConfig(
         tensor_parallel=tp,
         pipeline_parallel=pp,
         expert_parallel=ep,
@@ -95,6 +72,25 @@ def layout(world: int, dtype: str, tp: int, pp: int, ep: int = 1) -> PolicyConfi
         sequence_parallel=tp > 1,
         dtype=dtype,  # type: ignore[arg-type]
     )
+    saved = {name: root / f"{name}-{dtype}-{world}-{tp}-{pp}-{ep}" for name in names}
+    folders = {
+        name: cases.Model(
+            str(root / f"{name}-{dtype}"), str(root / f"{name}-{dtype}-m"), str(saved[name])
+        )
+        for name in names
+    }
+    ranks = pools(world).run(cases.execute, folders, policy, BATCH, timeout=280)
+    for name in names:
+        source = HfCheckpoint(folders[name].hf_dir)
+        found = cases.merged(ranks, name)
+        assert_same(found.from_hf, source, f"{name} after loading Hugging Face weights")
+        assert_same(found.from_megatron, source, f"{name} after loading the converted checkpoint")
+        back = saved[name].with_suffix(".hf")
+        convert("to-hf", saved[name], back, "--like", source.folder)
+        returned = HfCheckpoint(back)
+        assert_same({n: returned.load(n) for n in returned.specs}, source, f"{name} saved")
+        if dtype == "fp32":
+            assert_logits(models["models"][name], found, name, policy.data_parallel)
 
 
 def assert_same(found: dict[str, Tensor], source: HfCheckpoint, what: str) -> None:
@@ -124,33 +120,30 @@ def assert_logits(model: Any, found: cases.Found, name: str, replicas: int) -> N
 
 EVERY = list(cases.CONFIGS)
 MIXTURES = [name for name in EVERY if name.startswith(cases.EXPERTS)]
-LAYOUTS = [
-    *[(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1)],
-    *[(1, 1, 2), (1, 1, 4), (2, 1, 2), (1, 2, 2)],
-]
-"""TP, PP, EP of four ranks; DP fills up."""
 
 
 @pytest.mark.parametrize(
-    ("names", "tp", "ep"), [(EVERY, 2, 1), (MIXTURES, 1, 2)], ids=["tp2", "ep2"]
+    ("names", "tp", "pp", "ep"), [(EVERY, 2, 1, 1), (MIXTURES, 1, 1, 2)], ids=["tp2", "ep2"]
 )
-def test_two_ranks(pools: Any, models: Models, names: list[str], tp: int, ep: int) -> None:
-    run(pools, models, names, layout(2, "fp32", tp, 1, ep))
+def test_two_ranks(pools: Any, models: Any, names: list[str], tp: int, pp: int, ep: int) -> None:
+    run(pools, models, names, 2, "fp32", tp, pp, ep)
+
+
+DENSE_LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
+EXPERT_LAYOUTS = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (1, 2, 2)]
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("tp", "pp", "ep"), LAYOUTS)
-def test_every_layout_of_four_ranks(
-    pools: Any, models: Models, dtype: str, tp: int, pp: int, ep: int
-) -> None:
-    run(pools, models, EVERY if ep == 1 else MIXTURES, layout(4, dtype, tp, pp, ep))
+@pytest.mark.parametrize(("tp", "pp"), DENSE_LAYOUTS)
+def test_every_layout_of_four_ranks(pools: Any, models: Any, dtype: str, tp: int, pp: int) -> None:
+    run(pools, models, EVERY, 4, dtype, tp, pp, 1)
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("pp", [1, 2, 4])
-def test_one_replica_of_each_number_of_stages(pools: Any, models: Models, pp: int) -> None:
-    """Without data parallelism the logits of one rank, and pipelines, stand alone."""
-    run(pools, models, EVERY, layout(pp, "fp32", 1, pp))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("tp", "pp", "ep"), EXPERT_LAYOUTS)
+def test_every_layout_with_experts_dealt_out(
+    pools: Any, models: Any, dtype: str, tp: int, pp: int, ep: int
+) -> None:
+    run(pools, models, MIXTURES, 4, dtype, tp, pp, ep)
