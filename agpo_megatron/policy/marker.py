@@ -6,8 +6,10 @@ Needs neither Megatron nor process groups; ``checkpoint`` writes the folders of 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from agpo_megatron.policy import backend
 
 MARKER = CHECKPOINT_MARKER
 FORMAT = 1
+WINDOW = 32 << 20
+"""Bytes of a file held at once while it is digested."""
 
 
 class CheckpointError(RuntimeError):
@@ -77,8 +81,11 @@ def check_file(folder: Path, name: str, promised: list[int]) -> None:
 
 def digest(path: Path) -> list[int]:
     """[size, CRC-32] of a file."""
-    crc, size = 0, 0
+    crc = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, WINDOW):  # mapped: half the work of reading
+            length = min(WINDOW, size - start)
+            with mmap(file.fileno(), length, access=ACCESS_READ, offset=start) as window:
+                crc = zlib.crc32(window, crc)
     return [size, crc]

@@ -20,7 +20,7 @@ from agpo_megatron.config.schema import Config
 from agpo_megatron.rollout.client import ServerClient, ServerError
 from agpo_megatron.rollout.server import server_command
 
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

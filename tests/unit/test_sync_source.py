@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,3 +244,33 @@ def test_parts_of_a_stack_must_come_in_order() -> None:
         ValueError, match="v_proj.weight came as part 2 of .*qkv_proj.weight, out of order"
     ):
         sums.add("model.layers.0.self_attn.v_proj.weight", torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "gate", "up", "down"),
+    [
+        ("model.layers.1.mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        ("model.layers.1.block_sparse_moe.experts", "w1", "w3", "w2"),
+    ],
+)
+def test_experts_are_hashed_as_the_server_stacks_them(
+    prefix: str, gate: str, up: str, down: str
+) -> None:
+    """w13 [experts, 2 x ffn, hidden] is gate, up of each expert in turn; w2 is down of each."""
+    sums, parts = ServerChecksums(), torch.randn(3, 3, 4, 2)
+    for expert in range(3):
+        sums.add(f"{prefix}.{expert}.{gate}.weight", parts[expert, 0])
+        sums.add(f"{prefix}.{expert}.{up}.weight", parts[expert, 1])
+    for expert in range(3):
+        sums.add(f"{prefix}.{expert}.{down}.weight", parts[expert, 2].T)
+    w13 = parts[:, :2].reshape(3, 8, 2)
+    w2 = parts[:, 2].transpose(1, 2)
+    expected = {"w13_weight": w13, "w2_weight": w2}
+    assert sums.result() == {
+        f"{prefix}.{name}": hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
+        for name, t in expected.items()
+    }
+    with pytest.raises(ValueError, match="came as part 3 of .*w13_weight, out of order"):
+        late = ServerChecksums()
+        late.add(f"{prefix}.0.{gate}.weight", parts[0, 0])
+        late.add(f"{prefix}.1.{up}.weight", parts[0, 0])

@@ -64,10 +64,10 @@ tool, words = sys.argv[1], sys.argv[2:]
 convert = runpy.run_path(tool)["main"]
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-started = time.perf_counter()
+started, busy = time.perf_counter(), time.process_time()
 code = copy(*words[1:]) if words[0] == "copy" else convert(words)
-took = time.perf_counter() - started
-print(json.dumps({"code": code, "seconds": took, "peak": status("VmHWM") - before}))
+took, busy = time.perf_counter() - started, time.process_time() - busy
+print(json.dumps({"code": code, "seconds": took, "cpu": busy, "peak": status("VmHWM") - before}))
 """
 
 
@@ -100,6 +100,7 @@ def _measure(root: Path, rounds: int) -> int:
             peak[name] = max(peak.get(name, 0), int(result["peak"]))
             print(
                 f"{name:12} {result['seconds']:6.2f} s  {total / 1e9 / result['seconds']:5.2f} GB/s  "
+                f"{result['cpu']:5.2f} CPU s  "
                 f"peak +{result['peak'] / 1e6:.0f} MB",
                 flush=True,
             )
