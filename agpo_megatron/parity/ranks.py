@@ -11,6 +11,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+AFTERMATH = 20.0
+"""Seconds for the other ranks to notice that one has failed."""
+
 
 class RankFailed(RuntimeError):
     """A rank raised, or did not answer in time."""
@@ -38,25 +41,27 @@ class Ranks:
     ) -> list[Any]:
         """``function(rank, *args)`` on the first ``world`` ranks; results in rank order. The others sit out.
 
-        Raises RankFailed with the traceback of the rank that failed, or after ``timeout`` seconds; the pool is then
-        closed.
+        Raises RankFailed with the traceback of the first rank that failed, or after ``timeout`` seconds. Ranks that
+        do not answer at all end the pool; where all fail in order, as over a refusal, it lives on.
         """
         joined = self._pipes[:world]
         call = next(self._calls)
         for pipe in joined:
             pipe.send((call, world, function, args))
-        results = []
+        results: list[Any] = []
+        failure = ""
         for rank, pipe in enumerate(joined):
-            if not pipe.poll(timeout):
+            if not pipe.poll(AFTERMATH if failure else timeout):
                 self.close()
                 raise RankFailed(
-                    f"rank {rank} did not answer {function.__name__} within {timeout} s"
+                    failure or f"rank {rank} did not answer {function.__name__} within {timeout} s"
                 )
             ok, value = pipe.recv()
             if not ok:
-                self.close()
-                raise RankFailed(f"rank {rank}:\n{value}")
+                failure = failure or f"rank {rank}:\n{value}"
             results.append(value)
+        if failure:
+            raise RankFailed(failure)
         return results
 
     @property
