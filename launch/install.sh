@@ -95,7 +95,8 @@ install_slurm() {
     local install=(apt-get install -y -q --no-install-recommends "${packages[@]}")
     if ! "${install[@]}" >"$log" 2>&1 && ! { apt-get update -q && "${install[@]}"; } >"$log" 2>&1; then
         cat "$log" >&2
-        fail "could not install ${packages[*]} (apt-get's messages are above)"
+        echo "install: could not install ${packages[*]} (apt-get's messages are above): the tests in tests/slurm will be skipped"
+        return
     fi
     rm -f "$log"
     echo "install: Slurm, $((SECONDS - start)) s"
