@@ -196,9 +196,12 @@ def _two_pass_tiles(head: Head) -> tuple[list[slice], list[slice], Tensor, Tiles
 
 
 def _blocks(n: int, most: int) -> list[slice]:
-    """[0, n) in as few blocks of at most ``most`` as it takes, all about as long as each other."""
-    count = -(-n // most)
-    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+    """[0, n) in as few blocks of at most ``most`` as it takes, about as long as each other: whole
+    multiples of 64 where that fits, since matmuls want aligned rows (a third of their time on a CPU).
+    """
+    count = max(-(-n // most), 1)
+    size = max(min(most, -(-n // (count * 64)) * 64), 1)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def _length(blocks: list[slice]) -> int:

@@ -27,9 +27,9 @@ def select_rows(
     take place for N = 0, too.
     """
     if group is None:
-        return hidden.index_select(0, rows.to(hidden.device))
+        return hidden.index_select(0, rows.to(hidden.device, non_blocking=True))
     if not sequence_parallel:
-        chosen = hidden.index_select(0, rows.to(hidden.device))
+        chosen = hidden.index_select(0, rows.to(hidden.device, non_blocking=True))
         return _SumGradients.apply(chosen, group)  # type: ignore[no-untyped-call, no-any-return]
     plan = _plan(hidden.shape[0], rows, hidden.device, group)
     return _GatherRows.apply(hidden, plan, group)  # type: ignore[no-untyped-call, no-any-return]
@@ -67,7 +67,7 @@ def _plan(local: int, rows: Tensor, device: torch.device, group: dist.ProcessGro
     before = counts.cumsum(0) - counts
     slots = torch.arange(len(rows)) - before[owner] + owner * widest
     mine = rows[owner == rank] - rank * local
-    return _Plan(mine.to(device), slots.to(device), widest)
+    return _Plan(mine.to(device, non_blocking=True), slots.to(device, non_blocking=True), widest)
 
 
 class _GatherRows(torch.autograd.Function):
