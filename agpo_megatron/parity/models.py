@@ -74,7 +74,7 @@ EXPERTS = {"untied": MIXTRAL, "tied": QWEN3_MOE}
 def write(folder: Path, config: Mapping[str, Any], seed: int = 7) -> Path:
     """A checkpoint folder with seeded weights, large enough that every part of the model matters; of values that bf16
     holds exactly. The seed is one whose gradients are well conditioned: that of the keys' bias is a difference of large
-    numbers (attention hardly feels what all keys share), which other seeds round up to three times as coarsely."""
+    numbers (attention hardly feels what all keys share), which other seeds round up to twice as coarsely."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
