@@ -6,6 +6,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Ranks:
             self._processes.append(process)
 
     def run(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0
+        self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0
     ) -> list[Any]:
         """``function(rank, *args)`` on the first ``world`` ranks; results in rank order. The others sit out.
 
@@ -56,7 +57,7 @@ class Ranks:
                 raise RankFailed(
                     failure or f"rank {rank} did not answer {function.__name__} within {timeout} s"
                 )
-            ok, value = pipe.recv()
+            ok, value = pickle.loads(pipe.recv_bytes())
             if not ok:
                 failure = failure or f"rank {rank}:\n{value}"
             results.append(value)
@@ -90,9 +91,12 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
         rendezvous = dist.PrefixStore(f"call-{call}", store)
         dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)
         try:
-            pipe.send((True, function(rank, *args)))
+            answer = (True, function(rank, *args))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        try:
+            # As bytes: sent as an object, each tensor would travel as a file descriptor with a handshake of its own.
+            pipe.send_bytes(pickle.dumps(answer))
         finally:
             dist.destroy_process_group()
             gc.collect()
