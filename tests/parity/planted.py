@@ -24,6 +24,21 @@ def division_by_micro_batches() -> Iterator[None]:
 
 
 @contextmanager
+def two_passes() -> Iterator[None]:
+    """For bugs on the way back to the log-probs: the one pass has formed its gradients before."""
+    from agpo_megatron.policy import step
+
+    with patch.object(step, "token_losses", lambda *_: None):
+        yield
+
+
+@contextmanager
+def division_in_two_passes() -> Iterator[None]:
+    with two_passes(), division_by_micro_batches():
+        yield
+
+
+@contextmanager
 def norms_not_summed_over_tp() -> Iterator[None]:
     """Norm weights without the mark of sequence parallelism keep the gradient of their own part of the tokens."""
     from agpo_megatron.policy.attention import SequenceParallelRMSNorm
@@ -63,7 +78,7 @@ def loss_divided_by_cp() -> Iterator[None]:
     def divided(ctx: Any, *grads: Any) -> Any:
         return tuple(g if g is None else g / 2 for g in backward(ctx, *grads))
 
-    with patch.object(context._GatherRows, "backward", staticmethod(divided)):
+    with two_passes(), patch.object(context._GatherRows, "backward", staticmethod(divided)):
         yield
 
 

@@ -12,11 +12,12 @@ from agpo_megatron.parity import models
 from agpo_megatron.parity.batch import Plan, Recorded, split, train_sequences
 from agpo_megatron.parity.comparison import Deviation, failures
 from agpo_megatron.parity.contract import Contract
+from agpo_megatron.parity.ranks import RankFailed
 from agpo_megatron.parity.reference import Objective
 from agpo_megatron.types import TrainSequence
 
 BUGS = {
-    "division by micro-batches": (planted.division_by_micro_batches, {"data_parallel": 2}),
+    "division by micro-batches": (planted.division_in_two_passes, {"data_parallel": 2}),
     "norms not summed over TP": (
         planted.norms_not_summed_over_tp,
         {"tensor_parallel": 2, "sequence_parallel": True},
@@ -51,6 +52,17 @@ def test_a_planted_bug(contract: Contract, bug: str) -> None:
     assert gradient_of(found).error > 100 * gradient_of(found).limit
     if bug == "norms not summed over TP":
         assert "norm" in gradient_of(found).worst
+
+
+def test_one_pass_refuses_a_loss_scaled_behind_its_back(contract: Contract) -> None:
+    with pytest.raises(RankFailed, match="upstream gradient 0.25"):
+        contract.step(
+            contract.model("dense-untied-4", models.LLAMA3),
+            PolicyConfig(dtype="fp32", data_parallel=2),
+            Objective(temperature=0.7),
+            "packed",
+            fault=planted.division_by_micro_batches,
+        )
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum"])
