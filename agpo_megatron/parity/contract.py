@@ -44,6 +44,10 @@ def one_step(expected: Truth) -> TrainConfig:
     return TrainConfig(lr=1.0, weight_decay=0.01, adam_eps=0.1 * largest or 1.0, grad_clip=1e6)
 
 
+RENEWED_AFTER = 25
+"""Calls to one pool of ranks: of every layout a few gloo groups outlive their destruction, and each keeps three threads
+that wake for ever; after a hundred layouts these cost more than new processes do."""
+
 Cut = Callable[[list[TrainSequence], int], Plan]
 """From the sequences and the number of replicas to a plan."""
 
@@ -87,10 +91,12 @@ class Contract:
             self._pool.close()
 
     def ranks(self, world: int) -> Ranks:
-        """At least ``world`` processes, started when first asked for, and again after a failure."""
-        if self._pool is not None and (world > self._size or not self._pool.alive):
-            self._pool.close()
-            self._pool = None
+        """At least ``world`` processes, started when first asked for, again after a failure and ``RENEWED_AFTER``."""
+        if self._pool is not None:
+            worn = not self._pool.alive or self._pool.calls >= RENEWED_AFTER
+            if worn or world > self._size:
+                self._pool.close()
+                self._pool = None
         if self._pool is None:
             self._size = max(self._size, world)
             self._pool = Ranks(self._size)

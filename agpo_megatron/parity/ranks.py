@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -29,7 +28,7 @@ class Ranks:
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        self._calls = itertools.count()
+        self.calls = 0
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
@@ -46,9 +45,9 @@ class Ranks:
         do not answer at all end the pool; where all fail in order, as over a refusal, it lives on.
         """
         joined = self._pipes[:world]
-        call = next(self._calls)
+        self.calls += 1
         for pipe in joined:
-            pipe.send((call, world, function, args))
+            pipe.send((self.calls, world, function, args))
         results: list[Any] = []
         failure = ""
         for rank, pipe in enumerate(joined):
