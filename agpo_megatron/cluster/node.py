@@ -72,7 +72,7 @@ def run_node(start: StartFolder, host: str, extra: Sequence[str] = ()) -> Outcom
 
 def preflight(start: StartFolder, plan: Plan, host: str, config: Config) -> dict[str, NodeFacts]:
     """What every node says of itself, once all of it is as it must be. Raises PreflightFailed on every node."""
-    deadline = time.monotonic() + config.cluster.start_timeout
+    deadline = time.monotonic() + config.rollout.start_timeout
     hosts = [node.host for node in plan.nodes]
     if host == MACHINE:
         address, interface = "127.0.0.1", ""

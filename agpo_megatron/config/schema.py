@@ -118,7 +118,7 @@ class RolloutConfig(Section):
     max_total_tokens: int | None = Field(None, ge=256)
     """SGLang's KV pool in tokens; null leaves it to SGLang."""
     start_timeout: float = Field(300.0, gt=0)
-    """Seconds from launch to the first real generation."""
+    """Seconds for all nodes of a job to pass the preflight, and then for rollout servers to answer a real generate."""
     request_timeout: float = Field(600.0, gt=0)
     """Seconds for one generation request."""
     attempts: int = Field(3, ge=1)
@@ -358,8 +358,6 @@ class ClusterConfig(Section):
     """Seconds without a rank's heartbeat after which it counts as lost."""
     command_timeout: float = Field(1800.0, gt=0)
     """Seconds for one trainer command (load, score, update, publish, save)."""
-    start_timeout: float = Field(300.0, gt=0)
-    """Seconds for all nodes of a start to report and to pass the preflight."""
     attempts: int = Field(3, ge=1)
     """Starts in a row that may fail without a step committed in between; then a Slurm job is not requeued again."""
 

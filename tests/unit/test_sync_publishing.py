@@ -109,7 +109,10 @@ def test_the_probe_is_the_beginning_of_the_tasks_own_text() -> None:
     assert len(tokens) == 32
 
 
-def test_a_plan_that_does_not_fit_the_policy_still_draws_all_its_tensors() -> None:
+def test_a_plan_that_does_not_fit_the_policy_still_draws_all_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AGPO_ADDRESS", "127.0.0.1")
     drawn: list[str] = []
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
