@@ -32,6 +32,7 @@ from agpo_megatron.conversion.hf_checkpoint import (
     STORED_DTYPES,
     read_config,
 )
+from agpo_megatron.conversion.manifest import buckets
 from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_spellings
 
 _NAME_OF_DTYPE = {name: stored for stored, name in STORED_DTYPES.items()}
@@ -101,14 +102,7 @@ def digest_of(content: Any) -> str:
 
 def _shards(groups: Sequence[TensorGroup], max_bytes: int) -> dict[str, list[TensorGroup]]:
     """File name -> its groups, in order, none above ``max_bytes`` unless it holds one group alone."""
-    shards: list[list[TensorGroup]] = []
-    room = 0
-    for group in groups:
-        if not shards or group.nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(group)
-        room -= group.nbytes
+    shards = buckets(groups, max_bytes)
     names = shard_names(len(shards))
     return dict(zip(names, shards, strict=True))
 

@@ -7,11 +7,21 @@ rollout servers) and the trainer (which broadcasts them) compute the same lists 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from agpo_megatron.conversion.errors import ConversionError
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec
 from agpo_megatron.conversion.weight_map import WeightMap
+
+
+class Sized(Protocol):
+    """What has a size in bytes: a tensor, or tensors that stay together."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
 
 
 def publish_manifest(
@@ -43,19 +53,19 @@ def publish_manifest(
     ]
 
 
-def buckets(manifest: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors grouped greedily into buckets of at most ``max_bytes``; order is kept.
+def buckets(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
+    """Consecutive items grouped greedily into buckets of at most ``max_bytes``; order is kept.
 
-    A tensor larger than ``max_bytes`` is a bucket of its own.
+    An item larger than ``max_bytes`` is a bucket of its own. Raises ConversionError for a size that is not positive.
     """
     if max_bytes < 1:
         raise ConversionError(f"bucket size must be positive, found {max_bytes} bytes")
-    result: list[list[TensorSpec]] = []
+    result: list[list[Item]] = []
     room = 0
-    for spec in manifest:
-        if not result or spec.nbytes > room:
+    for item in items:
+        if not result or item.nbytes > room:
             result.append([])
             room = max_bytes
-        result[-1].append(spec)
-        room -= spec.nbytes
+        result[-1].append(item)
+        room -= item.nbytes
     return result

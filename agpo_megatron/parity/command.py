@@ -4,6 +4,7 @@ ranks that this machine holds. On the CPU: it shows that the layout is right, no
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ def scaled_layout(policy: PolicyConfig, ranks: int, *, experts: bool) -> PolicyC
     """The layout of ``policy`` on at most ``ranks`` ranks: axes are divided, the longest first, and stay above 1 as
     long as they can; the last to go is context parallelism."""
     sizes = {axis: getattr(policy, axis) for axis in AXES}
-    while _product(sizes) > ranks:
+    while math.prod(sizes.values()) > ranks:
         wide = [a for a in AXES if sizes[a] > 2] or [a for a in AXES if sizes[a] > 1]
         axis = max(wide, key=lambda a: sizes[a])
         sizes[axis] //= _least_factor(sizes[axis])
@@ -52,7 +53,7 @@ def scaled_layout(policy: PolicyConfig, ranks: int, *, experts: bool) -> PolicyC
             "virtual_pipeline": min(policy.virtual_pipeline, 2)
             if sizes["pipeline_parallel"] > 1
             else 1,
-            "expert_parallel": _common(min(policy.expert_parallel, 4), sharing) if experts else 1,
+            "expert_parallel": math.gcd(min(policy.expert_parallel, 4), sharing) if experts else 1,
             "sequence_parallel": policy.sequence_parallel and sizes["tensor_parallel"] > 1,
             "logprob_chunk": 32,
         }
@@ -186,18 +187,5 @@ def _layout_of(policy: PolicyConfig) -> str:
     return " ".join(f"{axis}{n}" for axis, n in sizes.items() if n > 1) or "1 rank"
 
 
-def _product(sizes: dict[str, int]) -> int:
-    product = 1
-    for n in sizes.values():
-        product *= n
-    return product
-
-
 def _least_factor(n: int) -> int:
     return next(f for f in range(2, n + 1) if n % f == 0)
-
-
-def _common(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a

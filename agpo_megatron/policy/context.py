@@ -40,8 +40,8 @@ def held_tokens(lengths: Sequence[int], ranks: int, rank: int) -> Tensor:
 class Share:
     """This rank's part of a pack of T tokens and N rows; all of it without context parallelism.
 
-    ``tokens``, ``positions`` [T / CP] int64: positions in their sequences. ``rows`` [n] int64: places in ``tokens``;
-    ``targets`` [n] int64: the tokens they predict. ``exchange``: None without context parallelism.
+    ``tokens``, ``positions`` [T / CP] int64: positions in their sequences. ``rows`` [n] int64, on the host: places in
+    ``tokens``; ``targets`` [n] int64: the tokens they predict. ``exchange``: None without context parallelism.
     """
 
     tokens: Tensor
@@ -83,11 +83,11 @@ def share_of(batch: PackedBatch, group: dist.ProcessGroup) -> Share:
         return Share(batch.tokens, batch.positions, batch.rows, batch.targets)
     held = torch.stack([held_tokens(batch.lengths, ranks, r) for r in range(ranks)])
     token_order = _inverse(held.flatten())
-    rows = batch.rows.cpu()
-    holder, place = token_order[rows] // held.shape[1], token_order[rows] % held.shape[1]
+    of_rows = token_order[batch.rows]
+    holder, place = of_rows // held.shape[1], of_rows % held.shape[1]
     mine = [(holder == r).nonzero()[:, 0] for r in range(ranks)]
     counts = tuple(len(m) for m in mine)
-    row_order = torch.empty(len(rows), dtype=torch.int64)
+    row_order = torch.empty(len(of_rows), dtype=torch.int64)
     for r, indices in enumerate(mine):
         row_order[indices] = r * max(counts) + torch.arange(len(indices))
     device = batch.tokens.device
@@ -99,7 +99,7 @@ def share_of(batch: PackedBatch, group: dist.ProcessGroup) -> Share:
     return Share(
         tokens=batch.tokens[own_tokens],
         positions=batch.positions[own_tokens],
-        rows=there(place[mine[rank]]),
+        rows=place[mine[rank]],
         targets=batch.targets[own_rows],
         exchange=Exchange(
             group, there(token_order), own_tokens, counts, there(row_order), own_rows

@@ -20,7 +20,6 @@ from agpo_megatron.types import TrainSequence
 
 PAD_TOKEN = 0
 _PER_ROW = (
-    "rows",
     "targets",
     "sequence",
     "weights",
@@ -86,7 +85,7 @@ class PackedBatch:
         return replace(self, **moved)
 
     def part(self, rows: slice | Tensor) -> PackedBatch:
-        """The batch with some of its rows only; tokens and sequences stay."""
+        """What the batch says of some of its rows, which is all that a loss looks at; ``rows`` and the rest stay."""
         whole = {name: getattr(self, name) for name in _PER_ROW}
         cut: dict[str, Any] = {n: None if x is None else x[rows] for n, x in whole.items()}
         return replace(self, **cut)

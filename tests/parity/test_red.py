@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import planted
 import pytest
@@ -52,6 +53,26 @@ def test_a_planted_bug(contract: Contract, bug: str) -> None:
     assert gradient_of(found).error > 100 * gradient_of(found).limit
     if bug == "norms not summed over TP":
         assert "norm" in gradient_of(found).worst
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"tensor_parallel": 2, "sequence_parallel": True, "context_parallel": 2},
+        {"pipeline_parallel": 2, "data_parallel": 2},
+    ],
+    ids=["tp2-sp-cp2", "pp2-dp2"],
+)
+def test_two_passes_without_a_bug_are_not_red(contract: Contract, axes: dict[str, Any]) -> None:
+    """What sequence-ratio losses take, and what some of the bugs above are planted in."""
+    found = contract.step(
+        contract.model("dense-untied-4", models.LLAMA3),
+        PolicyConfig(dtype="fp32", logprob_chunk=32, **axes),
+        Objective(temperature=0.7, entropy=0.01),
+        "packed",
+        fault=planted.two_passes,
+    ).deviations()
+    assert list(failures(found)) == []
 
 
 def test_one_pass_refuses_a_loss_scaled_behind_its_back(contract: Contract) -> None:

@@ -102,3 +102,13 @@ def test_packs_divide_for_every_axis() -> None:
         assert all(n % 4 == 0 for n in batch.lengths)
     assert batches[0].tokens[:12].tolist() == [1, 2, 3, 4, 5, *[PAD_TOKEN] * 3, 6, 7, 8, PAD_TOKEN]
     assert batches[0].positions[:12].tolist() == [*range(8), *range(4)]
+
+
+def test_rows_stay_on_the_host_whatever_device_the_batch_is_on() -> None:
+    """On a device the rows' places are read by the host, and what a loss looks at is cut on the device."""
+    batch = pack(sequences(5, 12, 3), 16, each=4).to(torch.device("meta"))
+    share = share_of(batch, group(2, 1))
+    assert share.rows.device.type == "cpu"
+    assert share.tokens.device.type == share.targets.device.type == "meta"
+    own = share.own(batch)
+    assert own.weights.device.type == "meta" and own.weights.shape == share.targets.shape
