@@ -111,4 +111,5 @@ def test_rows_stay_on_the_host_whatever_device_the_batch_is_on() -> None:
     assert share.rows.device.type == "cpu"
     assert share.tokens.device.type == share.targets.device.type == "meta"
     own = share.own(batch)
+    assert own.rows is batch.rows
     assert own.weights.device.type == "meta" and own.weights.shape == share.targets.shape
