@@ -15,7 +15,6 @@ With gradients g of the log-prob and h of the entropy:
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -25,16 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.logprob.projection import Gradients, Head, Shard
+from agpo_megatron.logprob.projection import Gradients, Head, Shard, kept_buffer
 from agpo_megatron.logprob.tiles import NO_COLUMNS, RowGradients, Tiles, TorchTiles, combine
 
 TokenGradient = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
 """(logprob [n], entropy [n], their rows) to (g [n], h [n] or None)."""
 
 LN_2 = math.log(2.0)
-ONE_PASS_COLUMNS = 4096
+ONE_PASS_COLUMNS = 1984
 """Of a tile. The rows of a tile are those of the buffer."""
-TWO_PASS_ROWS, TWO_PASS_COLUMNS = 1024, 2048
+TWO_PASS_ROWS, TWO_PASS_COLUMNS = 1024, 1984
 """Of a tile, which is all that two passes hold."""
 
 
@@ -107,7 +106,7 @@ def one_pass(
     turns = 1 if shard.group is None else 2
     rows_of = _blocks(len(head.targets), max(shard.chunk // turns, 1))
     columns_of = _blocks(shard.columns, ONE_PASS_COLUMNS)
-    buffers = [head.buffer(_length(rows_of) * shard.columns) for _ in rows_of[:turns]]
+    size = _length(rows_of) * shard.columns
     tiles = _tiles(head, _length(rows_of) * _length(columns_of), exponentiate=not entropy_gradient)
     result = torch.empty(2, len(head.targets), dtype=head.dtype, device=head.targets.device)
 
@@ -130,12 +129,13 @@ def one_pass(
         )
 
     waiting: deque[_Chunk] = deque()
-    for rows, buffer in zip(rows_of, itertools.cycle(buffers), strict=False):
-        waiting.append(start(rows, buffer))
-        if len(waiting) == turns:
+    with kept_buffer(head, size * min(turns, len(rows_of))) as memory:
+        for i, rows in enumerate(rows_of):
+            waiting.append(start(rows, memory[size * (i % turns) :]))
+            if len(waiting) == turns:
+                finish(waiting.popleft())
+        while waiting:
             finish(waiting.popleft())
-    while waiting:
-        finish(waiting.popleft())
     return result
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,26 @@ class Head:
         """Targets as columns of a tile; outside of it where they are elsewhere."""
         local: Tensor = self.targets[rows] - (self.shard.first + columns.start)
         return local
+
+
+_kept: dict[torch.dtype, Tensor] = {}
+
+
+@contextmanager
+def kept_buffer(head: Head, elements: int) -> Iterator[Tensor]:
+    """``head.buffer``, on a CPU kept for the next call: its page faults would cost more than the
+    softmax. Other devices have allocators that keep memory."""
+    if head.hidden.device.type != "cpu":
+        yield head.buffer(elements)
+        return
+    memory = _kept.pop(head.dtype, None)
+    if memory is None or len(memory) < elements:
+        memory = None  # freed before the larger one is there
+        memory = head.buffer(elements)
+    try:
+        yield memory
+    finally:
+        _kept[head.dtype] = memory
 
 
 class Gradients:

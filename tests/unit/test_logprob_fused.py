@@ -276,6 +276,28 @@ def test_another_upstream_gradient_is_refused_in_one_pass():
         (loss / 2).backward()
 
 
+def test_calls_inside_a_token_loss_and_after_one_that_raised_have_buffers_of_their_own():
+    hidden, weight, targets, g, h = problem(9, 8, 50, 50)
+    arguments = {"group": None, "vocab_size": 50, "temperature": 1.0, "chunk": 4}
+    want = torch.autograd.grad(
+        run("one pass", hidden, weight, targets, g, h, **arguments)[1], (hidden, weight)
+    )
+
+    def inner(logprob, _, rows):
+        other = problem(9, 8, 50, 50, seed=1)
+        run("one pass", *other, **arguments)[1].backward()
+        return logprob * g[rows]
+
+    def raising(logprob, _, rows):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        selected_logprobs(hidden, weight, targets, token_loss=raising, **arguments)
+    nested = selected_logprobs(hidden, weight, targets, token_loss=inner, **arguments)
+    got = torch.autograd.grad(nested.loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_an_unannounced_entropy_is_refused():
     hidden, weight, targets, _, _ = problem(5, 8, 30, 32)
     with pytest.raises(ValueError, match="depends on the entropy; say entropy_gradient=True"):
