@@ -1,0 +1,82 @@
+"""Endings that Slurm itself brings about, on the production script: SIGTERM, a lost trainer node, the time limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from job import Job
+from slurm_cluster import SlurmCluster, wait_for
+from tiny_run import write_run
+
+from agpo_megatron.cluster.start_folder import StartFolder
+from agpo_megatron.observe.metrics import read_metrics
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with SlurmCluster(nodes=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Two trainer nodes with a rank each, one node with a server, one spare; USR1 comes 2 to 3 minutes into a start."""
+    settings = {
+        "train.steps": 5000,
+        "train.prompts_per_step": 4,
+        "rollout.group_size": 4,
+        "run.checkpoint_every": 1000,
+        "cluster.trainer_nodes": 2,
+        "cluster.rollout_nodes": 1,
+        "cluster.heartbeat_timeout": 300.0,
+    }
+    config = write_run(tmp_path_factory.mktemp("job"), **settings)
+    return Job.submit(cluster, config, sbatch=("--nodes=3", "--time=62"))
+
+
+def next_start(job: Job, restart: int) -> None:
+    wait_for(lambda: (job.start(restart) / "plan.json").exists(), "the requeued start", 400)
+
+
+def saved_step(job: Job, restart: int) -> int:
+    """Of the checkpoint that was the last thing this start did."""
+    return int(job.phases(restart)[-1].removeprefix("save step "))
+
+
+@pytest.mark.timeout(1800)
+class TestOneRun:
+    """The tests build on one another: each finds the job as the one before left it."""
+
+    def test_the_loss_of_a_later_trainer_node_requeues_and_replays(self, job: Job) -> None:
+        job.wait_phase(0, "update step 3")
+        job.cluster.crash("n2")
+        next_start(job, 1)
+        assert [node.host for node in StartFolder(job.start(1)).plan().nodes] == ["n1", "n3", "n4"]
+        job.wait_phase(1, "generate step 4")
+        replayed = [p for p in job.phases(1) if p.startswith("replay")]
+        assert replayed[:2] == ["replay step 1", "replay step 2"]
+
+    def test_sigterm_saves_and_requeues(self, job: Job) -> None:
+        job.wait_phase(1, "generate step 5")
+        job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
+        next_start(job, 2)
+        job.wait_phase(2, f"generate step {saved_step(job, 1) + 1}")
+        assert not [p for p in job.phases(2) if p.startswith("replay")]
+
+    def test_the_time_limit_ahead_saves_and_requeues(self, job: Job) -> None:
+        next_start(job, 3)
+        assert job.output.count("USR1, asking for a checkpoint") == 1
+        job.wait_phase(3, f"generate step {saved_step(job, 2) + 1}")
+        assert not [p for p in job.phases(3) if p.startswith("replay")]
+
+    def test_scancel_ends_it_for_good_and_no_step_was_lost(self, job: Job) -> None:
+        job.cluster.command("scancel", job.id)
+        job.wait_state("CANCELLED", seconds=120)
+        job.check_nothing_left()
+        assert not (job.start(4) / "plan.json").exists()
+        steps = [metrics["step"] for metrics in read_metrics(Path(job.folder.path))]
+        assert steps == list(range(1, len(steps) + 1))
