@@ -2,20 +2,17 @@
 
 ``.metadata`` is a pickle. It is taken apart by an unpickler that knows two dozen names and answers each with an inert
 record of this module: nothing of the file's choosing is imported or called, anything else is refused. The tensors are
-``torch.save`` records, loaded with ``weights_only``.
+``torch.save`` records (stored_record.py).
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from agpo_megatron.conversion.tables import Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
 from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
+from agpo_megatron.policy.stored_record import KnownOnly, read_record
 
 METADATA = ".metadata"
 
@@ -123,24 +121,10 @@ class StoredCheckpoint:
     def _load(self, key: str, dtype: torch.dtype, chunk: Chunk) -> Tensor:
         path = self.folder / chunk.file
         try:
-            with path.open("rb") as file:
-                record = _Record(file, chunk.start, chunk.length)
-                tensor = torch.load(
-                    cast("IO[bytes]", record), map_location="cpu", weights_only=True
-                )
-        except (
-            OSError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-            EOFError,
-        ) as error:
+            tensor = read_record(path, chunk.start, chunk.length)
+        except Exception as error:  # whatever a damaged or hostile record leads to
             raise CheckpointError(f"{path}: cannot read {key} ({error})") from error
-        if (
-            not isinstance(tensor, Tensor)
-            or tuple(tensor.shape) != chunk.box[1]
-            or tensor.dtype != dtype
-        ):
+        if tuple(tensor.shape) != chunk.box[1] or tensor.dtype != dtype:
             raise CheckpointError(f"{path}: the record of {key} is not what {METADATA} says")
         return tensor
 
@@ -229,19 +213,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _KNOWN[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
-
-
 def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTensor]:
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+            metadata = KnownOnly(file, _KNOWN).load()
         records = {
             (index["fqn"], tuple(index.state["offset"])): info
             for index, info in metadata["storage_data"].items()
@@ -283,35 +259,7 @@ def _chunk(
     return Chunk((offset, size), file, start, length)
 
 
-# ---------------------------------------------------------------- records
-
-
-class _Record(io.RawIOBase):
-    """A stretch of an open file as a file of its own."""
-
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
-        self._file.seek(self._start + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
+# ---------------------------------------------------------------- boxes
 
 
 def _intersection(a: Box, b: Box) -> Box | None:
