@@ -159,8 +159,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(config: Path) -> None:
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        full = finish(config, run_dir)  # the first checkpoint does not fit
-        assert full.exit_code == 1
+        full = finish(config, run_dir)
+        assert full.exit_code in (1, 2)  # in a checkpoint or in the journal, whichever is first
         assert "No space left on device" in full.output, full.output
         subprocess.run(["mount", "-o", "remount,size=100m", str(run_dir)], check=True)
         outcome = finish(config, run_dir)

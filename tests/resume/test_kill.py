@@ -104,8 +104,10 @@ def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> 
     kill_and_continue(
         tmp_path,
         [
-            [("controller", "score step 1 with policy weights")],
-            [("trainer rank 1", "score step 3 with reference weights")],
+            [
+                ("controller", "score step 1 with policy weights"),
+                ("trainer rank 1", "score step 3 with reference weights"),
+            ],
         ],
         check_dynamic_sampling,
         **{
