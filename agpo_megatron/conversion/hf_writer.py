@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def write_hf_groups(
 ) -> None:
     """Write a checkpoint folder that transformers and SGLang load; it appears complete or not at all.
 
-    Memory: the groups that ``pace.workers`` threads hold, together at most twice the largest tensor (or ``GATE_FLOOR``)
+    Memory: the groups that ``pace.workers`` threads make, of any file, together at most twice the largest tensor (or ``GATE_FLOOR``)
     unless one alone is larger. ``identity``: what is converted and how; an interrupted attempt of the same is resumed.
     Raises ConversionError when the folder exists, the disk is full, or a group gives something else than it promised.
     """
@@ -79,13 +80,15 @@ def write_hf_groups(
     shards = _shards(groups, target.max_shard_bytes)
     largest = max(spec.nbytes for group in groups for spec in group.specs)
     gate = MemoryGate(max(2 * largest, GATE_FLOOR))
-    files = {
-        name: FileJob(sum(g.nbytes for g in held), partial(_write_groups, held, gate))
-        for name, held in shards.items()
-    }
     layout = {name: [s.name for g in held for s in g.specs] for name, held in shards.items()}
-    with open_building(target.folder, {**identity, "files": digest_of(layout)}) as building:
-        building.write(files, pace)
+    identity = {**identity, "files": digest_of(layout)}
+    with (
+        open_building(target.folder, identity) as building,
+        ThreadPoolExecutor(max(1, pace.workers)) as pool,
+    ):
+        write = {name: partial(_write_groups, held, gate, pool) for name, held in shards.items()}
+        sizes = {name: sum(group.nbytes for group in held) for name, held in shards.items()}
+        building.write({name: FileJob(sizes[name], write[name]) for name in shards}, pace)
         specs = {name: [s for g in held for s in g.specs] for name, held in shards.items()}
         _write_side(building.folder, target.config, specs, target.side_files)
         if target.quantization is not None:
@@ -115,18 +118,23 @@ def shard_names(count: int) -> list[str]:
 
 
 def _write_groups(
-    groups: Sequence[TensorGroup], gate: MemoryGate, path: Path, advance: Callable[[int], None]
+    groups: Sequence[TensorGroup],
+    gate: MemoryGate,
+    pool: ThreadPoolExecutor,
+    path: Path,
+    advance: Callable[[int], None],
 ) -> None:
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        for group in groups:
+    with _SafetensorsFile(path, [spec for group in groups for spec in group.specs]) as file:
+
+        def write(group: TensorGroup) -> None:
             with gate.hold(2 * group.nbytes):  # what it is made of, and what it is made into
                 tensors = dict(group.load())
                 for spec in group.specs:
-                    yield spec.name, tensors.pop(spec.name)
-            del tensors
+                    file.put(spec.name, tensors.pop(spec.name))
             advance(group.nbytes)
 
-    write_safetensors(path, [spec for group in groups for spec in group.specs], pairs())
+        for _ in pool.map(write, groups):
+            pass
 
 
 def write_safetensors(
@@ -136,19 +144,40 @@ def write_safetensors(
 
     Raises ConversionError when the tensors are not exactly those of ``specs``.
     """
-    header, offsets = _header(specs)
-    left = {spec.name: spec for spec in specs}
-    with FileIO(path, "w") as file:
-        write_all(file, memoryview(len(header).to_bytes(8, "little") + header))
+    with _SafetensorsFile(path, specs) as file:
         for name, tensor in tensors:
-            spec = left.pop(name, None)
-            found = TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-            if found != spec:
-                raise ConversionError(f"{path.name}: expected {spec}, was given {found}")
-            file.seek(8 + len(header) + offsets[name])
-            write_all(file, bytes_of(tensor))
-        if left:
-            raise ConversionError(f"{path.name}: {', '.join(list(left)[:3])} never came")
+            file.put(name, tensor)
+
+
+class _SafetensorsFile:
+    """A safetensors file of known tensors, which any threads ``put`` in any order. Raises ConversionError for another
+    tensor than promised, and at the end for one that never came."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+        self._name = path.name
+        self._left = {spec.name: spec for spec in specs}
+        header, self._offsets = _header(specs)
+        self._start = 8 + len(header)
+        self._file = FileIO(path, "w")
+        write_all(self._file, memoryview(len(header).to_bytes(8, "little") + header))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        spec = self._left.pop(name, None)
+        found = TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+        if found != spec:
+            raise ConversionError(f"{self._name}: expected {spec}, was given {found}")
+        data, at = bytes_of(tensor), self._start + self._offsets[name]
+        while len(data):  # one call to the system takes 2 GB at most
+            count = os.pwrite(self._file.fileno(), data, at)
+            data, at = data[count:], at + count
+
+    def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
+        self._file.close()
+        if failure is None and self._left:
+            raise ConversionError(f"{self._name}: {', '.join(list(self._left)[:3])} never came")
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
