@@ -137,16 +137,18 @@ def to_hf(
 
 def _load_as(
     model: StoredModel, rule: Rule, dtypes: Mapping[str, str], quantised: frozenset[str]
-) -> dict[str, Tensor]:
-    tensors = model.load(rule).items()
+) -> dict[str, list[Tensor]]:
     if quantised:  # from the stored values, not from what they round to
         return {
-            name: tensor
-            if name in quantised or "_scale_inv" in name
-            else tensor.to(DTYPES[dtypes[name]])
-            for name, tensor in quantised_tensors(tensors, quantised)
+            name: [
+                tensor
+                if name in quantised or "_scale_inv" in name
+                else tensor.to(DTYPES[dtypes[name]])
+            ]
+            for name, tensor in quantised_tensors(model.load(rule).items(), quantised)
         }
-    return {name: tensor.to(DTYPES[dtypes[name]]) for name, tensor in tensors}
+    rows = model.load_rows(rule).items()
+    return {name: [block.to(DTYPES[dtypes[name]]) for block in blocks] for name, blocks in rows}
 
 
 def verify(a: Path, b: Path, like: Path | None, tolerance: float) -> int:

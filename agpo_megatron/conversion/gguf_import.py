@@ -66,7 +66,7 @@ def convert_gguf(
             f"{path}: tensors {unmapped[:3]} have no rule and {missing[:3]} are missing"
         )
 
-    def load(spec: TensorSpec) -> dict[str, Tensor]:
+    def load(spec: TensorSpec) -> dict[str, list[Tensor]]:
         tensor = _dequantised(path, tensors[source_names[spec.name]])
         if tuple(tensor.shape) != spec.shape:
             raise ConversionError(
@@ -76,7 +76,7 @@ def convert_gguf(
             tensor = _undo_rope_order(tensor, weights.shape.heads)
         elif spec.name.endswith("self_attn.k_proj.weight"):
             tensor = _undo_rope_order(tensor, weights.shape.kv_heads)
-        return {spec.name: tensor.to(torch.bfloat16)}
+        return {spec.name: [tensor.to(torch.bfloat16)]}
 
     specs = [TensorSpec(n, shape, "bfloat16") for n, shape in weights.hf_shapes().items()]
     groups = [TensorGroup((spec,), partial(load, spec)) for spec in specs]

@@ -43,10 +43,11 @@ GATE_FLOOR = 128 << 20
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that are made together (q, k and v of one Megatron parameter): ``load`` gives all of ``specs``."""
+    """Tensors that are made together (q, k and v of one Megatron parameter): ``load`` gives all of ``specs``, each as
+    blocks of its rows, in order."""
 
     specs: tuple[TensorSpec, ...]
-    load: Callable[[], Mapping[str, Tensor]]
+    load: Callable[[], Mapping[str, Sequence[Tensor]]]
 
     @property
     def nbytes(self) -> int:
@@ -71,8 +72,9 @@ def write_hf_groups(
 ) -> None:
     """Write a checkpoint folder that transformers and SGLang load; it appears complete or not at all.
 
-    Memory: the groups that ``pace.workers`` threads make, of any file, together at most twice the largest tensor (or ``GATE_FLOOR``)
-    unless one alone is larger. ``identity``: what is converted and how; an interrupted attempt of the same is resumed.
+    Memory: the groups that ``pace.workers`` threads make, of any file, together at most twice the largest tensor (or
+    ``GATE_FLOOR``) unless one alone is larger. ``identity``: what is converted and how; an interrupted attempt of the
+    same is resumed.
     Raises ConversionError when the folder exists, the disk is full, or a group gives something else than it promised.
     """
     if not groups:
@@ -146,7 +148,7 @@ def write_safetensors(
     """
     with _SafetensorsFile(path, specs) as file:
         for name, tensor in tensors:
-            file.put(name, tensor)
+            file.put(name, [tensor])
 
 
 class _SafetensorsFile:
@@ -164,20 +166,31 @@ class _SafetensorsFile:
     def __enter__(self) -> Self:
         return self
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def put(self, name: str, blocks: Sequence[Tensor]) -> None:
         spec = self._left.pop(name, None)
-        found = TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-        if found != spec:
+        found = {TensorSpec(name, tuple(_shape(blocks)), dtype_name(b.dtype)) for b in blocks}
+        if found != {spec}:
             raise ConversionError(f"{self._name}: expected {spec}, was given {found}")
-        data, at = bytes_of(tensor), self._start + self._offsets[name]
-        while len(data):  # one call to the system takes 2 GB at most
-            count = os.pwrite(self._file.fileno(), data, at)
-            data, at = data[count:], at + count
+        at = self._start + self._offsets[name]
+        for block in blocks:
+            data = bytes_of(block)
+            while len(data):  # one call to the system takes 2 GB at most
+                count = os.pwrite(self._file.fileno(), data, at)
+                data, at = data[count:], at + count
 
     def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
         self._file.close()
         if failure is None and self._left:
             raise ConversionError(f"{self._name}: {', '.join(list(self._left)[:3])} never came")
+
+
+def _shape(blocks: Sequence[Tensor]) -> torch.Size:
+    """Of the tensor that blocks of rows make up. Raises ConversionError where rows differ."""
+    if len(blocks) == 1:
+        return blocks[0].shape
+    if len({block.shape[1:] for block in blocks}) != 1:
+        raise ConversionError(f"blocks of different rows: {[list(b.shape) for b in blocks]}")
+    return torch.Size([sum(len(block) for block in blocks), *blocks[0].shape[1:]])
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec, dtype_name
-from agpo_megatron.conversion.tables import Rule
+from agpo_megatron.conversion.tables import Cut, Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
 from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
@@ -93,21 +93,20 @@ class StoredCheckpoint:
 
     def read(self, key: str, box: Box) -> Tensor:
         """A part of the tensor ``key``, from whatever pieces it is stored in. Raises CheckpointError."""
-        tensor = self.tensors.get(key)
-        if tensor is None:
-            raise CheckpointError(f"checkpoint {self.folder} lacks {key}")
+        chunks = self._chunks(key, box)
+        dtype = self.tensors[key].dtype
         offset, size = box
         out: Tensor | None = None
         covered = 0
-        for chunk in tensor.chunks_near(box):
+        for chunk in chunks:
             common = _intersection(box, chunk.box)
             if common is None:
                 continue
-            values = self._load(key, tensor.dtype, chunk)
+            values = self._load(key, dtype, chunk)
             if common == box == chunk.box:
                 return values
             if out is None:
-                out = torch.empty(size, dtype=tensor.dtype)
+                out = torch.empty(size, dtype=dtype)
             part = values[_slices(common, chunk.box[0])]
             out[_slices(common, offset)] = part
             covered += part.numel()
@@ -117,6 +116,29 @@ class StoredCheckpoint:
                 f"at {offset}"
             )
         return out
+
+    def read_rows(self, key: str, box: Box, axis: int) -> list[Tensor]:
+        """As ``read``, but in blocks along ``axis``, in order, where it is stored in such: those are not copied."""
+        at = box[0][axis]
+        blocks = []
+        for chunk in sorted(self._chunks(key, box), key=lambda chunk: chunk.box[0][axis]):
+            common = _intersection(box, chunk.box)
+            if common is None:
+                continue
+            offset, size = common
+            if offset != (*box[0][:axis], at, *box[0][axis + 1 :]):
+                return [self.read(key, box)]
+            if size != (*box[1][:axis], size[axis], *box[1][axis + 1 :]):
+                return [self.read(key, box)]
+            values = self._load(key, self.tensors[key].dtype, chunk)
+            blocks.append(values[_slices(common, chunk.box[0])])
+            at += size[axis]
+        return blocks if at == box[0][axis] + box[1][axis] else [self.read(key, box)]
+
+    def _chunks(self, key: str, box: Box) -> Sequence[Chunk]:
+        if key not in self.tensors:
+            raise CheckpointError(f"checkpoint {self.folder} lacks {key}")
+        return self.tensors[key].chunks_near(box)
 
     def _load(self, key: str, dtype: torch.dtype, chunk: Chunk) -> Tensor:
         path = self.folder / chunk.file
@@ -165,6 +187,17 @@ class StoredModel:
         for box in hf_boxes(rule, self.weights.shape):
             parts.append(self.source.read(place.key, place.at(box)).view(box[1]))
         return hf_of(rule, parts, self.weights.shape)
+
+    def load_rows(self, rule: Rule) -> dict[str, list[Tensor]]:
+        """As ``load``, each tensor as blocks of its rows, in order: mapped from the files where they are stored so."""
+        if rule.cut is Cut.GROUPED_QKV:
+            return {name: [tensor] for name, tensor in self.load(rule).items()}
+        place = stored(rule, self.weights.shape, self.weights.shape.vocab_size)
+        found = {}
+        for tensor, box in zip(rule.hf, hf_boxes(rule, self.weights.shape), strict=True):
+            blocks = self.source.read_rows(place.key, place.at(box), axis=len(place.lead))
+            found[tensor.name] = [block.reshape(-1, *box[1][1:]) for block in blocks]
+        return found
 
     def specs(self, dtype: str | None = None) -> Iterator[tuple[Rule, list[TensorSpec]]]:
         """Each rule with the Hugging Face tensors it gives, in ``dtype`` or as stored."""

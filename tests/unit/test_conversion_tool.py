@@ -230,7 +230,7 @@ def test_to_hf_goes_on_as_well_and_two_at_once_are_refused(tmp_path, capsys, mon
 
     tensors = write(tmp_path / "hf", MIXTRAL)
     assert convert("to-megatron", tmp_path / "hf", tmp_path / "m") == 0
-    load, calls = StoredModel.load, []
+    load, calls = StoredModel.load_rows, []
 
     def broken(self, rule):
         calls.append(rule)
@@ -238,7 +238,7 @@ def test_to_hf_goes_on_as_well_and_two_at_once_are_refused(tmp_path, capsys, mon
             raise KeyboardInterrupt
         return load(self, rule)
 
-    monkeypatch.setattr(StoredModel, "load", broken)
+    monkeypatch.setattr(StoredModel, "load_rows", broken)
     command = ("to-hf", tmp_path / "m", tmp_path / "b", "--max-shard-size", "9KB", "--workers", 1)
     assert convert(*command) == 130
     assert "goes on from here" in capsys.readouterr().err

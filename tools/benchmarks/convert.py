@@ -134,10 +134,10 @@ def _make(folder: Path) -> tuple[int, int]:
     """Random weights; returns the bytes of all tensors and of the largest."""
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def values(spec: TensorSpec) -> dict[str, torch.Tensor]:
+    def values(spec: TensorSpec) -> dict[str, list[torch.Tensor]]:
         start = sum(spec.name.encode()) * 997 % (1 << 20)
         repeats = -(-(start + spec.numel) // len(noise))
-        return {spec.name: noise.repeat(repeats)[start : start + spec.numel].view(spec.shape)}
+        return {spec.name: [noise.repeat(repeats)[start : start + spec.numel].view(spec.shape)]}
 
     specs = [TensorSpec(n, s, "bfloat16") for n, s in WeightMap(MODEL).hf_shapes().items()]
     groups = [TensorGroup((s,), lambda s=s: values(s)) for s in specs]  # type: ignore[misc]
