@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -135,8 +135,12 @@ def _write_groups(
                     file.put(spec.name, tensors.pop(spec.name))
             advance(group.nbytes)
 
-        for _ in pool.map(write, groups):
-            pass
+        running = [pool.submit(write, group) for group in groups]
+        try:
+            for one in running:
+                one.result()
+        finally:
+            wait([one for one in running if not one.cancel()])  # they still write to the file
 
 
 def write_safetensors(
