@@ -155,7 +155,7 @@ class PolicyConfig(Section):
     """FP8 matmuls."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation."""
-    logprob_chunk: int = Field(512, ge=1)
+    logprob_chunk: int = Field(480, ge=1)
     """Rows of logits held at once: [chunk, V/TP], fp32. More is faster where matmuls outrun memory (a GPU)."""
     logprob_kernels: Literal["auto", "torch", "triton"] = "auto"
     """What treats logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""

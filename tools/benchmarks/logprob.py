@@ -327,7 +327,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.5], help="of the rows")
-    parser.add_argument("--chunk", type=int, default=512, help="of selected_logprobs")
+    parser.add_argument("--chunk", type=int, default=480, help="of selected_logprobs")
     parser.add_argument("--threads", type=int, default=2, help="of all processes together")
     parser.add_argument("--repeats", type=int, default=3, help="turns after the warm-up")
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS], choices=(*OURS, *OTHERS))
