@@ -125,11 +125,13 @@ class StoredCheckpoint:
             common = _intersection(box, chunk.box)
             if common is None:
                 continue
-            offset, size = common
-            if offset != (*box[0][:axis], at, *box[0][axis + 1 :]):
-                return [self.read(key, box)]
-            if size != (*box[1][:axis], size[axis], *box[1][axis + 1 :]):
-                return [self.read(key, box)]
+            size = common[1]
+            next_rows = (
+                (*box[0][:axis], at, *box[0][axis + 1 :]),
+                (*box[1][:axis], size[axis], *box[1][axis + 1 :]),
+            )
+            if common != next_rows:
+                break
             values = self._load(key, self.tensors[key].dtype, chunk)
             blocks.append(values[_slices(common, chunk.box[0])])
             at += size[axis]

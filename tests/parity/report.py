@@ -44,6 +44,10 @@ def text(value: Any) -> str:
     )
 
 
+def short(error: float) -> str:
+    return f"{error:.0e}".replace("e-0", "e-")
+
+
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "| " + " | ".join(header) + " |"
     yield "|" + "---|" * len(header)
@@ -64,7 +68,7 @@ def cells(results: Sequence[Result]) -> Iterator[str]:
                     for r in results
                     if r.row[axis] == value and r.row[other] == at
                 ]
-                line.append(f"{max(errors):.0e}".replace("e-0", "e-") if errors else "")
+                line.append(short(max(errors)) if errors else "")
             lines.append(line)
     yield from table(["", *(f"{a} {text(v)}" for a, v in columns)], lines)
 
@@ -73,7 +77,7 @@ def rows(results: Sequence[Result]) -> Iterator[str]:
     axes = list(matrix.AXES)
     lines = [
         [text(r.row[a]) for a in axes]
-        + [f"{r.deviations[q].error:.0e}".replace("e-0", "e-") for q in QUANTITIES]
+        + [short(r.deviations[q].error) for q in QUANTITIES]
         + ["pass" if all(d.passes for d in r.deviations.values()) else "**FAIL**"]
         for r in results
     ]
@@ -103,7 +107,7 @@ def run_bf16(contract: Contract) -> Iterator[list[str]]:
         step = contract.step(model, policy, objective, "packed", on_policy=True)
         found = {d.quantity: d for d in step.deviations(BF16)}
         verdict = "pass" if all(d.passes for d in found.values()) else "**FAIL**"
-        yield [name, *(f"{found[q].error:.0e}".replace("e-0", "e-") for q in QUANTITIES), verdict]
+        yield [name, *(short(found[q].error) for q in QUANTITIES), verdict]
 
 
 def document(results: Sequence[Result], bf16: Sequence[Sequence[str]]) -> Iterator[str]:

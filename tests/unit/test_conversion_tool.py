@@ -20,6 +20,8 @@ from converter import TOOL, convert, tool
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 from agpo_megatron.conversion.shape import TensorSpec
+from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
 
@@ -51,6 +53,23 @@ def test_hf_to_megatron_to_hf_is_exact(tmp_path, capsys, config, dtype, cut):
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "m"]
+
+
+def test_what_is_stored_in_rows_is_handed_out_as_it_is_stored(tmp_path):
+    """In pieces of the tensor parallel ranks, not put together: that is what ``to-hf`` does not copy."""
+    tensors = write(tmp_path / "hf", LLAMA)
+    assert convert("to-megatron", tmp_path / "hf", tmp_path / "m", "--tp", 2) == 0
+    model = StoredModel(StoredCheckpoint(tmp_path / "m"), WeightMap(LLAMA))
+    pieces = {}
+    for rule, _ in model.specs():
+        for name, blocks in model.load_rows(rule).items():
+            pieces[name.split(".")[-2]] = len(blocks)
+            assert torch.equal(torch.cat(blocks), tensors[name])
+    for name in ("embed_tokens", "lm_head", "gate_proj", "up_proj"):
+        assert pieces.pop(name) == 2
+    assert set(pieces.values()) == {
+        1
+    }  # q, k, v interleaved; o and down cut along columns; norms whole
 
 
 def test_dtypes(tmp_path):
@@ -226,7 +245,6 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_to_hf_goes_on_as_well_and_two_at_once_are_refused(tmp_path, capsys, monkeypatch):
     from agpo_megatron.conversion.building import open_building
-    from agpo_megatron.policy.stored_reader import StoredModel
 
     tensors = write(tmp_path / "hf", MIXTRAL)
     assert convert("to-megatron", tmp_path / "hf", tmp_path / "m") == 0

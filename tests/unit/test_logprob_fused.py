@@ -12,6 +12,7 @@ import torch
 
 from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.fused import selected_logprobs
+from agpo_megatron.logprob.projection import Head
 from agpo_megatron.logprob.reference import reference_logprobs
 
 WAYS = ("one pass", "one pass, entropy", "two pass")
@@ -298,6 +299,17 @@ def test_calls_inside_a_token_loss_and_after_one_that_raised_have_buffers_of_the
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_one_pass_allocates_its_buffer_once(monkeypatch):
+    """On a CPU, where the pages of fresh memory cost more than the softmax."""
+    allocated, buffer = [], Head.buffer
+    monkeypatch.setattr(Head, "buffer", lambda head, n: (allocated.append(n), buffer(head, n))[1])
+    inputs = problem(9, 8, 3000, 3000)  # more than any other test's
+    arguments = {"group": None, "vocab_size": 3000, "temperature": 1.0, "chunk": 9}
+    for _ in range(2):
+        run("one pass", *inputs, **arguments)
+    assert allocated == [9 * 3000]
+
+
 def test_an_unannounced_entropy_is_refused():
     hidden, weight, targets, _, _ = problem(5, 8, 30, 32)
     with pytest.raises(ValueError, match="depends on the entropy; say entropy_gradient=True"):
@@ -317,6 +329,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from agpo_megatron.logprob.fused import selected_logprobs
+from agpo_megatron.logprob.projection import Head
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -5,8 +5,8 @@
 Each round runs, one after the other and each in a process of its own: a copy of the safetensors files with the
 safetensors library alone (load_file, save_file), to-megatron (TP 2 x PP 2), and to-hf back. Time is that of the work,
 imports left out; conversions sync every file to disk and digest it, the copy does neither (``synced copy`` does the
-former). Memory is the peak resident
-set above that before the work began (VmHWM of /proc; mapped pages of the source count). Needs 11 GB of disk.
+former). Memory is the peak resident set above that before the work began (VmHWM of /proc; mapped pages of the source
+count). Needs 11 GB of disk.
 
 Targets: peak <= 2 x largest tensor + 256 MB; throughput >= 0.7 x that of the copy (best of the rounds each).
 """
