@@ -130,6 +130,19 @@ def _model_shape(config: Config, found: _Findings) -> dict[str, int]:
 
 def _check_precision(config: Config, found: _Findings) -> None:
     recipe = config.policy.fp8.recipe
+    precision = config.rollout.dtype
+    if precision == "auto":
+        precision = {"fp32": "float32", "bf16": "bfloat16"}[config.policy.dtype]
+    corrected = config.algorithm.loss.correction.kind != "none"
+    against_rollout = config.algorithm.loss.old_logprobs == "rollout"
+    if config.cluster.device == "cuda" and not (corrected or against_rollout):
+        what = [f"policy.fp8.recipe {recipe}"] if recipe != "none" else []
+        what += ["servers in bfloat16"] if precision == "bfloat16" else []
+        if what:
+            found.warnings.append(
+                f"algorithm.loss.correction: kind none with {' and '.join(what)}: their log-probs are not those of the "
+                "policy that trains, and nothing makes up for it; set kind tis"
+            )
     if recipe == "none":
         return
     # Without Transformer Engine megatron-core ignores fp8 silently and trains in the base precision. Whether it is

@@ -91,11 +91,23 @@ class PackedBatch:
         return replace(self, **cut)
 
 
+FP8_ROWS = {"none": 16, "tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+"""Rows that the activations of one matmul must be a multiple of, by FP8 recipe. Transformer Engine 2.20.2 asserts 8
+(``utils.py``, ``assert_dim_for_fp8_exec``), the gradient of the weights sums over the rows and needs 16, and tensors
+whose rows are not whole blocks (``Float8BlockQuantizer``: 128, ``MXFP8Quantizer``: 32) are exchanged in bf16."""
+
+
 def pack_multiple(policy: PolicyConfig) -> int:
-    """What the token count of a pack must divide by. A context-parallel rank's part of it, by TP (sequence parallelism
-    cuts it into equal parts) and by the block of rows of an FP8 matmul, 16, MXFP8 32."""
-    block = 32 if policy.fp8.recipe == "mxfp8" else 16
-    return policy.context_parallel * math.lcm(policy.tensor_parallel, block)
+    """What the token count of a pack must divide by, so that every rank's matmuls get whole blocks of rows.
+
+    A context-parallel rank has 1 / CP of the rows. Sequence parallelism cuts those into TP equal parts, and Transformer
+    Engine quantises each part before it gathers them, so each part must be whole blocks with FP8. Without FP8 the parts
+    must only be equal.
+    """
+    rows = FP8_ROWS[policy.fp8.recipe]
+    if policy.fp8.recipe != "none" and policy.sequence_parallel:
+        return policy.context_parallel * policy.tensor_parallel * rows
+    return policy.context_parallel * math.lcm(policy.tensor_parallel, rows)
 
 
 def sequence_multiple(policy: PolicyConfig) -> int:
