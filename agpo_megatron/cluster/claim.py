@@ -46,6 +46,7 @@ FREE = (
     "policy.recompute",
     "policy.logprob_chunk",
     "policy.logprob_kernels",
+    "policy.layers",
 )
 
 

@@ -130,7 +130,7 @@ def _model_shape(config: Config, found: _Findings) -> dict[str, int]:
 
 def _check_precision(config: Config, found: _Findings) -> None:
     recipe = config.policy.fp8.recipe
-    precision = config.rollout.dtype
+    precision: str = config.rollout.dtype
     if precision == "auto":
         precision = {"fp32": "float32", "bf16": "bfloat16"}[config.policy.dtype]
     corrected = config.algorithm.loss.correction.kind != "none"
@@ -151,6 +151,10 @@ def _check_precision(config: Config, found: _Findings) -> None:
         found.errors.append(
             f"policy.fp8: recipe {recipe} runs on a GPU only, but cluster.device is cpu; set recipe none"
         )
+    if config.policy.layers == "local":
+        found.errors.append(
+            f"policy.fp8: recipe {recipe} needs Transformer Engine, but policy.layers is local; set one to auto or none"
+        )
 
 
 def _check_cluster(config: Config, found: _Findings) -> None:
@@ -168,7 +172,9 @@ def _check_cluster(config: Config, found: _Findings) -> None:
         ("policy", world, layout, cluster.trainer_nodes, "trainer_nodes"),
         ("rollout", servers, fleet, cluster.rollout_nodes, "rollout_nodes"),
     ]
-    if cluster.rollout_nodes == 0:
+    if cluster.rollout_nodes == 0 and cluster.publish_backend == "gloo":
+        demands = []  # roles may share a GPU
+    elif cluster.rollout_nodes == 0:
         both = f"{layout}, and {fleet}"
         demands = [("policy", world + servers, both, cluster.trainer_nodes, "trainer_nodes")]
     for room, need, what, nodes, key in demands:

@@ -153,6 +153,9 @@ class PolicyConfig(Section):
     """Parameter and activation precision; optimizer state is fp32."""
     fp8: Fp8Config = Fp8Config()
     """FP8 matmuls."""
+    layers: Literal["auto", "local"] = "auto"
+    """``auto``: Transformer Engine's on a GPU, an error where it cannot be imported; ``local``: Megatron-Core's own, as
+    on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation."""
     logprob_chunk: int = Field(480, ge=1)
@@ -354,6 +357,9 @@ class ClusterConfig(Section):
     """Accelerators per node."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
+    publish_backend: Literal["auto", "gloo"] = "auto"
+    """What carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory, where
+    trainers and servers share a GPU, which NCCL refuses."""
     heartbeat_timeout: float = Field(120.0, gt=0)
     """Seconds without a rank's heartbeat after which it counts as lost."""
     command_timeout: float = Field(1800.0, gt=0)

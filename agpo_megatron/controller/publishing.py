@@ -113,7 +113,7 @@ def make_publisher(
         PublishingTrainer(trainers, plan),
         plan,
         server_ranks=config.rollout.tensor_parallel,
-        backend=backend,
+        backend=backend if config.cluster.publish_backend == "auto" else "gloo",
         probe_tokens=probe_tokens(prompts),
         probe_tolerance=probe_tolerance(config),
         timeout=config.cluster.command_timeout,

@@ -19,8 +19,9 @@ class PolicyPublisher:
     def __init__(self, policy: Policy, config: Config) -> None:
         self._policy = policy
         self._timeout = config.cluster.command_timeout
-        device = policy.backend.device_type
-        checks = device == "cpu" and config.rollout.tensor_parallel == 1
+        on_gpu = policy.backend.device_type == "cuda"
+        device = "cuda" if on_gpu and config.cluster.publish_backend == "auto" else "cpu"
+        checks = not on_gpu and config.rollout.tensor_parallel == 1
         self._source = (
             WeightSource(device, server_checksums=checks) if policy.layout.publishes else None
         )
