@@ -26,12 +26,11 @@ from agpo_megatron.cluster.environments import (
 )
 from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.cluster.roles import NodeRoles, Plan
+from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
 from agpo_megatron.rollout.server import device_of, refuse_port_in_use
 
-MAX_SKEW = 5.0
-"""Seconds that clocks may differ: the order of events in logs and of exits rests on them."""
 CALL_SECONDS = 10.0
 NEEDED: dict[Kind, str] = {"trainer": "megatron-core", "rollout": "sglang"}
 SAME_EVERYWHERE = ("agpo_megatron", "nccl")

@@ -50,7 +50,7 @@ class StartFolder:
             except FileExistsError:
                 path, number = run.logs / f"{label}.{number}", number + 1
         start = StartFolder(path)
-        for name in ("nodes", "exits"):
+        for name in ("nodes", "exits", "hung"):
             (path / name).mkdir()
         write_durably(start.config_file, resolved_yaml(config).encode())
         start.token_file.touch(mode=0o600)
@@ -142,6 +142,20 @@ class StartFolder:
                         name, time.monotonic() - began, f"nothing from {', '.join(missing)}"
                     )
                 time.sleep(POLL_SECONDS)
+
+    # Roles that hang
+
+    def report_hung(self, role: str) -> None:
+        """Have the supervisor of ``role`` end it, if it is still the process of now; then it is started again."""
+        write_json(self.path / "hung" / f"{file_name(role)}.json", {"time": time.time()})
+
+    def hung_since(self, role: str) -> float:
+        """When ``role`` was last reported; 0 if never. Seconds since the epoch, by the reporter's clock."""
+        try:
+            report = json.loads((self.path / "hung" / f"{file_name(role)}.json").read_text())
+        except FileNotFoundError:
+            return 0.0
+        return float(report["time"])
 
     # How it ended
 

@@ -37,6 +37,7 @@ from agpo_megatron.reward.numeric import extract_number
 from agpo_megatron.reward.workers import RewardPool
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.server import device_of
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ async def rollouts_of(
         ):
             if status:
                 status.pool = pool
+            if device_of(config) == "cuda":
+                # NCCL holds the survivors of a broken broadcast for ever, where gloo's closed connections free them.
+                start = surroundings.start
+                pool.end_hung = lambda number: start.report_hung(f"rollout server {number}")
             # A controller that replaces another must not wait for servers that have been lost since.
             await pool.wait_alive(1 if surroundings.start.serving.exists() else None)
             surroundings.start.serving.touch()

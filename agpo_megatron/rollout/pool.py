@@ -86,7 +86,8 @@ class RolloutPool:
     """Dispatches groups to the servers; ``async with`` starts and ends its probing of servers.
 
     ``decode`` turns response tokens into the sample's text ("" without it). ``refresh`` (set by the publisher) brings a
-    quarantined server up to date between publishes, e.g. after its restart.
+    quarantined server up to date between publishes, e.g. after its restart. ``end_hung`` has the process of the server
+    of that number killed and started again, for one that would never come back by itself.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class RolloutPool:
     ) -> None:
         self.servers = [Server(client) for client in clients]
         self.refresh: Callable[[Server], Awaitable[None]] | None = None
+        self.end_hung: Callable[[int], None] | None = None
         self._config = config
         self._decode = decode or (lambda tokens: "")
         self._changed = asyncio.Condition()
@@ -308,6 +310,12 @@ class RolloutPool:
 
     async def mark_dead(self, server: Server, reason: str) -> None:
         await self._move(server, State.DEAD, reason, version=server.version)
+
+    async def give_up(self, server: Server, reason: str) -> None:
+        """DEAD, and ended where that can be asked for: it did not answer in the middle of a publish."""
+        await self.mark_dead(server, reason)
+        if self.end_hung is not None:
+            self.end_hung(self.servers.index(server))
 
     async def _move(self, server: Server, state: State, reason: str, version: str) -> None:
         async with self._changed:

@@ -67,4 +67,4 @@ class Transfer:
     async def fail(self, server: Server, reason: str, dead: bool = False) -> None:
         log.error("publish: %s leaves the transfer: %s", server.url, reason)
         self.failed[server] = reason
-        await (self.pool.mark_dead if dead else self.pool.quarantine)(server, reason)
+        await (self.pool.give_up if dead else self.pool.quarantine)(server, reason)
