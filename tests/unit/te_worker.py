@@ -1,4 +1,4 @@
-"""A tiny policy with the layers of a GPU run, from the stub of Transformer Engine, in a process of its own (megatron-core
+"""A tiny policy with the layers of a GPU run, from the stub of Transformer Engine, in its own process (megatron-core
 chooses at import): ``te_worker.py FOLDER {te,local} WHAT,...``. Prints JSON by WHAT."""
 
 from __future__ import annotations

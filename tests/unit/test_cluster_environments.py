@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from agpo_megatron.config import Config, load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.rollout import server
 
-SITE_PACKAGES = Path(os.__file__).parent / "site-packages"
 BOTH = NodeRoles("here", (0, 1), (0,), controller=True)
 
 
@@ -33,7 +31,8 @@ def environment_without(folder: Path, *hidden: str) -> Path:
         if not path.name.startswith(hidden) and path.suffix != ".pth":
             (packages / path.name).symlink_to(path)
     python = folder / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} -S "$@"\n')
+    path = f"${{PYTHONPATH:+$PYTHONPATH:}}{packages}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={path} exec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
     return python
 

@@ -1,0 +1,97 @@
+"""The whole loop through the command line: one GPU for trainer and server, then 8B on eight. Not yet run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from record import Record
+from server import write_model
+
+REPO = Path(__file__).parents[2]
+STEPS = 4
+
+
+def train(record: Record, name: str, config: Path, run_dir: Path, *sets: str) -> None:
+    """``agpo-megatron train``, and what its metrics say."""
+    command = [sys.executable, "-m", "agpo_megatron", "train", str(config)]
+    command += ["--run-dir", str(run_dir)]
+    for value in sets:
+        command += ["--set", value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=420)
+    ended = done.stderr.strip().splitlines()[-1:] if done.returncode else [""]
+    record.check(f"{name}: ends well", done.returncode == 0, ended[0][:200])
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    record.check(f"{name}: {STEPS} steps", len(rows) == STEPS, f"{len(rows)} are recorded")
+    if rows:
+        # A step whose groups are all right or all wrong trains no token and compares nothing.
+        gaps = [v for row in rows if (v := row.get("rollout/logprob_abs_diff_mean")) is not None]
+        record.close(f"{name}: server and trainer agree", max(gaps, default=float("nan")), 0.05)
+        for key in ("time/rollout", "time/update", "time/publish"):
+            values = [row[key] for row in rows if key in row]
+            if values:
+                record.figure(f"{name}: {key}", values[-1], "s")
+
+
+def one_gpu(record: Record, folder: Path) -> None:
+    """Random weights: that the loop goes round, not that it learns."""
+    from tiny_run import write_run
+
+    engine = importlib.util.find_spec("transformer_engine")
+    changes: dict[str, object] = {
+        "cluster.device": "cuda",
+        "cluster.publish_backend": "gloo",
+        "cluster.gpus_per_node": 1,
+        "cluster.rollout_nodes": 0,
+        "policy.tensor_parallel": 1,
+        "policy.dtype": "bf16",
+        "policy.layers": "auto" if engine else "local",
+        "rollout.mem_fraction": 0.3,
+        "train.steps": STEPS,
+    }
+    path = write_run(folder, **changes)
+    write_model(folder / "model")
+    tis = "algorithm.loss.correction.kind=tis"
+    train(record, "one GPU, random weights", path, folder / "run", tis)
+    for config in ("tiny_cpu", "smollm2_cpu"):  # their data and checkpoints are made or fetched
+        record.skip(
+            f"{config}.yaml", "prepare it on a machine with a network, then launch/local.sh"
+        )
+
+
+def eight_gpus(record: Record, folder: Path) -> None:
+    import torch
+
+    model = os.environ.get("AGPO_8B_MODEL", "models/DeepSeek-R1-Distill-Llama-8B")
+    data = os.environ.get("AGPO_8B_DATA", "data/train.jsonl")
+    name = "8B, four GPUs train and four serve"
+    if torch.cuda.device_count() < 8:
+        record.skip(name, f"needs 8 GPUs, there are {torch.cuda.device_count()}")
+    elif not (Path(model) / "config.json").exists() or not Path(data).exists():
+        record.skip(name, f"no {model} or no {data}; set AGPO_8B_MODEL and AGPO_8B_DATA")
+    else:
+        config = REPO / "configs" / "agpo_8b.yaml"
+        short = ("train.prompts_per_step=8", "rollout.max_response_tokens=1024")
+        sets = (f"model.path={model}", f"data.path={data}", "eval.path=", f"train.steps={STEPS}")
+        train(record, name, config, folder, *sets, *short)
+
+
+def main() -> None:
+    record = Record(Path(sys.argv[2]))
+    with tempfile.TemporaryDirectory() as folder:
+        one_gpu(record, Path(folder) / "tiny")
+        eight_gpus(record, Path(folder) / "8b")
+
+
+if __name__ == "__main__":
+    main()
