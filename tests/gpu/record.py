@@ -14,8 +14,8 @@ from typing import Any
 
 @dataclass
 class Entry:
-    """``kind`` "check": ``ok`` says whether it held. "figure": a ``value`` in ``unit``; ``ok`` says whether it meets its
-    target, None if it has none. "part": something of the stage that was left out or chosen, and why."""
+    """``kind`` "check": ``ok`` says whether it held. "figure": a ``value`` in ``unit``; ``ok``: whether it meets its
+    target, None without one. "part": something of the stage that was left out or chosen, and why."""
 
     kind: str
     name: str

@@ -11,7 +11,7 @@ import torch
 from simulated_ranks import simulated_rank
 from test_gpu_fp8_shapes import SHAPES
 
-from agpo_megatron.config import load_config
+from agpo_megatron.config import check_config, load_config
 from agpo_megatron.config.schema import Fp8Config, PolicyConfig
 from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.parity.models import MIXTRAL, QWEN3_MOE
@@ -61,6 +61,17 @@ def test_the_configuration_quotes_the_formula(name: str) -> None:
     )
     assert f"#   {memory}\n" in (CONFIGS / name).read_text()
     assert memory.total < 0.75 * 80e9, "leave room for NCCL's buffers and the allocator's pieces"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_servers_have_room_beside_weights_and_cache(name: str) -> None:
+    """SGLang's own heuristic keeps 14.8 GB free on such a GPU; a bucket of weights is one tensor at least."""
+    config = load_config(CONFIGS / name)
+    free = (1 - config.rollout.mem_fraction) * 80e9
+    embedding = 2 * SHAPES[name]["vocab_size"] * SHAPES[name]["hidden_size"]
+    assert free >= 14.8e9 and embedding < free / 4
+    assert config.algorithm.loss.correction.kind == "tis"
+    assert not any("correction" in warning for warning in check_config(config))
 
 
 def test_terms_of_the_formula() -> None:
