@@ -73,7 +73,7 @@ def inspect(kind: Kind, imports: tuple[str, ...] = ()) -> Environment:
     RuntimeError, naming the variable to correct, when the interpreter cannot be run.
     """
     python = interpreter(kind)
-    command = [python, str(PROBE), json.dumps([PACKAGES, imports])]
+    command = [python, "-P", str(PROBE), json.dumps([PACKAGES, imports])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
         answer = json.loads(done.stdout.splitlines()[-1])

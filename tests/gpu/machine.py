@@ -38,7 +38,7 @@ print(json.dumps(facts))
 
 def environment(python: str, *modules: str) -> dict[str, Any]:
     """Versions and imports that fail, of one interpreter; an empty one with the reason where it cannot be run."""
-    command = [python, str(PROBE), json.dumps([PACKAGES, modules])]
+    command = [python, "-P", str(PROBE), json.dumps([PACKAGES, modules])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -58,6 +58,7 @@ def one_gpu(record: Record, folder: Path) -> None:
         "policy.layers": "auto" if engine else "local",
         "rollout.mem_fraction": 0.3,
         "train.steps": STEPS,
+        "data.max_prompt_tokens": 64,
     }
     path = write_run(folder, **changes)
     write_model(folder / "model")

@@ -18,6 +18,13 @@ import record
 import status
 import torch
 
+from agpo_megatron.cluster.node import server_devices
+from agpo_megatron.cluster.roles import machine_plan
+from agpo_megatron.config import check_config, load_config
+from agpo_megatron.config.schema import PolicyConfig
+from agpo_megatron.conversion.cutting import check_layout
+from agpo_megatron.conversion.shape import ModelShape
+
 REPO = Path(__file__).parents[2]
 TRAIN = {"torch": "2.13.0", "megatron-core": "0.19.2"}
 EIGHT = [["NVIDIA H100", 80 << 30, "9.0"]] * 8
@@ -191,6 +198,42 @@ def test_the_pages_say_what_has_run(page: Path) -> None:
     assert status.with_table(text, status.table(status.committed())) == text, (
         "run: python3 tests/gpu/status.py"
     )
+
+
+def test_the_loop_on_one_gpu_is_a_sound_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stage_e
+
+    asked: list[tuple[Path, tuple[str, ...]]] = []
+    monkeypatch.setattr(stage_e, "train", lambda r, n, path, run, *sets: asked.append((path, sets)))
+    stage_e.one_gpu(record.Record(tmp_path / "entries"), tmp_path / "run")
+    ((path, sets),) = asked
+    config = load_config(path, list(sets))
+    assert check_config(config) == []
+    plan = machine_plan(config, "here", "train")
+    assert plan.world_size == 1 and plan.server_count == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
+    assert server_devices(plan.nodes[0], 0, config) == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+def test_layouts_of_eight_gpus_fit() -> None:
+    import stage_f
+
+    for name, axes in stage_f.LAYOUTS.items():
+        policy = PolicyConfig(**axes)
+        assert policy.world_size == stage_f.WORLD, name
+        assert policy.context_parallel * policy.data_parallel % policy.expert_parallel == 0
+        shape = ModelShape.from_hf(stage_f.model_of(name))
+        check_layout(
+            shape,
+            policy.tensor_parallel,
+            policy.pipeline_parallel,
+            policy.virtual_pipeline,
+            policy.expert_parallel,
+        )
+    for axis in ("tensor", "pipeline", "context", "expert", "data"):
+        assert any(f"{axis}_parallel" in axes for axes in stage_f.LAYOUTS.values())
 
 
 @pytest.mark.parametrize("key", "abcdef")
