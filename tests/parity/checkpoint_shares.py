@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ def execute(rank: int, hf_dir: str, policy: PolicyConfig, folder: str) -> dict[s
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     backend.activate("cpu")
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
     from agpo_megatron.policy import checkpoint, parallel
@@ -26,12 +29,8 @@ def execute(rank: int, hf_dir: str, policy: PolicyConfig, folder: str) -> dict[s
     load = TorchDistLoadShardedStrategy.load
 
     def counted(self: Any, state: Any, *arguments: Any, **more: Any) -> Any:
-        parts = state.values() if isinstance(state, dict) else state
-        read.extend(
-            p.data.numel()
-            for p in parts
-            if getattr(p, "data", None) is not None and hasattr(p.data, "numel")
-        )
+        tensors = [p for p in nested_values(state) if isinstance(p, ShardedTensor)]
+        read.extend(math.prod(t.local_shape) for t in tensors)
         return load(self, state, *arguments, **more)
 
     try:
