@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from agpo_megatron.config import Config, load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.rollout import server
 
+REPO = Path(__file__).parents[2]
 BOTH = NodeRoles("here", (0, 1), (0,), controller=True)
 
 
@@ -152,6 +155,39 @@ def test_roles_run_in_their_environments(tmp_path: Path, monkeypatch: pytest.Mon
     assert roles["trainer rank 1"].argv[0] == "/venvs/train/bin/python"
     assert roles["controller"].argv[0] == sys.executable
     assert not any(name in role.env for role in roles.values() for name in GPU_VARIABLES["trainer"])
+
+
+def test_the_launchers_hand_both_pythons_on(tmp_path: Path) -> None:
+    """``local.sh`` finds the environment that ``install.sh --gpu`` makes; a site's own choice wins."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "local.sh").write_bytes((REPO / "launch" / "local.sh").read_bytes())
+    for path in (python, tmp_path / ".venv-rollout" / "bin" / "python"):
+        path.parent.mkdir(parents=True)
+        path.write_text('#!/bin/sh\necho "$0 $ROLLOUT_PYTHON"\n')
+        path.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("TRAIN_PYTHON", "ROLLOUT_PYTHON")}
+
+    def said(**more: str) -> str:
+        command = ["bash", str(tmp_path / "launch" / "local.sh")]
+        return subprocess.run(command, env=env | more, capture_output=True, text=True).stdout
+
+    assert said() == f"{python} {tmp_path}/.venv-rollout/bin/python\n"
+    assert said(ROLLOUT_PYTHON="/r") == f"{python} /r\n"
+    (tmp_path / ".venv-rollout" / "bin" / "python").unlink()
+    assert said() == f"{python} \n"
+
+
+def test_a_slurm_job_exports_both_pythons() -> None:
+    """One node: its trainers' supervisor starts the servers."""
+    command = ["bash", str(REPO / "launch" / "agpo_8b.sh"), "--dry-run"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    env |= {"TRAIN_PYTHON": sys.executable, "ROLLOUT_PYTHON": "/r/python", "AGPO_SITE_ENV": "/none"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"TRAIN_PYTHON={sys.executable}\n" in done.stdout
+    assert "ROLLOUT_PYTHON=/r/python\n" in done.stdout
+    assert done.stdout.count("srun ") == 1 and "ranks 0-3, servers 0-3" in done.stderr
 
 
 def test_both_ends_of_a_communicator_share_memory_alike(

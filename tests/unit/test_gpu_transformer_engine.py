@@ -25,7 +25,7 @@ class Found:
     local: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2"])
+@pytest.fixture(scope="module", params=["llama3", pytest.param("qwen2", marks=pytest.mark.full)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Both write a checkpoint and read the other's."""
     folder = tmp_path_factory.mktemp("m") / request.param
