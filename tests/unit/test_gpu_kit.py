@@ -206,15 +206,27 @@ def test_the_loop_on_one_gpu_is_a_sound_configuration(
     import stage_e
 
     asked: list[tuple[Path, tuple[str, ...]]] = []
-    monkeypatch.setattr(stage_e, "train", lambda r, n, path, run, *sets: asked.append((path, sets)))
-    stage_e.one_gpu(record.Record(tmp_path / "entries"), tmp_path / "run")
-    ((path, sets),) = asked
-    config = load_config(path, list(sets))
-    assert check_config(config) == []
-    plan = machine_plan(config, "here", "train")
-    assert plan.world_size == 1 and plan.server_count == 1
+
+    def train(_: Any, name: str, path: Path, run: Path, *sets: str, steps: int = 4) -> None:
+        asked.append((path, sets))
+
+    monkeypatch.setattr(stage_e, "train", train)
+    monkeypatch.setattr(stage_e, "agpo", lambda *_: True)
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2" / "config.json").write_text("{}")
+    monkeypatch.setenv("AGPO_SMOLLM2_RUN", str(tmp_path))
+    entries = record.Record(tmp_path / "entries")
+    stage_e.one_gpu(entries, tmp_path / "run")
+    stage_e.smollm2(entries)
+    stage_e.quickstart(entries, tmp_path / "q")
+    assert len(asked) == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6")
-    assert server_devices(plan.nodes[0], 0, config) == {"CUDA_VISIBLE_DEVICES": "6"}
+    for path, sets in asked:
+        config = load_config(path, list(sets))
+        assert check_config(config) == []
+        plan = machine_plan(config, "here", "train")
+        assert plan.world_size == 1 and plan.server_count == 1
+        assert server_devices(plan.nodes[0], 0, config) == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
 def test_layouts_of_eight_gpus_fit() -> None:
