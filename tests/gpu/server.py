@@ -42,7 +42,7 @@ def write_model(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def settings(model: Path, gpus: int) -> Any:
+def settings(model: Path, gpus: int, device: str = "cuda") -> Any:
     """The configuration of one trainer rank and one server, on two GPUs or sharing one."""
     from agpo_megatron.config.schema import Config
 
@@ -51,7 +51,7 @@ def settings(model: Path, gpus: int) -> Any:
             "model": {"path": str(model)},
             "data": {"path": "unused"},
             "policy": {"dtype": "bf16"},
-            "cluster": {"device": "cuda", "publish_backend": "auto" if gpus > 1 else "gloo"},
+            "cluster": {"device": device, "publish_backend": "auto" if gpus > 1 else "gloo"},
             "rollout": {
                 "group_size": 4,
                 "max_in_flight": 16,

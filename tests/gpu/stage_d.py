@@ -102,24 +102,21 @@ async def published(
             record.check("checksums change with the weights", sums[0] != sums[1])
 
 
-def main() -> None:
-    import torch
-
-    record = Record(Path(sys.argv[2]))
-    gpus = torch.cuda.device_count()
-    engine = importlib.util.find_spec("transformer_engine")
-    activate("cuda", "auto" if engine else "local")
-    record.skip("layers", "Transformer Engine's" if engine else "local: no Transformer Engine")
+def run(record: Record, device: str, gpus: int) -> None:
+    """All of it; ``device`` cpu is for the tests of this stage."""
+    engine = device == "cuda" and importlib.util.find_spec("transformer_engine")
+    activate(device, "auto" if engine else "local")
     from agpo_megatron.config.schema import TrainConfig
     from agpo_megatron.conversion.hf_checkpoint import read_config
     from agpo_megatron.conversion.manifest import buckets, publish_manifest
 
+    record.skip("layers", "Transformer Engine's" if engine else "local: no Transformer Engine")
     backend = "nccl" if gpus > 1 else "gloo"
     record.skip("update group", f"over {backend}, {gpus} GPU(s)")
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(model)
-        config = settings(model, gpus)
+        config = settings(model, gpus, device)
         manifest = publish_manifest(read_config(model), [list(range(4))], "bfloat16")
         plan = [buckets(stage, 8 << 20) for stage in manifest]
         with server(config, int(gpus > 1), Path(folder) / "server.log") as (url, seconds):
@@ -128,6 +125,12 @@ def main() -> None:
                 trainer = PolicyTrainer(policy, plan, "cuda" if gpus > 1 else "cpu")
                 asyncio.run(published(record, url, trainer, config, backend))
                 trainer.source.close()
+
+
+def main() -> None:
+    import torch
+
+    run(Record(Path(sys.argv[2])), sys.argv[1], torch.cuda.device_count())
 
 
 if __name__ == "__main__":

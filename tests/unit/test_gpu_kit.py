@@ -229,6 +229,36 @@ def test_the_loop_on_one_gpu_is_a_sound_configuration(
         assert server_devices(plan.nodes[0], 0, config) == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
+ON_A_CPU = """
+import os, sys
+sys.path[:0] = [{gpu!r}, {tests!r}]
+from pathlib import Path
+from record import Record
+record = Record(Path(sys.argv[1]))
+{body}
+"""
+BODIES = {
+    "d": "import stage_d\nstage_d.run(record, 'cpu', 0)",
+    "e": "import stage_e\nstage_e.one_gpu_settings = lambda: ('cluster.device=cpu', 'policy.tensor_parallel=1', "
+    "'policy.dtype=bf16', 'algorithm.loss.correction.kind=tis')\n"
+    "stage_e.one_gpu(record, Path(sys.argv[1]).parent / 'run')",
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("key", BODIES)
+def test_later_stages_work_on_a_cpu(key: str, tmp_path: Path) -> None:
+    """With a real server: what they ask of it and of the policy, and what they make of the answers."""
+    tests = REPO / "tests"
+    program = ON_A_CPU.format(gpu=str(tests / "gpu"), tests=str(tests), body=BODIES[key])
+    command = [sys.executable, "-c", program, str(tmp_path / "entries.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entries = record.load(tmp_path / "entries.json")
+    assert [e for e in entries if e["ok"] is False] == []
+    assert len([e for e in entries if e["ok"]]) == {"d": 5, "e": 3}[key]
+
+
 def test_layouts_of_eight_gpus_fit() -> None:
     import stage_f
 
