@@ -116,7 +116,7 @@ def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]
 def finished(run_dir: Path, config: Config) -> Finished:
     rows = read_metrics(run_dir)
     for row in rows:
-        row["groups"] = float(config.train.prompts_per_step)
+        row["groups"] = float(config.train.prompts_per_batch)
         row["constants"] = float(config.algorithm.advantage.zero_variance == "constant")
     folder = RunFolder(run_dir)
     measured = [step for step in range(len(rows) + 1) if folder.evaluation(step).exists()]
