@@ -11,21 +11,15 @@ def check_algorithm(
     correct: float,
     wrong: float,
     max_response_tokens: int,
-    updates_per_batch: int,
 ) -> tuple[list[str], list[str]]:
     """(contradictions, warnings). ``correct``, ``wrong``: the rewards of a right and of a wrong answer."""
     rules = _contradictions(algorithm, correct, wrong, max_response_tokens)
     doubts = _doubts_about_rewards(algorithm) + _doubts_about_the_loss(algorithm)
-    warnings = [text for odd, text in doubts if odd]
-    if idle := _without_effect(algorithm.loss, updates_per_batch):
-        warnings.append(
-            f"algorithm: with train.updates_per_batch 1 every ratio is 1, so these are without effect: {idle}"
-        )
-    return [text for is_wrong, text in rules if is_wrong], warnings
+    return [text for is_wrong, text in rules if is_wrong], [text for odd, text in doubts if odd]
 
 
-def _without_effect(loss: LossSettings, updates: int) -> str:
-    """What cannot act while the policy is its own old policy; "" where the ratio may differ from 1."""
+def without_effect(loss: LossSettings, updates: int) -> str:
+    """One line on the settings that cannot act while the policy is its own old policy; "" where ratios can differ."""
     if updates > 1 or loss.old_logprobs == "rollout":
         return ""
     idle = (
@@ -34,7 +28,7 @@ def _without_effect(loss: LossSettings, updates: int) -> str:
     idle += ["loss.clip_low", "loss.clip_high"] if loss.policy != "sapo" else []
     idle += ["loss.dual_clip"] if loss.dual_clip is not None else []
     idle += ["loss.kl.importance"] if loss.kl.importance else []
-    return ", ".join(idle)
+    return f"with train.updates_per_batch 1 every ratio is 1: without effect are {', '.join(idle)}"
 
 
 def _contradictions(

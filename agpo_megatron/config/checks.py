@@ -40,7 +40,6 @@ def check_config(config: Config) -> list[str]:
         correct=config.reward.correct,
         wrong=config.reward.wrong,
         max_response_tokens=config.rollout.max_response_tokens,
-        updates_per_batch=config.train.updates_per_batch,
     )
     found.errors += errors
     found.warnings += warnings

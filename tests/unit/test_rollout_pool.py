@@ -70,7 +70,7 @@ def test_a_group_is_one_request_and_becomes_samples() -> None:
             assert request["sampling_params"]["n"] == 4
             assert [s.sample_id for s in group.samples] == [f"g000000012.{i}" for i in range(4)]
             assert group.samples[3].rollout_logprobs.tolist() == [-0.5, -0.25]
-            assert group.samples[3].loss_mask == [1, 1]
+            assert group.samples[3].loss_mask.tolist() == [1, 1]
             assert group.samples[3].versions[0].version == "1.1.a"
             greedy = await pool.generate_greedy(made.prompt(12, [4, 5], "9"))
             assert len(greedy.samples) == 1
@@ -174,7 +174,7 @@ def test_a_silent_server_is_left_after_the_request_timeout() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("value", [None, float("inf")])
+@pytest.mark.parametrize("value", [None, -1e39])
 def test_a_non_finite_logprob_is_named(value: float | None) -> None:
     async def run() -> None:
         async with fleet(2) as (pool, fakes):

@@ -59,7 +59,9 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         assert stats["policy/ratio_mean"] != 1.0, "the ratio starts from the server's log-probs"
         trained = sum(len(s.loss_mask) - 1 for s in samples) + 1
         assert stats["tokens/trained"] == trained, "a token of correction 0 does not train"
-        with pytest.raises(ValueError, match="step 4 was asked for, the weights are those of step 1"):
+        with pytest.raises(
+            ValueError, match="step 4 was asked for, the weights are those of step 1"
+        ):
             service.update(str(journal.folder), name, 4, [[[]]], 1e-2)
         moved, _ = score("policy")
         reference, _ = score("reference")
