@@ -17,7 +17,6 @@ Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -51,6 +50,7 @@ from agpo_megatron.conversion.hf_writer import (
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec
 from agpo_megatron.conversion.tables import Rule
 from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.files import digest
 from agpo_megatron.policy.marker import MARKER
 from agpo_megatron.policy.stored import ParallelSizes, StorePlan
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
@@ -233,7 +233,7 @@ def _identity(folder: Path) -> dict[str, Any]:
         if entry.is_file()
     }
     text = json.dumps(files, sort_keys=True)
-    return {"of": str(folder.absolute()), "state": hashlib.sha256(text.encode()).hexdigest()}
+    return {"of": str(folder.absolute()), "state": digest(text.encode())}
 
 
 def _single_dtype(source: HfCheckpoint) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.loading import leaves, resolve_config
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.journal.records import write_durably
+from agpo_megatron.files import digest, write_durably
 
 # What may change while a run goes on: how it is carried out. Everything else is what the run *is*.
 FREE = (
@@ -138,4 +138,4 @@ def fingerprint(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
-    return hashlib.sha256(config + json.dumps(weights).encode()).hexdigest()
+    return digest(config, json.dumps(weights).encode())

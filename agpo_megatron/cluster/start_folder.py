@@ -21,8 +21,8 @@ from agpo_megatron.config import Config
 from agpo_megatron.config.loading import resolve_config
 from agpo_megatron.config.record import resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.wait import WaitExpired, waiting
 
 POLL_SECONDS = 0.2

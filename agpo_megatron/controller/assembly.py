@@ -27,8 +27,8 @@ from agpo_megatron.data.problems import DataError, Problem, load_problems
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.stream import PromptStream, prompts_in_order
 from agpo_megatron.data.tokenizer import load_tokenizer
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress

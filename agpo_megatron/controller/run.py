@@ -20,8 +20,9 @@ from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalError, JournalReader, StepRecord
-from agpo_megatron.journal.records import read_scores, write_durably
+from agpo_megatron.journal.records import read_scores
 from agpo_megatron.journal.writer import JournaledGroup
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agpo_megatron.conversion.errors import ConversionError
+from agpo_megatron.files import rename_durably, write_durably
 
 WORK = ".building"
 """Folder of the bookkeeping; gone before the target appears."""
@@ -118,13 +119,8 @@ class Building:
     def _write_one(self, name: str, job: FileJob, advance: Callable[[int], None]) -> Any:
         temporary = self.folder / WORK / f"{name}.partial"
         record = {"value": job.write(temporary, advance)}
-        sync(temporary)
-        temporary.rename(self.folder / name)
-        note = self.folder / WORK / f"{name}.json"
-        unfinished = note.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record), encoding="utf-8")
-        sync(unfinished)
-        unfinished.rename(note)
+        rename_durably(temporary, self.folder / name)
+        write_durably(self.folder / WORK / f"{name}.json", json.dumps(record).encode())
         return record["value"]
 
     def _record(self, name: str) -> dict[str, Any] | None:
@@ -187,23 +183,11 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
 def publish_folder(partial: Path, target: Path, overwrite: bool = False) -> None:
     """Rename a folder to its final name, after syncing its files; an old folder there is replaced if ``overwrite``."""
     refuse_existing(target, overwrite)
-    for path in [*sorted(partial.rglob("*")), partial]:
-        sync(path)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         target.rename(old)
-    partial.rename(target)
-    sync(target.parent)
+    rename_durably(partial, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _identity(folder: Path) -> Any:

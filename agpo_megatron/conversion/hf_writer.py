@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from agpo_megatron.conversion.hf_checkpoint import (
 )
 from agpo_megatron.conversion.manifest import buckets
 from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_spellings
+from agpo_megatron.files import digest, write_all
 
 _NAME_OF_DTYPE = {name: stored for stored, name in STORED_DTYPES.items()}
 GATE_FLOOR = 128 << 20
@@ -102,7 +102,7 @@ def write_hf_groups(
 
 def digest_of(content: Any) -> str:
     """Short fingerprint of a JSON value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def _shards(groups: Sequence[TensorGroup], max_bytes: int) -> dict[str, list[TensorGroup]]:
@@ -165,7 +165,7 @@ class _SafetensorsFile:
         header, self._offsets = _header(specs)
         self._start = 8 + len(header)
         self._file = FileIO(path, "w")
-        write_all(self._file, memoryview(len(header).to_bytes(8, "little") + header))
+        write_all(self._file, len(header).to_bytes(8, "little") + header)
 
     def __enter__(self) -> Self:
         return self
@@ -220,12 +220,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def write_all(file: FileIO, data: memoryview) -> None:
-    """Write every byte: one call to the system takes 2 GB at most."""
-    while len(data):
-        data = data[file.write(data) :]
 
 
 def _write_side(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agpo_megatron.files import write_all
+
 _log = logging.getLogger(__name__)
 
 # Never renamed: dashboards and scripts of users read them. A step writes those that apply to it.
@@ -103,8 +105,7 @@ class MetricsWriter:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while line:  # a disk that fills up takes a part first and says why at the next call
-                line = line[self._file.write(line) :]
+            write_all(self._file, line)
             os.fsync(self._file.fileno())
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from agpo_megatron.files import write_durably
 
 HELD_OUT_KEYS = ("accuracy", "tokens_mean", "tokens_correct_mean")
 
@@ -44,12 +45,8 @@ def write_summary(
         summary[key] = _jsonable(value)
     path = summary_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(summary, indent=2, allow_nan=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    text = json.dumps(summary, indent=2, allow_nan=False, default=str) + "\n"
+    write_durably(path, text.encode())
     return path
 
 
