@@ -9,8 +9,8 @@
 
 A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds
 weights alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the
-run began from. Tensors are streamed: memory is that of the largest few. The same command takes up an interrupted
-conversion.
+run began from. Tensors are streamed: memory is that of the largest few (from-gguf: of all). The same command takes up
+an interrupted conversion.
 Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 """
 
@@ -300,7 +300,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def add_workers(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--workers", type=int, default=2, help="files written at once (2)")
 
-    add_workers(command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out"))
+    command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out")
     made = command("to-megatron", "Hugging Face folder to a Megatron checkpoint", "hf_dir", "out")
     for axis in ("tp", "pp", "vpp", "ep"):
         made.add_argument(f"--{axis}", type=int, default=1, help="of the layout it is cut for (1)")
@@ -335,8 +335,7 @@ def _carry_out(given: argparse.Namespace) -> int:
             inspect(given.folder)
             return 0
         case "from-gguf":
-            with _progress(f"writing {given.out}", 0, given.workers) as pace:
-                convert_gguf(given.file, given.out, pace)
+            convert_gguf(given.file, given.out)
         case "to-megatron":
             sizes = ParallelSizes(given.tp, given.pp, given.vpp, given.ep)
             if given.plan:
