@@ -39,7 +39,7 @@ class Finished:
 
 
 def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFrame:
-    """What is compared of each step, from its metrics; NaN where it was not measured."""
+    """Compute what is compared, step by step, from the metrics; NaN where it was not measured."""
     steps = pd.DataFrame(rows).set_index("step")
 
     def metric(key: str, absent: float) -> pd.Series:
@@ -69,7 +69,7 @@ def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFra
 
 
 def agpo(command: str, config: Path, run_dir: Path, settings: Sequence[str]) -> None:
-    """One command of the program; its output goes to a file beside the run. Raises RuntimeError with its last lines."""
+    """Run one command of the program; output goes to a file beside the run. Raises RuntimeError with its last lines."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_name(f"{run_dir.name}-{command}.log")
     line = [sys.executable, "-m", "agpo_megatron", command, str(config), "--run-dir", str(run_dir)]
@@ -83,7 +83,7 @@ def agpo(command: str, config: Path, run_dir: Path, settings: Sequence[str]) -> 
 
 
 def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]:
-    """Data and cold start of one seed, made once; returns the settings that let other run folders use them."""
+    """Make data and cold start of one seed, once; returns the settings that let other run folders use them."""
     done = folder / "ready"
     made = load_config(config, settings, str(folder))
     if not made.eval.path:
@@ -111,7 +111,7 @@ def finished(run_dir: Path, config: Config) -> Finished:
 
 
 def spread(values: pd.Series) -> str:
-    """Mean and, for several seeds, standard deviation of what was measured."""
+    """Format the mean and, for several seeds, the standard deviation of what was measured."""
     values = values.dropna()
     if values.empty:
         return "not measured"
@@ -119,7 +119,7 @@ def spread(values: pd.Series) -> str:
 
 
 def table(results: Mapping[str, Sequence[Finished]], key: str) -> str:
-    """Markdown: one line per value; held-out scores after the run, means of the last fifth of the training curves."""
+    """Format a line per value, in Markdown: held-out scores after the run, training curves at their ends."""
     lines = []
     for value, runs in results.items():
         ends = [run.curves.tail(max(1, len(run.curves) // 5)).mean() for run in runs]
@@ -147,7 +147,7 @@ def table(results: Mapping[str, Sequence[Finished]], key: str) -> str:
 
 
 def picture(results: Mapping[str, Sequence[Finished]], path: Path) -> None:
-    """Held-out accuracy and the training curves over steps; bands are the spread over seeds."""
+    """Draw held-out accuracy and the training curves over steps; bands are the spread over seeds."""
     figure, grid = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
     first, *others = grid.flat
     first.set_title("held-out accuracy")

@@ -26,7 +26,7 @@ One YAML file per run. Unknown keys are errors. `--set a.b=c` overrides a key (`
 
 
 def configuration_reference() -> str:
-    """The whole page, Markdown."""
+    """Format the whole page, in Markdown."""
     keys = list(schema_keys())
     count = sum(not key.is_section for key in keys)
     lines = [_INTRO.rstrip("\n"), "", f"{count} keys.", "", "## Top level", "", *_table(keys, "")]

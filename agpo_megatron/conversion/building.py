@@ -53,7 +53,7 @@ class MemoryGate:
 
 @dataclass(frozen=True)
 class Pace:
-    """How a build runs. ``workers``: threads, one file each; ``advance``: called with the bytes of each tensor done,
+    """The pace of a build. ``workers``: threads, one file each; ``advance``: called with the bytes of each tensor done,
     from those threads; it may raise ``Stopped``."""
 
     workers: int = 2
@@ -145,7 +145,7 @@ def check_space(folder: Path, nbytes: int) -> None:
 def open_building(
     target: Path, identity: Mapping[str, Any], overwrite: bool = False
 ) -> Iterator[Building]:
-    """The place to build ``target`` in. ``identity`` (JSON values) says what is being made of what: what an earlier
+    """Open the place to build ``target`` in. ``identity`` (JSON values) describes source and result: what an earlier
     attempt with the same identity left is taken up, that of another is removed. After an error, finished files stay.
 
     Raises ConversionError when ``target`` exists (unless ``overwrite``) or another process is building it.
@@ -198,7 +198,7 @@ def _identity(folder: Path) -> Any:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether any file was finished, so that there is something to take up."""
+    """Say whether any file was finished, so that there is something to take up."""
     return any(note.name != "identity.json" for note in (folder / WORK).glob("*.json"))
 
 

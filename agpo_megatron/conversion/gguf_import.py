@@ -1,4 +1,4 @@
-"""llama.cpp (GGUF) files -> a Hugging Face checkpoint in bf16 that transformers and SGLang load.
+"""Converts llama.cpp (GGUF) files to a Hugging Face checkpoint in bf16 that transformers and SGLang load.
 
 transformers reads the file: config, tokenizer, names, dequantisation, the order of rows for RoPE. This module refuses
 what transformers would drop without a word, recovers the rope scaling of Llama 3, and writes the folder.
@@ -50,7 +50,7 @@ def convert_gguf(gguf_file: str | os.PathLike[str], out_dir: str | os.PathLike[s
 
 
 def _read_what_transformers_drops(path: Path) -> tuple[Mapping[str, Any] | None, int]:
-    """(Llama-3 rope scaling or None, number of tensors that are weights). Raises ConversionError."""
+    """Return (Llama-3 rope scaling or None, number of tensors that are weights). Raises ConversionError."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -78,7 +78,7 @@ def _read_what_transformers_drops(path: Path) -> tuple[Mapping[str, Any] | None,
 
 
 def _empty_model(path: Path, scaling: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any]:
-    """(config as transformers writes it, the model without values). Raises ConversionError."""
+    """Return (config as transformers writes it, the model without values). Raises ConversionError."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -98,7 +98,7 @@ def _empty_model(path: Path, scaling: Mapping[str, Any] | None) -> tuple[dict[st
 
 
 def _tensors(path: Path, model: Any) -> dict[str, Tensor]:
-    """Hugging Face name -> bf16 tensor, of all that ``model`` has a place for. Raises ConversionError."""
+    """Read every tensor that ``model`` has a place for, in bf16, by Hugging Face name. Raises ConversionError."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
@@ -132,7 +132,7 @@ def _llama3_scaling(stored: Tensor, theta: float) -> dict[str, Any]:
 
 
 def _write_tokenizer(path: Path, config: Mapping[str, Any], side: Path) -> None:
-    """Tokenizer and generation config, as every version of transformers reads them."""
+    """Write tokenizer and generation config as every version of transformers reads them."""
     from transformers import AutoTokenizer
 
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

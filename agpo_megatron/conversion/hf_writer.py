@@ -56,9 +56,9 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class HfTarget:
-    """Where a checkpoint goes and how: ``side_files``: folder that tokenizer, chat template and generation config are
-    copied from; ``max_shard_bytes``: of one safetensors file (a single group may be larger); ``quantization``: becomes
-    ``quantization_config``."""
+    """A checkpoint folder to be written. ``side_files``: folder that tokenizer, chat template and generation config are
+    copied from; ``max_shard_bytes``: limit of one safetensors file (a single group may be larger); ``quantization``:
+    becomes ``quantization_config``."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -101,19 +101,19 @@ def write_hf_groups(
 
 
 def digest_of(content: Any) -> str:
-    """Short fingerprint of a JSON value."""
+    """Compute a short fingerprint of a JSON value."""
     return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def _shards(groups: Sequence[TensorGroup], max_bytes: int) -> dict[str, list[TensorGroup]]:
-    """File name -> its groups, in order, none above ``max_bytes`` unless it holds one group alone."""
+    """Deal groups to files, by name, in order; none is above ``max_bytes`` unless it holds one group alone."""
     shards = buckets(groups, max_bytes)
     names = shard_names(len(shards))
     return dict(zip(names, shards, strict=True))
 
 
 def shard_names(count: int) -> list[str]:
-    """Names of the weight files as transformers gives them."""
+    """Name ``count`` weight files as transformers does."""
     if count == 1:
         return [SINGLE]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -189,7 +189,7 @@ class _SafetensorsFile:
 
 
 def _shape(blocks: Sequence[Tensor]) -> torch.Size:
-    """Of the tensor that blocks of rows make up. Raises ConversionError where rows differ."""
+    """Compute the shape of the tensor that blocks of rows make up. Raises ConversionError where rows differ."""
     if len(blocks) == 1:
         return blocks[0].shape
     if len({block.shape[1:] for block in blocks}) != 1:
@@ -198,7 +198,7 @@ def _shape(blocks: Sequence[Tensor]) -> torch.Size:
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """(padded JSON header, offset of each tensor). Wide elements first, so that every tensor is aligned."""
+    """Return (padded JSON header, offset of each tensor): wide elements first, so that every tensor is aligned."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
@@ -217,7 +217,7 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy if it is contiguous."""
+    """View the tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -228,7 +228,7 @@ def _write_side(
     files: Mapping[str, Sequence[TensorSpec]],
     side_files: Path | None,
 ) -> None:
-    """Index (if there are several files), config in both spellings, and what travels with the weights."""
+    """Write the index (if there are several files), the config in both spellings, and the side files."""
     specs = [spec for held in files.values() for spec in held]
     if len(files) > 1:
         weight_map = {spec.name: name for name, held in files.items() for spec in held}
@@ -262,10 +262,10 @@ def write_hf_checkpoint(
     source_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """As ``write_hf_groups``, of tensors that come once and in their own order (from a live policy, for instance).
+    """Write a checkpoint folder of tensors that come once, in their own order (from a live policy, for instance).
 
-    Held in memory up to ``max_shard_bytes``. A failure leaves nothing behind. Raises ConversionError when the folder
-    exists (and ``overwrite`` is false) or the disk refuses.
+    They are held in memory up to ``max_shard_bytes``. A failure leaves nothing behind. Raises ConversionError when
+    the folder exists (and ``overwrite`` is false) or the disk refuses.
     """
     target = Path(folder).absolute()
     refuse_existing(target, overwrite)

@@ -16,7 +16,7 @@ _STYLE: Any = [
     "seaborn-v0_8-whitegrid",
     {"axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlesize": 10.5},
 ]
-Rows = Sequence[Mapping[str, float]]
+Steps = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ CURVES = (
 
 
 def draw_curves(
-    metrics: Rows,
+    metrics: Steps,
     path: str | Path,
     title: str,
     summary: Mapping[str, Any] | None = None,
@@ -84,12 +84,12 @@ def draw_curves(
         figure.savefig(path)
 
 
-def _series(metrics: Rows, key: str) -> tuple[list[float], list[float]]:
+def _series(metrics: Steps, key: str) -> tuple[list[float], list[float]]:
     pairs = [(row["step"], row[key]) for row in metrics if key in row and math.isfinite(row[key])]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _curve(axes: Axes, metrics: Rows, panel: Panel, summary: Mapping[str, Any]) -> None:
+def _curve(axes: Axes, metrics: Steps, panel: Panel, summary: Mapping[str, Any]) -> None:
     """Draw the value of each step, thin, its centred mean, bold, and held-out numbers as diamonds."""
     axes.set_title(panel.title)
     steps, values = _series(metrics, panel.metric)
@@ -111,13 +111,13 @@ def _curve(axes: Axes, metrics: Rows, panel: Panel, summary: Mapping[str, Any]) 
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a tenth of the run: it lags behind nothing."""
+    """Average each value with its neighbours, about a tenth of the run: centred, so it lags behind nothing."""
     reach = len(values) // 20
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
-def _clip_gate(axes: Axes, metrics: Rows) -> None:
+def _clip_gate(axes: Axes, metrics: Steps) -> None:
     """Draw the loss before the clip, coloured by what the gate did with it."""
     steps, values = _series(metrics, "loss/unclipped")
     gates = {row["step"]: row.get("loss/clip_gate", 1.0) for row in metrics}
@@ -135,7 +135,7 @@ def _clip_gate(axes: Axes, metrics: Rows) -> None:
         axes.margins(y=0.2)  # room for the legend
 
 
-def _logprob_diff(axes: Axes, metrics: Rows) -> None:
+def _logprob_diff(axes: Axes, metrics: Steps) -> None:
     axes.set_title("|Δ log-prob|, rollout server and trainer")
     drawn: list[float] = []
     for kind, color in (("max", _ORANGE), ("mean", _BLUE)):

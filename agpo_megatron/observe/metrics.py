@@ -68,7 +68,7 @@ def metrics_path(run_dir: str | Path) -> Path:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Every recorded step, in file order; values that were not finite come back as NaN.
+    """Read every recorded step, in file order; values that were not finite come back as NaN.
 
     A last line without its newline was being written when the process died and does not count. Raises ValueError,
     naming file and line, where another line is damaged; returns [] where there is no file.
@@ -174,7 +174,7 @@ def _checked(metrics: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _open_board(folder: Path, recorded: list[dict[str, float]]) -> SummaryWriter:
-    """A TensorBoard event file that holds the recorded steps and no other."""
+    """Open a TensorBoard event file that holds the recorded steps and no other."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)

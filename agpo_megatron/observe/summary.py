@@ -51,13 +51,13 @@ def write_summary(
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The summary as written. Raises FileNotFoundError when the run has none yet."""
+    """Read the summary as it was written. Raises FileNotFoundError when the run has none yet."""
     summary: dict[str, Any] = json.loads(summary_path(run_dir).read_text(encoding="utf-8"))
     return summary
 
 
 def summary_table(summary: Mapping[str, Any], title: str = "held-out, greedy") -> Table:
-    """Before, after and change; accuracy in points, tokens in percent."""
+    """Build the table of before, after and change; accuracy in points, tokens in percent."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for head in ("before", "after", "change"):
@@ -89,7 +89,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become null, at any depth."""
+    """Replace NaN and infinity, which JSON does not know, by null, at any depth."""
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

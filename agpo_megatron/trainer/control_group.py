@@ -13,14 +13,15 @@ import torch.distributed as dist
 
 
 class ControlGroup:
-    """Collective: every rank must call the same methods in the same order. ``group``: gloo, over all ranks."""
+    """Messages between all ranks. Collective: every rank must call the same methods in the same order. ``group``: gloo,
+    over all ranks."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._group = group
 
     def broadcast(self, message: dict[str, Any] | None) -> dict[str, Any]:
-        """Rank 0's message on every rank."""
+        """Return rank 0's message on every rank."""
         data = json.dumps(message).encode() if self.rank == 0 else b""
         size = torch.tensor([len(data)])
         dist.broadcast(size, 0, group=self._group)
@@ -32,7 +33,7 @@ class ControlGroup:
         return result
 
     def gather(self, message: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Every rank's message, in rank order, on rank 0; None elsewhere."""
+        """Return every rank's message, in rank order, on rank 0; None elsewhere."""
         data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([data.numel()]), group=self._group)

@@ -1,4 +1,4 @@
-"""The policy as one Hugging Face folder, whatever the layout: every stage streams to rank 0, which writes."""
+"""Exports the policy as one Hugging Face folder, whatever the layout: every stage streams to rank 0, which writes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export_hf(policy: Policy, folder: Path, initial_weights: Path) -> None:
 
 
 def source_of(layout: Layout, stage: int) -> int:
-    """Global rank of a stage's TP0, CP0, DP0 (rank order: tp-cp-ep-dp-pp)."""
+    """Compute the global rank of a stage's TP0, CP0, DP0 (rank order: tp-cp-ep-dp-pp)."""
     return stage * (layout.world // layout.pp)
 
 
@@ -69,7 +69,7 @@ def receive_bytes(layout: Layout, source: int) -> bytes:
 
 
 def receive(layout: Layout, source: int) -> Iterator[tuple[str, Tensor]]:
-    """What ``source`` sends, one tensor at a time, until its end mark."""
+    """Receive what ``source`` sends, one tensor at a time, until its end mark."""
     while (data := receive_bytes(layout, source)) != END:
         header = json.loads(data)
         tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
