@@ -51,17 +51,6 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantised, scales
 
 
-def dequantise_blocks(quantised: Tensor, scales: Tensor) -> Tensor:
-    """Compute W ~ Q * S_B in fp32, inverse of ``quantise_blocks``. Raises ConversionError when shapes do not fit."""
-    rows, columns = quantised.shape
-    if scales.shape != (-(-rows // BLOCK), -(-columns // BLOCK)):
-        raise ConversionError(
-            f"{list(scales.shape)} scales do not belong to a weight of shape {list(quantised.shape)}"
-        )
-    full = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return quantised.float() * full
-
-
 def quantised_names(weights: WeightMap) -> frozenset[str]:
     """Hugging Face names of the tensors that are quantised: the matrices of the linear layers. Embedding, head, norms,
     router and biases keep their precision."""

@@ -143,18 +143,6 @@ def _write_groups(
             wait([one for one in running if not one.cancel()])  # they still write to the file
 
 
-def write_safetensors(
-    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """One safetensors file, each tensor written when it comes (any order), none kept.
-
-    Raises ConversionError when the tensors are not exactly those of ``specs``.
-    """
-    with _SafetensorsFile(path, specs) as file:
-        for name, tensor in tensors:
-            file.put(name, [tensor])
-
-
 class _SafetensorsFile:
     """A safetensors file of known tensors, which any threads ``put`` in any order. Raises ConversionError for another
     tensor than promised, and at the end for one that never came."""
@@ -276,7 +264,9 @@ def write_hf_checkpoint(
         written: list[list[TensorSpec]] = []
         for shard in _held(tensors, max_shard_bytes):
             specs = [TensorSpec(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in shard.items()]
-            write_safetensors(partial_folder / f"shard-{len(written)}", specs, shard.items())
+            with _SafetensorsFile(partial_folder / f"shard-{len(written)}", specs) as file:
+                for name, tensor in shard.items():
+                    file.put(name, [tensor])
             written.append(specs)
         if not written:
             raise ConversionError("no tensors to write")
