@@ -17,8 +17,8 @@ from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.summary import render_summary
 
 
