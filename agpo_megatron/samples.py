@@ -236,7 +236,7 @@ def group_of(sample_id: str) -> str:
     return sample_id.rpartition(".")[0]
 
 
-DEFAULTS = {c.name: c.default for c in COLUMNS if c.default is not None}
+DEFAULTS: dict[str, float] = {c.name: c.default for c in COLUMNS if c.default is not None}
 
 
 def _check_lengths(sample_id: str, count: int, arrays: Mapping[str, Array]) -> None:
