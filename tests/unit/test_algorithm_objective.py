@@ -371,7 +371,9 @@ def test_presets_that_agree_at_ratio_one_differ_from_the_second_update_on(
         weights = sequence_weights(LENGTHS, LENGTHS, how.aggregation)
         rows, moved, entropy = off_policy()
         rows = replace(
-            rows, per_sequence={**rows.per_sequence, "loss_weight": torch.tensor(weights)}
+            rows,
+            per_token={"old_logprobs": rows.column("old_logprobs")},
+            per_sequence={**rows.per_sequence, "loss_weight": torch.tensor(weights)},
         )
         for logprob in (rows.column("old_logprobs", torch.float64).requires_grad_(), moved):
             total, _ = micro_batch_loss(how, logprob, entropy, rows)
