@@ -7,7 +7,7 @@ Arrow schemas, the mapping of its rows and the packing of micro-batches follow f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -225,10 +225,6 @@ class TrainSequence:
         if not len(self.prompt_tokens):
             mask[0] = False
         return np.flatnonzero(mask)
-
-    def with_columns(self, **values: Any) -> TrainSequence:
-        """The same sequence with other or further columns."""
-        return replace(self, columns={**self.columns, **values})
 
 
 def group_of(sample_id: str) -> str:
