@@ -23,6 +23,8 @@ from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
 
+pytestmark = pytest.mark.processes
+
 TIED = {**LLAMA, "tie_word_embeddings": True}
 
 

@@ -366,6 +366,7 @@ print((resident("VmHWM") - before) / (4 * T * V))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", [*WAYS, "score", "plain"])
 def test_peak_memory(way):
     """Growth of the resident set beyond inputs and dW, in units of the logits of all rows (393 MB), measured."""

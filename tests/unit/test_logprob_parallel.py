@@ -17,6 +17,8 @@ from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.logprob.rows import select_rows
 
+pytestmark = pytest.mark.processes
+
 T, H, VOCAB, PADDED, TEMPERATURE = 12, 8, 93, 96, 0.7
 WAYS = ("one pass", "one pass, entropy", "two pass")
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]  # TP, sequence parallel

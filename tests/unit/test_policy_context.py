@@ -25,6 +25,8 @@ from agpo_megatron.policy.packing import (  # noqa: E402
 )
 from agpo_megatron.samples import TrainSequence  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 
 def group(ranks: int, rank: int) -> Any:
     """What a share asks of a process group."""

@@ -15,6 +15,8 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all, pack_multiple
 from agpo_megatron.samples import COLUMNS, TrainSequence
 
+pytestmark = pytest.mark.processes
+
 
 def sequence(
     name: str, tokens: list[int], mask: list[int], weight: float = 0.5, **more: object

@@ -17,6 +17,8 @@ from agpo_megatron.reward.numeric import extract_number, verify_numeric
 from agpo_megatron.reward.workers import RewardPool
 from agpo_megatron.samples import Group
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(
     ("response", "number"),

@@ -20,6 +20,8 @@ from agpo_megatron.rollout.pool import RolloutError, RolloutPool, State
 from agpo_megatron.samples import Prompt
 from agpo_megatron.wait import WaitExpired
 
+pytestmark = pytest.mark.processes
+
 
 @asynccontextmanager
 async def fleet(

@@ -21,6 +21,8 @@ from agpo_megatron.cluster.supervisor import STOPPED, Culprit, Supervisor, first
 from agpo_megatron.config import Config
 from agpo_megatron.config.run_folder import RunFolder
 
+pytestmark = pytest.mark.processes
+
 HOST = "localhost"
 
 
