@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agpo_megatron.algorithm.checks import without_effect
 from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
+            loss, updates = resolved.config.algorithm.loss, resolved.config.train.updates_per_batch
+            if note := without_effect(loss, updates):
+                sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
         if arguments.command == "parity":

@@ -46,7 +46,7 @@ def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFra
         return steps[key].fillna(absent) if key in steps else pd.Series(absent, steps.index)
 
     closed = metric("loss/clip_gate", 1.0) == 0.0
-    replaced = metric("sampling/discarded_groups", 0.0) / config.train.prompts_per_step
+    replaced = metric("sampling/discarded_groups", 0.0) / config.train.prompts_per_batch
     # Samples that cost a rollout and gave the policy loss nothing: zero-variance groups, replaced ones too, and
     # everything where the gate was closed.
     wasted = (steps["group/zero_variance_frac"] + replaced) / (1.0 + replaced)

@@ -173,11 +173,12 @@ class StartFolder:
 
 
 def committed_steps(run: RunFolder) -> int:
-    """Newest step in the journal; 0 while there is none."""
+    """Newest step of the newest batch in the journal; 0 while there is none."""
     try:
-        return max(JournalReader(run.journal).steps(), default=0)
+        batches = JournalReader(run.journal).batches()
     except JournalError:
         return 0
+    return batches[-1].last_step if batches else 0
 
 
 def starts(run: RunFolder) -> Iterator[StartFolder]:

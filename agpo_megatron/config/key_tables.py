@@ -9,8 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from agpo_megatron.algorithm.presets import DEFAULT_PRESET, PRESETS, preset_keys
+
 from .keys import Key, schema_keys
-from .presets import DEFAULT_PRESET, PRESETS, preset_keys
 from .yaml_core import yaml_line
 
 _INTRO = """\

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from .schema import Config, Section
+from agpo_megatron.algorithm.settings import Section
+
+from .schema import Config
 
 
 @dataclass(frozen=True)

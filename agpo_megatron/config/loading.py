@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from agpo_megatron.algorithm.presets import preset_keys
+
 from .errors import ConfigError
 from .keys import nearest_key, required_below
-from .presets import preset_keys
 from .schema import Config, RunConfig
 from .yaml_core import parse_yaml
 

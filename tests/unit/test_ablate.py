@@ -25,7 +25,7 @@ STEP = {
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    overrides = ["train.prompts_per_step=8"]
+    overrides = ["train.prompts_per_batch=8"]
     return load_config(REPO / "configs" / "tiny_cpu.yaml", overrides, str(tmp_path))
 
 
