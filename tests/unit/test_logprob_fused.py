@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from logprob_reference import reference_logprobs
 
 from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.logprob.projection import Head
-from agpo_megatron.logprob.reference import reference_logprobs
 
 WAYS = ("one pass", "one pass, entropy", "two pass")
 

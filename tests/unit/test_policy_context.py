@@ -111,5 +111,5 @@ def test_rows_stay_on_the_host_whatever_device_the_batch_is_on() -> None:
     share = share_of(batch, group(2, 1))
     assert share.rows.device.type == "cpu"
     assert share.tokens.device.type == share.targets.device.type == "meta"
-    weights = share.own(batch.loss).columns["loss_weight"]
+    weights = share.own(batch.loss).column("loss_weight")
     assert weights.device.type == "meta" and weights.shape == share.targets.shape
