@@ -20,6 +20,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "aiohttp",
+        "msgspec",
         "requests",
         "numpy",
         "pandas",

@@ -147,7 +147,7 @@ def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | 
         trained = s.trained()
         if not len(trained):
             continue
-        if "old_logprobs" in s.columns:
+        if "old_logprobs" in s.columns and s.scalar("update") > 0:
             return None
         weight, c = s.scalar("loss_weight"), float(len(trained))
         if "correction" in s.columns:

@@ -221,9 +221,13 @@ SUMS = (
     "tokens",
     "rollout_diff",
     "rollout_tokens",
+    "old_diff",
+    "old_tokens",
 )
 """What each micro-batch adds to. ``loss`` is L, by the surrogate; ``scale`` the size of its terms, sum |w c A|;
-``adapted`` phi of it, for scopes within a micro-batch. Beside them ``rollout_diff_max`` is a maximum."""
+``adapted`` phi of it, for scopes within a micro-batch. Beside them are ``MAXIMA``."""
+MAXIMA = ("rollout_diff_max", "old_diff_max")
+"""Largest entries of ``rollout_diff`` and ``old_diff``."""
 
 
 def check_rows(settings: LossSettings, rows: LossRows) -> None:
@@ -246,8 +250,9 @@ def micro_batch_loss(
     """
     losses, sums = _row_losses(settings, logprob, entropy, rows)
     stats = {name: value.double().sum() for name, value in sums.items()}
-    diff = sums["rollout_diff"].double()
-    stats["rollout_diff_max"] = diff.amax() if len(diff) else diff.sum()
+    for name in MAXIMA:
+        diff = sums[name.removesuffix("_max")].double()
+        stats[name] = diff.amax() if len(diff) else diff.sum()
     return losses.sum(), stats
 
 
@@ -273,10 +278,13 @@ def row_loss(
 def _row_losses(
     settings: LossSettings, logprob: Tensor, entropy: Tensor, rows: LossRows
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of each row, weighted; what each row adds to ``SUMS``, and ``rollout_diff``), all [N]."""
+    """(loss of each row, weighted; what each row adds to ``SUMS``), all [N]."""
     current = logprob.detach()
     ratios = _ratios(settings, logprob, rows)
-    w, rollout = (rows.column(name, current.dtype) for name in ("loss_weight", "rollout_logprobs"))
+    w, rollout, old = (
+        rows.column(name, current.dtype)
+        for name in ("loss_weight", "rollout_logprobs", "old_logprobs")
+    )
     token = POLICY_LOSSES[settings.policy](ratios, settings)
     corrected = w * rows.column("correction", w.dtype)
     values = corrected * token.surrogate
@@ -294,6 +302,9 @@ def _row_losses(
     if settings.entropy.coef > 0:
         losses = losses - settings.entropy.coef * w * entropy
 
+    scored = ~old.isnan()
+    # Server against trainer under one set of weights: those that the batch starts from, if they were scored.
+    at_rollout = torch.where(scored, old, current)
     known = ~rollout.isnan()
     return losses, {
         "loss": values,
@@ -306,16 +317,22 @@ def _row_losses(
         "ratio": token.ratio,
         "clipped": token.is_clipped,
         "tokens": torch.ones_like(current),
-        "rollout_diff": torch.where(known, (current - rollout).abs(), 0.0),
+        "rollout_diff": torch.where(known, (at_rollout - rollout).abs(), 0.0),
         "rollout_tokens": known,
+        "old_diff": torch.where(scored, (current - old).abs(), 0.0),
+        "old_tokens": scored,
     }
 
 
 def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
-    """The ratio starts from the column that the settings name; where that is unknown, from the policy itself."""
-    name = "rollout_logprobs" if settings.old_logprobs == "rollout" else "old_logprobs"
-    old, current = rows.column(name, logprob.dtype), logprob.detach()
-    return Ratios(logprob, torch.where(old.isnan(), current, old), rows)
+    """The ratio starts from the server's log-probs, or from the scored ones; in the first update of a batch, and where
+    nothing was scored, these are the policy's own: 1, without the difference between two computations."""
+    current = logprob.detach()
+    if settings.old_logprobs == "rollout":
+        return Ratios(logprob, rows.column("rollout_logprobs", logprob.dtype), rows)
+    old = rows.column("old_logprobs", logprob.dtype)
+    own = old.isnan() | (rows.column("update") == 0)
+    return Ratios(logprob, torch.where(own, current, old), rows)
 
 
 def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
@@ -381,6 +398,9 @@ def loss_metrics(
     if known:
         metrics["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
         metrics["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
+    if scored := totals["old_tokens"]:
+        metrics["policy/old_logprob_abs_diff_mean"] = totals["old_diff"] / scored
+        metrics["policy/old_logprob_abs_diff_max"] = totals["old_diff_max"]
     return metrics, still
 
 

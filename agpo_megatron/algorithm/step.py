@@ -111,7 +111,8 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     ]
     trained = [n if k else 0 for n, k in zip(passing, kept, strict=True)]
     counted = _counted(maskable, passing, kept, request)
-    part_of = parts(len(groups), request)
+    trains = iter(n > 0 and a != 0.0 for n, a in zip(trained, advantages, strict=True))
+    part_of = parts([sum(next(trains) for _ in group.samples) > 0 for group in groups], request)
     update = [part for part, group in zip(part_of, groups, strict=True) for _ in group.samples]
     weights = _weights(trained, counted, update, request)
     state, applied = _entropy_coefficient(request)
@@ -136,14 +137,15 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     return Decision(known, metrics, applied, state)
 
 
-def parts(groups: int, request: StepRequest) -> list[int]:
-    """Which update each group belongs to: a seeded shuffle, cut into equal shares."""
+def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
+    """Divide the groups of a batch among its updates: shuffled by the seed and dealt in turn, first those that train at
+    all, so that every update has its share of them. ``train``: by group. Returns the update of each group."""
     if request.updates == 1:
-        return [0] * groups
+        return [0] * len(train)
     order = np.random.Generator(np.random.PCG64([request.seed, request.first_step]))
-    shuffled = np.argsort(order.random(groups), kind="stable")
-    part_of = np.empty(groups, dtype=np.int64)
-    part_of[shuffled] = np.arange(groups) * request.updates // groups
+    shuffled = np.lexsort((order.random(len(train)), np.logical_not(train)))
+    part_of = np.empty(len(train), dtype=np.int64)
+    part_of[shuffled] = np.arange(len(train)) % request.updates
     return [int(part) for part in part_of]
 
 

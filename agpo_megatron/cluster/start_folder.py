@@ -173,12 +173,14 @@ class StartFolder:
 
 
 def committed_steps(run: RunFolder) -> int:
-    """Newest step of the newest batch in the journal; 0 while there is none."""
+    """The newest step that a start of the run has reached for good; 0 while there is none."""
     try:
         batches = JournalReader(run.journal).batches()
     except JournalError:
         return 0
-    return batches[-1].last_step if batches else 0
+    # A batch of several steps is committed before the first of them: further ones count when they are saved.
+    committed = batches[-1].first_step if batches else 0
+    return max([committed, *(step for step, _ in run.complete_checkpoints())])
 
 
 def starts(run: RunFolder) -> Iterator[StartFolder]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from agpo_megatron.journal.reader import read_file
 from agpo_megatron.journal.records import at_the_masked_tokens, read_scores, sequence_columns
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.samples import Floats, WeightVersion
+from agpo_megatron.samples import Floats, Sample, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Run:
     hidden_size: int
     version: WeightVersion = field(init=False)
     backend: str = field(init=False)
-    stop_requested: Callable[[], bool] = field(init=False, default=lambda: False)
+    stop_requested: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
     signal_lead: float | None = field(init=False, default=None)
     _longest: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -117,7 +117,8 @@ class Run:
         Trainers that outlived their last controller may be further than that, and stay where they are. ``recorded``:
         the journal that is trained on, if it is not this run's.
         """
-        step, path = latest_checkpoint(self.folder)
+        saved = self.folder.complete_checkpoints()
+        step, path = saved[-1] if saved else (0, None)
         with self.phase("load weights", {}, ""):
             answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
         # Only now: trainers that outlived their controller may have been in the middle of saving.
@@ -137,13 +138,16 @@ class Run:
         Raises StoppedOnRequest after a step when the run is asked to end, JournalError when the batch does not follow
         the weights.
         """
-        timings = batch.timings
+        timings, whole, tokens = batch.timings, 0.0, int(batch.record.tokens.sum())
         for step in batch.record.steps:
             if not self.version.step < step <= self.recipe.steps:
                 continue
             name = f"{'replay' if batch.replayed else 'update'} step {step}"
             with seconds_into(timings, "time/step"), self.phase(name, timings, "time/update"):
                 result = await self.update(batch, step)
+            whole += timings["time/step"]
+            if step == batch.record.steps[-1]:
+                timings["throughput/tokens_per_s"] = tokens / whole
             self.report(batch.record, step, result, timings)
             timings = {}
             await self._save_if_due()
@@ -249,11 +253,8 @@ class Run:
                     weights=weights,
                     path=str(path),
                 )
-                data = await asyncio.to_thread(read_file, path, results[0]["digest"])
-            found[weights] = {
-                sample_id: at_the_masked_tokens(logprobs, samples[sample_id])
-                for sample_id, logprobs in read_scores(path, data).items()
-            }
+                digest = results[0]["digest"]
+                found[weights] = await asyncio.to_thread(_scores_of, samples, path, digest)
             path.unlink()
             if weights == "policy":
                 entropy = float(results[0]["entropy"])
@@ -286,13 +287,13 @@ class Run:
 
     def _remove_old(self) -> None:
         """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
-        checkpoints = complete_checkpoints(self.folder)
+        checkpoints = self.folder.complete_checkpoints()
         kept = checkpoints[-self.config.run.keep_checkpoints :]
-        for old in checkpoints[: -len(kept)]:
+        for _, old in checkpoints[: -len(kept)]:
             (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint
             shutil.rmtree(old)
         if self.config.journal.keep == "checkpoints":
-            self.journal.prune(before_step=step_of(kept[0]) + 1)
+            self.journal.prune(before_step=kept[0][0] + 1)
 
     async def export(self, path: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
@@ -309,13 +310,16 @@ class Run:
             return
         whole = record.metrics if step == record.first_step else {}
         metrics = {**whole, **result, "lr": self.recipe.lr_at(step), **timings, "step": step}
-        if metrics.get("time/step"):
-            part = record.columns["update"] == step - record.first_step
-            metrics["throughput/tokens_per_s"] = (
-                int(record.tokens[part].sum()) / metrics["time/step"]
-            )
         self.metrics.write(metrics)
         self.progress.step(metrics)
+
+
+def _scores_of(samples: Mapping[str, Sample], path: Path, digest: str) -> dict[str, Floats]:
+    """What a trainer has scored, each log-prob at its place in the response."""
+    return {
+        sample_id: at_the_masked_tokens(logprobs, samples[sample_id])
+        for sample_id, logprobs in read_scores(path, read_file(path, digest)).items()
+    }
 
 
 @contextmanager
@@ -328,27 +332,12 @@ def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
         timings[key] = timings.get(key, 0.0) + time.monotonic() - started
 
 
-def complete_checkpoints(folder: RunFolder) -> list[Path]:
-    """Checkpoints of a run, oldest first; half-written folders do not count."""
-    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / CHECKPOINT_MARKER).exists())
-
-
 def remove_leftovers(folder: RunFolder) -> None:
     """What a killed attempt left half-done: checkpoints without their marker, their temporary folders, scores."""
     for path in folder.path.glob("*scores-*.arrow*"):
         path.unlink()
     if folder.checkpoints.is_dir():
-        complete = set(complete_checkpoints(folder))
+        complete = {path for _, path in folder.complete_checkpoints()}
         for path in folder.checkpoints.iterdir():
             if path not in complete and re.fullmatch(r"\.?step-\d+(\.\w+)?", path.name):
                 shutil.rmtree(path)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def latest_checkpoint(folder: RunFolder) -> tuple[int, Path | None]:
-    """Newest complete checkpoint and its step; (0, None) when there is none."""
-    found = complete_checkpoints(folder)
-    return (step_of(found[-1]), found[-1]) if found else (0, None)

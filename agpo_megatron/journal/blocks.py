@@ -55,8 +55,7 @@ class _Sink:
 
     def write(self, data: bytes) -> int:
         write_all(self._file, data)
-        if self.position >= self._header:  # the header ends with a write of its own
-            self._hash.update(data)
+        self._hash.update(memoryview(data)[max(0, self._header - self.position) :])
         self.position += len(data)
         return len(data)
 

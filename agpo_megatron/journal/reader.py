@@ -77,6 +77,11 @@ def valid_files(folder: Path) -> tuple[list[str], list[str]]:
         return [], []
     newest = attempts[-1]
     inventory = json.loads((folder / f"owner-{newest:06d}.json").read_text())
+    if "batches" not in inventory:
+        raise JournalError(
+            f"{folder} was written by an earlier release, which this one cannot read. Finish that run with the release "
+            "it began with, or start in another --run-dir."
+        )
     segments, batches = set(inventory["segments"]), set(inventory["batches"])
     for path in (folder / "samples").iterdir():
         if (m := SEGMENT.fullmatch(path.name)) and int(m[1]) == newest:

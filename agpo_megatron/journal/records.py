@@ -162,12 +162,10 @@ def _cell(value: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _lists(batch: pa.RecordBatch, names: Iterable[str]) -> dict[str, Any]:
-    """The entries of the one list of each column, without a copy; a column without one is left out."""
-    return {
-        name: batch.column(name).values.to_numpy()
-        for name in names
-        if batch.column(name).null_count == 0
-    }
+    """The entries of the one list of each column, without a copy; a column without one is left out, and so is one that
+    the file was written without."""
+    known = [n for n in names if n in batch.schema.names and batch.column(n).null_count == 0]
+    return {name: batch.column(name).values.to_numpy() for name in known}
 
 
 def batch_to_sample(batch: pa.RecordBatch) -> Sample:
@@ -178,7 +176,13 @@ def batch_to_sample(batch: pa.RecordBatch) -> Sample:
     }
     spans = json.loads(batch.column("versions")[0].as_py())
     fields["versions"] = tuple(VersionSpan(**span) for span in spans)
-    return Sample(**fields, **_lists(batch, _LISTS))
+    lists = _lists(batch, _LISTS)
+    missing: dict[str, Any] = {
+        c.name: np.full(len(lists["response_tokens"]), c.default, dtype=c.dtype)
+        for c in columns("token", "sample")
+        if c.name not in lists
+    }
+    return Sample(**fields, **lists, **missing)
 
 
 def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:

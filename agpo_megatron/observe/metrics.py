@@ -40,6 +40,8 @@ METRIC_KEYS = (
     "policy/entropy",
     "policy/ratio_mean",
     "policy/clip_frac",
+    "policy/old_logprob_abs_diff_mean",
+    "policy/old_logprob_abs_diff_max",
     "grad_norm",
     "lr",
     "rollout/logprob_abs_diff_mean",

@@ -108,7 +108,13 @@ def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
         np.array(s.tokens[:1], dtype=np.int32),
         np.array(s.tokens[1:], dtype=np.int32),
         np.array(s.loss_mask[1:], dtype=np.uint8),
-        {"loss_weight": weight, "advantage": s.advantage, **columns},
+        # Old log-probs count from the second update of a batch on.
+        {
+            "loss_weight": weight,
+            "advantage": s.advantage,
+            "update": int(bool(s.old_logprobs)),
+            **columns,
+        },
     )
 
 

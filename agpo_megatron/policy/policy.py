@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agpo_megatron.algorithm.gate import Gate, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import SUMS, check_rows, loss_metrics, scored_parts
+from agpo_megatron.algorithm.loss import MAXIMA, SUMS, check_rows, loss_metrics, scored_parts
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
@@ -104,7 +104,7 @@ class Policy:
         Returns global statistics, the same on every rank: loss/policy, loss/unclipped, grad_norm, tokens/trained; of a
         step that has tokens loss/clip_gate; where forward ran on some, policy/entropy, (but for "nll")
         policy/ratio_mean, policy/clip_frac, (with a KL term) loss/kl and, where rollout log-probs of trained tokens are
-        known, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
+        known, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max; likewise policy/old_logprob_abs_diff_*.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
         process are then unusable.
         """
@@ -255,17 +255,18 @@ class Policy:
 
     def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Statistics of the whole step on every rank: one rank of each replica's last stage contributes."""
-        names = [*SUMS, "rollout_diff_max"]
+        names = [*SUMS, *MAXIMA]
         mine = torch.zeros(len(names), dtype=torch.float64)
         if results and self.layout.speaks_for_replica:
             stacked = torch.stack([torch.stack([r[n] for n in names]) for r in results]).cpu()
-            mine[:-1] = stacked[:, :-1].sum(0)
-            mine[-1] = stacked[:, -1].max()
+            mine[: len(SUMS)] = stacked[:, : len(SUMS)].sum(0)
+            mine[len(SUMS) :] = stacked[:, len(SUMS) :].amax(0)
         parts = [torch.empty_like(mine) for _ in range(self.layout.world)]
         # A gather, not a reduction: all ranks add the same numbers in the same order and take the same decision.
         dist.all_gather(parts, mine, group=self.layout.control_group)
         every = torch.stack(parts)
-        values = [*every[:, :-1].sum(0).tolist(), float(every[:, -1].max())]
+        sums, maxima = every[:, : len(SUMS)].sum(0), every[:, len(SUMS) :].amax(0)
+        values = [*sums.tolist(), *maxima.tolist()]
         return dict(zip(names, values, strict=True))
 
     def _step(self, gate: float, lr: float, when_clipped: WhenClipped) -> float:

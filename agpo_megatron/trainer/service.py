@@ -156,6 +156,12 @@ class TrainerService:
         if self._control.rank != 0:
             return {}
         logprobs = {name: score.logprobs for name, score in scores.items()}
+        broken = [name for name, values in logprobs.items() if not np.isfinite(values).all()]
+        if broken:
+            raise FloatingPointError(
+                f"log-probs of {len(broken)} sample(s) under the {weights} weights are not finite, {broken[0]} among "
+                "them; these weights, or the trainer's precision, are broken: resume from an earlier checkpoint"
+            )
         tokens = sum(len(score.logprobs) for score in scores.values())
         total = sum(score.entropy * len(score.logprobs) for score in scores.values())
         return {

@@ -20,6 +20,8 @@ from agpo_megatron.journal import (
     JournaledGroup,
     JournalError,
     JournalReader,
+    records,
+    writer,
 )
 from agpo_megatron.journal.reader import SegmentName
 from agpo_megatron.journal.records import sequence_columns
@@ -292,3 +294,15 @@ def test_what_is_trained_on_live_is_what_a_replay_reads(tmp_path: Path) -> None:
     assert read.blocks == live.blocks
     found = read.group.samples[0].rollout_logprobs
     assert found.dtype == np.float32 and found.tobytes() == values.tobytes()
+
+
+def test_a_journal_without_a_column_that_was_added_since_reads_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        fields = [f for f in records.SEGMENT_SCHEMA if f.name != "rollout_logprobs"]
+        earlier.setattr(writer, "SEGMENT_SCHEMA", pa.schema(fields))
+        earlier.setattr(records, "SEGMENT_SCHEMA", pa.schema(fields))
+        Journal(tmp_path).append([make_group(0)])
+    (journaled,) = Journal(tmp_path).pending_groups().values()
+    assert np.isnan(journaled.group.samples[0].rollout_logprobs).all()
