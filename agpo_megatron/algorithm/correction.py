@@ -45,19 +45,20 @@ def rollout_correction(
             f"rollout correction: {len(old_logprobs)} old log-probs, {len(rollout_logprobs)} "
             f"rollout log-probs and {len(loss_mask)} mask entries"
         )
-    gap = np.subtract(
-        old_logprobs,
-        rollout_logprobs,
-        where=loss_mask != 0,
-        out=np.zeros(len(loss_mask), np.float32),
-    )
+    masked = loss_mask != 0
+    whole = bool(masked.all())
+    gap = np.subtract(old_logprobs, rollout_logprobs, dtype=np.float32)
+    if not whole:
+        gap[~masked] = 0
     if level != "token":
         total = float(gap.sum(dtype=np.float64))
         if level == "sequence_mean":
-            total /= max(int(np.count_nonzero(loss_mask)), 1)
-        gap = np.full_like(gap, total)
-    q = np.exp(np.clip(gap, -_LIMIT, _LIMIT))
-    accepted = loss_mask != 0
+            total /= max(int(np.count_nonzero(masked)), 1)
+        gap[:] = total
+    q = np.exp(np.clip(gap, -_LIMIT, _LIMIT, out=gap), out=gap)
     if kind != "tis":
-        accepted &= (q >= low) & (q <= high)
-    return np.where(accepted, np.minimum(q, np.float32(high)), np.float32(0))
+        q[~((q >= low) & (q <= high))] = 0  # a NaN is refused too
+    np.minimum(q, np.float32(high), out=q)
+    if not whole:
+        q[~masked] = 0
+    return q

@@ -11,7 +11,7 @@ Three kinds of immutable Arrow file:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,23 +121,29 @@ class BatchRecord:
         return [int(i) for i in np.flatnonzero(mine)]
 
 
-def sample_batch(group: Group, sample: Sample) -> pa.RecordBatch:
-    """One sample as a record batch of one row."""
-    values = {
-        "group_id": group.group_id,
-        "position": group.prompt.position,
-        "index": sample.index,
-        "prompt_text": group.prompt.text,
-        "answer": group.prompt.answer,
-        "prompt_tokens": sample.prompt_tokens,
-        **{c.name: getattr(sample, c.name) for c in columns("token", "sample")},
-        "versions": json.dumps([asdict(span) for span in sample.versions]),
-        "finish_reason": sample.finish_reason,
-        "text": sample.text,
-        "accuracy": sample.accuracy,
-        "reward_error": sample.reward_error,
+def sample_batches(group: Group) -> Iterator[pa.RecordBatch]:
+    """The samples of a group as record batches of one row each."""
+    samples, prompt = group.samples, group.prompt
+    plain = {
+        "group_id": [group.group_id] * len(samples),
+        "position": [prompt.position] * len(samples),
+        "index": [s.index for s in samples],
+        "prompt_text": [prompt.text] * len(samples),
+        "answer": [prompt.answer] * len(samples),
+        "versions": [json.dumps([asdict(span) for span in s.versions]) for s in samples],
+        "finish_reason": [s.finish_reason for s in samples],
+        "text": [s.text for s in samples],
+        "accuracy": [s.accuracy for s in samples],
+        "reward_error": [s.reward_error for s in samples],
     }
-    return _one_row(values, SEGMENT_SCHEMA)
+    # An array for the group, cut: making one costs as much as writing a thousand tokens.
+    made = {n: pa.array(values, SEGMENT_SCHEMA.field(n).type) for n, values in plain.items()}
+    for i, sample in enumerate(samples):
+        cells = [
+            made[c.name].slice(i, 1) if c.name in made else _cell(getattr(sample, c.name), c.type)
+            for c in SEGMENT_SCHEMA
+        ]
+        yield pa.record_batch(cells, schema=SEGMENT_SCHEMA)
 
 
 def details_batch(sample_id: str, values: Mapping[str, Array | None]) -> pa.RecordBatch:
@@ -169,7 +175,7 @@ def _lists(batch: pa.RecordBatch, names: Iterable[str]) -> dict[str, Any]:
 
 
 def batch_to_sample(batch: pa.RecordBatch) -> Sample:
-    """Inverse of ``sample_batch``."""
+    """Inverse of ``sample_batches``."""
     fields: dict[str, Any] = {
         name: batch.column(name)[0].as_py()
         for name in ("group_id", "index", "finish_reason", "text", "accuracy", "reward_error")

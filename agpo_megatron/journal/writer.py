@@ -29,7 +29,7 @@ from agpo_megatron.journal.records import (
     JournaledGroup,
     details_batch,
     encode_record,
-    sample_batch,
+    sample_batches,
 )
 from agpo_megatron.samples import Group, columns
 
@@ -64,7 +64,8 @@ class Journal:
         return attempt
 
     def append(self, groups: Sequence[Group]) -> list[JournaledGroup]:
-        """Make finished groups durable as one segment; they count only once this has returned."""
+        """Make finished groups durable as one segment; they count only once this has returned. What is returned has no
+        texts: from here on the journal alone keeps them."""
         positions = [group.prompt.position for group in groups]
         stem = (
             f"segment-a{self.attempt:06d}-{self._segments_written:08d}"
@@ -75,11 +76,14 @@ class Journal:
                 self.folder / "samples",
                 lambda whole: f"{stem}-{whole}.arrow",
                 SEGMENT_SCHEMA,
-                (sample_batch(group, sample) for group in groups for sample in group.samples),
+                (batch for group in groups for batch in sample_batches(group)),
             )
         )
         self._segments_written += 1
-        return [JournaledGroup(group, [next(blocks) for _ in group.samples]) for group in groups]
+        return [
+            JournaledGroup(without_texts(group), [next(blocks) for _ in group.samples])
+            for group in groups
+        ]
 
     def commit(
         self, record: BatchRecord, decided: Mapping[str, Sequence[Any]]
@@ -132,7 +136,9 @@ class Journal:
         last = self.last()
         cursor = last.cursor if last else 0
         return {
-            journaled.group.prompt.position: journaled
+            journaled.group.prompt.position: replace(
+                journaled, group=without_texts(journaled.group)
+            )
             for segment in self.reader.segments()
             if segment.last >= cursor
             for journaled in self.reader.groups(segment)
@@ -157,7 +163,7 @@ class Journal:
         # What lies before the cursor of the last of them was used, or replaced, by them.
         cursor = self.reader.record(old[-1].name).cursor
         segments = self.reader.segments()
-        dead = [s for s in segments if s.last < cursor]
+        dead = {s for s in segments if s.last < cursor}
         write_durably(
             self.folder / owner_name(self.attempt),
             inventory(
@@ -165,17 +171,23 @@ class Journal:
                 [b.name for b in batches if b not in old],
             ),
         )
-        for batch in old:
-            self._remove_batch(batch)
+        self._remove_batches(old)
         for segment in dead:
             (self.folder / "samples" / segment.name).unlink()
         return len(old) + len(dead)
 
-    def _remove_batch(self, batch: BatchName) -> None:
-        folder = self.folder / "batches"
-        for details in folder.glob(f"details-{batch.first_step:08d}-*.arrow"):
-            details.unlink()
-        (folder / batch.name).unlink()
+    def _remove_batches(self, old: Sequence[BatchName]) -> None:
+        folder, steps = self.folder / "batches", {batch.first_step for batch in old}
+        for details in list(folder.glob("details-*.arrow")):
+            if int(details.name.split("-")[1]) in steps:
+                details.unlink()
+        for batch in old:
+            (folder / batch.name).unlink()
+
+
+def without_texts(group: Group) -> Group:
+    """The group as the controller holds it: a text takes as much memory as the tokens that it was made of."""
+    return Group(group.prompt, [replace(sample, text="") for sample in group.samples])
 
 
 def owner_name(attempt: int) -> str:

@@ -11,7 +11,6 @@ import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import aiohttp
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 from aiohttp.connector import AddrInfoType
 
+from agpo_megatron.rollout.numbers import read_logprobs, read_tokens
 from agpo_megatron.samples import Floats, Ints, VersionSpan
 from agpo_megatron.wait import waiting
 
@@ -78,13 +78,6 @@ class NonFiniteLogprob(ServerError):
         return False
 
 
-class _Entry(msgspec.Struct, array_like=True, gc=False):
-    """Log-prob and token of ``output_token_logprobs``. JSON has no NaN: the server writes null."""
-
-    logprob: float | None
-    token: int
-
-
 class _Span(msgspec.Struct):
     version: str
     start: int
@@ -96,7 +89,7 @@ class _Finish(msgspec.Struct):
 
 
 class _Meta(msgspec.Struct):
-    output_token_logprobs: list[_Entry]
+    output_token_logprobs: msgspec.Raw
     finish_reason: _Finish | None = None
     weight_version: str = ""
     weight_versions: list[_Span] = []
@@ -105,12 +98,11 @@ class _Meta(msgspec.Struct):
 class _Output(msgspec.Struct):
     """What of an answer to ``/generate`` is read; the rest is skipped, not built."""
 
-    output_ids: list[int]
+    output_ids: msgspec.Raw
     meta_info: _Meta
 
 
 _OUTPUTS = msgspec.json.Decoder(list[_Output] | _Output)
-_LOGPROB, _TOKEN = attrgetter("logprob"), attrgetter("token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,27 +167,26 @@ class ServerClient:
         outputs = parsed if isinstance(parsed, list) else [parsed]
         if len(outputs) != n:
             raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
-        return [self._generation(output) for output in outputs]
+        try:
+            return [self._generation(output) for output in outputs]
+        except msgspec.MsgspecError as error:
+            raise ServerError(self.url, "/generate", 200, f"unexpected answer: {error}") from error
 
     def _generation(self, output: _Output) -> Generation:
-        meta, entries = output.meta_info, output.meta_info.output_token_logprobs
+        meta = output.meta_info
         finish = (meta.finish_reason or _Finish()).type
         spans = tuple(VersionSpan(s.version, s.start, s.end) for s in meta.weight_versions)
-        tokens = np.array(output.output_ids, dtype=np.int32)
+        tokens = read_tokens(output.output_ids)
         if finish not in ("stop", "length", "abort"):
             raise ServerError(self.url, "/generate", 200, f"unexpected finish_reason {finish!r}")
         if finish == "abort":
             return Generation(tokens, np.zeros(0, np.float32), finish, spans)
-        if not np.array_equal(tokens, np.fromiter(map(_TOKEN, entries), np.int32, len(entries))):
+        logprobs, echoed = read_logprobs(meta.output_token_logprobs)
+        if not np.array_equal(tokens, echoed):
             raise ServerError(self.url, "/generate", 200, "log-probs are not of the output tokens")
-        try:
-            logprobs = np.fromiter(map(_LOGPROB, entries), np.float32, len(entries))
-        except TypeError:
-            nulls = [math.nan if e.logprob is None else e.logprob for e in entries]
-            logprobs = np.array(nulls, dtype=np.float32)
         if (broken := np.flatnonzero(~np.isfinite(logprobs))).size:
             first = int(broken[0])
-            raise NonFiniteLogprob(self.url, first, entries[first].logprob, meta.weight_version)
+            raise NonFiniteLogprob(self.url, first, float(logprobs[first]), meta.weight_version)
         # Without them nobody could tell how stale the tokens are.
         if not _covers(spans, len(tokens)):
             raise ServerError(

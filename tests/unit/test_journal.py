@@ -112,7 +112,9 @@ def steps(reader: JournalReader) -> list[int]:
 
 def test_round_trip_of_groups_and_batches(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journaled = journal.append([make_group(0), make_group(1)])
+    groups = [make_group(0), make_group(1)]
+    journaled = journal.append(groups)
+    assert {s.text for j in journaled for s in j.group.samples} == {""}, "the journal has them"
     record, name = journal.commit(*make_batch(5, journaled, updates=2))
     reader = JournalReader(tmp_path)
     assert [(b.name, b.first_step, b.last_step) for b in reader.batches()] == [(name, 5, 6)]
@@ -122,7 +124,7 @@ def test_round_trip_of_groups_and_batches(tmp_path: Path) -> None:
     assert found.steps == range(5, 7)
     assert (found.rows(5), found.rows(6)) == ([0, 1, 2], [3, 4, 5])
     samples = reader.samples(found.samples)
-    whole = [s for j in journaled for s in j.group.samples]
+    whole = [s for group in groups for s in group.samples]
     assert content(samples) == content(whole) and samples[4].sample_id == "g000000001.1"
     later, first = reader.sequences(found, [4, 0])
     assert [later.sample_id, first.sample_id] == ["g000000001.1", "g000000000.0"]
