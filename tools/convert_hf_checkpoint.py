@@ -9,15 +9,14 @@
 
 A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds
 weights alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the
-run began from. Tensors are streamed: memory is that of the largest few. The same command takes up an interrupted
-conversion.
+run began from. Tensors are streamed: memory is that of the largest few (from-gguf: of all). The same command takes up
+an interrupted conversion.
 Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from torch import Tensor
 
 from agpo_megatron.conversion.building import Pace, refuse_existing
@@ -51,6 +51,7 @@ from agpo_megatron.conversion.hf_writer import (
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec
 from agpo_megatron.conversion.tables import Rule
 from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.files import digest
 from agpo_megatron.policy.marker import MARKER
 from agpo_megatron.policy.stored import ParallelSizes, StorePlan
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
@@ -66,7 +67,7 @@ Loader = Callable[[str], Tensor]
 def to_megatron(
     hf_dir: Path, out: Path, sizes: ParallelSizes, dtype: str | None, workers: int
 ) -> None:
-    """Weights of ``hf_dir`` as a Megatron checkpoint; it appears complete or not at all."""
+    """Write the weights of ``hf_dir`` as a Megatron checkpoint; it appears complete or not at all."""
     refuse_existing(out)
     source = HfCheckpoint(hf_dir)
     stored = dtype or _single_dtype(source)
@@ -89,7 +90,7 @@ def plan_megatron(hf_dir: Path, sizes: ParallelSizes, dtype: str | None) -> None
     named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     plan = StorePlan.of(weights, sizes, dtype or named, FILE_BYTES)
     for name, rules in plan.files.items():
-        print(f"{name}  {_human(sum(plan.nbytes(rule) for rule in rules))}")
+        print(f"{name}  {decimal(sum(plan.nbytes(rule) for rule in rules))}")
         for rule in rules:
             place = plan.stored(rule)
             at = "".join(f"[{i}]" for i in place.lead)
@@ -100,7 +101,7 @@ def plan_megatron(hf_dir: Path, sizes: ParallelSizes, dtype: str | None) -> None
     total = sum(plan.nbytes(rule) for rule in plan.rules)
     print(
         f"{weights.architecture.name}: {parameters:,} parameters in {len(shapes)} tensors; {len(plan.files)} files, "
-        f"{_human(total)} in {plan.dtype}, vocabulary {weights.shape.vocab_size} padded to {plan.padded_vocab}; "
+        f"{decimal(total)} in {plan.dtype}, vocabulary {weights.shape.vocab_size} padded to {plan.padded_vocab}; "
         f"TP {sizes.tp} x PP {sizes.pp} x VPP {sizes.vpp} x EP {sizes.ep}"
     )
 
@@ -113,7 +114,7 @@ def to_hf(
     max_shard: int,
     workers: int,
 ) -> None:
-    """Weights of a Megatron checkpoint as a Hugging Face folder, in ``dtype`` (default: as stored)."""
+    """Write the weights of a Megatron checkpoint as a Hugging Face folder, in ``dtype`` (default: as stored)."""
     refuse_existing(out)
     model, origin = _stored_model(megatron_dir, like)
     model.source.check_files(workers)
@@ -198,7 +199,7 @@ def inspect(folder: Path) -> None:
 
 
 def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], Loader]:
-    """(tensor descriptions, loader) of a checkpoint of either kind."""
+    """Open a checkpoint of either kind: (tensor descriptions, loader)."""
     if not (folder / MARKER).is_file():
         source = HfCheckpoint(folder)
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
@@ -215,7 +216,7 @@ def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], 
 
 
 def _stored_model(folder: Path, like: Path | None) -> tuple[StoredModel, Path]:
-    """(weights of a Megatron checkpoint, folder of its config and tokenizer)."""
+    """Open a Megatron checkpoint: (its weights, folder of its config and tokenizer)."""
     source = StoredCheckpoint(folder)
     origin = like or folder / ORIGIN
     if like is None and not origin.is_dir():
@@ -226,14 +227,14 @@ def _stored_model(folder: Path, like: Path | None) -> tuple[StoredModel, Path]:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """Fingerprint of a folder's files: names, sizes, times of change; config by content."""
+    """Fingerprint a folder by the names, sizes and times of change of its files."""
     files = {
         entry.name: [entry.stat().st_size, entry.stat().st_mtime_ns]
         for entry in sorted(os.scandir(folder), key=lambda e: e.name)
         if entry.is_file()
     }
     text = json.dumps(files, sort_keys=True)
-    return {"of": str(folder.absolute()), "state": hashlib.sha256(text.encode()).hexdigest()}
+    return {"of": str(folder.absolute()), "state": digest(text.encode())}
 
 
 def _single_dtype(source: HfCheckpoint) -> str:
@@ -248,31 +249,15 @@ def _single_dtype(source: HfCheckpoint) -> str:
 
 @contextmanager
 def _progress(title: str, total: int, workers: int) -> Iterator[Pace]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Show a bar on a terminal, nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    columns = ("{task.description}", BarColumn(), DownloadColumn())
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    with Progress(
-        *columns,
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield Pace(workers, lambda nbytes: bar.advance(task, nbytes))
-
-
-def _human(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e3:.1f} kB"
 
 
 def _bytes(text: str) -> int:
@@ -300,7 +285,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def add_workers(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--workers", type=int, default=2, help="files written at once (2)")
 
-    add_workers(command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out"))
+    command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out")
     made = command("to-megatron", "Hugging Face folder to a Megatron checkpoint", "hf_dir", "out")
     for axis in ("tp", "pp", "vpp", "ep"):
         made.add_argument(f"--{axis}", type=int, default=1, help="of the layout it is cut for (1)")
@@ -323,7 +308,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _carry_out(given: argparse.Namespace) -> int:
+def _run(given: argparse.Namespace) -> int:
     dtype = getattr(given, "dtype", None)
     dtype = DTYPE_NAMES.get(dtype, dtype)
     match given.command:
@@ -335,8 +320,7 @@ def _carry_out(given: argparse.Namespace) -> int:
             inspect(given.folder)
             return 0
         case "from-gguf":
-            with _progress(f"writing {given.out}", 0, given.workers) as pace:
-                convert_gguf(given.file, given.out, pace)
+            convert_gguf(given.file, given.out)
         case "to-megatron":
             sizes = ParallelSizes(given.tp, given.pp, given.vpp, given.ep)
             if given.plan:
@@ -354,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; returns the exit code."""
     given = _arguments(argv)
     try:
-        return _carry_out(given)
+        return _run(given)
     except (ConversionError, RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Where everything of a run lies. Paths only."""
+"""Paths of everything that belongs to a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKPOINT_MARKER = "complete.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME/``: see docs/design.md for what each file holds."""
+    """The folder ``runs/NAME/``; docs/design.md says what each file holds."""
 
     path: Path
 
@@ -59,6 +59,12 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Checkpoints with their steps, oldest first; half-written folders do not count."""
+        found = self.checkpoints.glob("step-*")
+        complete = sorted(path for path in found if (path / CHECKPOINT_MARKER).exists())
+        return [(int(path.name.removeprefix("step-")), path) for path in complete]
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

@@ -13,9 +13,9 @@ from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import ModelShape, TensorSpec
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import server_dtype
+from agpo_megatron.samples import Prompt, WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher
-from agpo_megatron.types import Prompt, WeightVersion
 
 BUCKET_BYTES = 512 * 1024**2
 # Allowed difference of log-probs by precision, of the coarser of server and policy: a wrong weight shows far above.
@@ -26,13 +26,13 @@ COMMAND_MARGIN = 30.0
 """Seconds that a trainer command may outlast its own deadline (a failed broadcast still takes part in the gathers of
 the other ranks) before the trainer counts as lost, which ends the run."""
 
-Plan = Sequence[Sequence[Sequence[TensorSpec]]]
+BucketPlan = Sequence[Sequence[Sequence[TensorSpec]]]
 
 
 class PublishingTrainer:
     """``sync.messages.TrainerPublishing`` over trainer commands."""
 
-    def __init__(self, trainers: TrainerClient, plan: Plan) -> None:
+    def __init__(self, trainers: TrainerClient, plan: BucketPlan) -> None:
         self._trainers = trainers
         self._plan = [[[asdict(spec) for spec in bucket] for bucket in stage] for stage in plan]
 
@@ -68,7 +68,7 @@ def probe_tokens(prompts: Iterable[Prompt]) -> list[int]:
 
     Text of the task, not random ids: the log-probs of absurd tokens differ by nats in bf16 for rounding alone.
     """
-    tokens = (token for prompt in prompts for token in prompt.tokens)
+    tokens = (int(token) for prompt in prompts for token in prompt.tokens)
     return list(islice(tokens, PROBE_LENGTH))
 
 

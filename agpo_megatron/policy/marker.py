@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: a marker, written last, that lists every file with its size and CRC-32.
+"""The marker that makes a folder a checkpoint: written last, it lists every file with its size and CRC-32.
 
 Needs neither Megatron nor process groups; ``checkpoint`` writes the folders of runs, ``stored`` converted ones.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agpo_megatron.config.run_folder import CHECKPOINT_MARKER
-from agpo_megatron.conversion.building import sync
+from agpo_megatron.files import write_durably
 from agpo_megatron.policy import backend
 
 MARKER = CHECKPOINT_MARKER
@@ -33,7 +33,7 @@ def write_marker(
     files: Mapping[str, list[int]],
     facts: Mapping[str, Any],
 ) -> None:
-    """``files``: name -> [size, CRC-32]; ``facts``: content ("training" or "weights"), step, extra."""
+    """Write the marker. ``files``: [size, CRC-32] by name; ``facts``: content (training or weights), step, extra."""
     marker = {
         "format": FORMAT,
         "layout": dict(layout),
@@ -41,11 +41,7 @@ def write_marker(
         "files": dict(files),
         **facts,
     }
-    temporary = folder / f".{MARKER}"
-    temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.rename(folder / MARKER)
-    sync(folder)
+    write_durably(folder / MARKER, json.dumps(marker, indent=1).encode() + b"\n")
 
 
 def read_marker(folder: Path) -> dict[str, Any]:

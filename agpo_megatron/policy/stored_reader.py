@@ -2,11 +2,12 @@
 
 ``.metadata`` is a pickle. It is taken apart by an unpickler that knows two dozen names and answers each with an inert
 record of this module: nothing of the file's choosing is imported or called, anything else is refused. The tensors are
-``torch.save`` records (stored_record.py).
+``torch.save`` records, whose descriptions ``torch.load`` reads as weights only (stored_record.py).
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from agpo_megatron.conversion.tables import Cut, Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
 from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
-from agpo_megatron.policy.stored_record import KnownOnly, read_record
+from agpo_megatron.policy.stored_record import read_record
 
 METADATA = ".metadata"
 
@@ -47,8 +48,8 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
     def chunks_near(self, box: Box) -> Sequence[Chunk]:
-        """Those that may share values with ``box``: of the same indices on the leading axes (layer, expert), where each
-        is of size 1; there may be tens of thousands in all."""
+        """Select the chunks that may share values with ``box``: those with the same indices on the leading axes (layer,
+        expert), where each is of size 1; there may be tens of thousands in all."""
         axes, by_lead = self._by_lead
         offset, size = box
         if any(n != 1 for n in size[:axes]):
@@ -118,7 +119,7 @@ class StoredCheckpoint:
         return out
 
     def read_rows(self, key: str, box: Box, axis: int) -> list[Tensor]:
-        """As ``read``, but in blocks along ``axis``, in order, where it is stored in such: those are not copied."""
+        """Read like ``read``, but in blocks along ``axis``, in order, where it is stored so: those are not copied."""
         at = box[0][axis]
         blocks = []
         for chunk in sorted(self._chunks(key, box), key=lambda chunk: chunk.box[0][axis]):
@@ -191,7 +192,7 @@ class StoredModel:
         return hf_of(rule, parts, self.weights.shape)
 
     def load_rows(self, rule: Rule) -> dict[str, list[Tensor]]:
-        """As ``load``, each tensor as blocks of its rows, in order: mapped from the files where they are stored so."""
+        """Load like ``load``, each tensor as blocks of its rows, in order: mapped from files that hold them so."""
         if rule.cut is Cut.GROUPED_QKV:
             return {name: [tensor] for name, tensor in self.load(rule).items()}
         place = stored(rule, self.weights.shape, self.weights.shape.vocab_size)
@@ -227,6 +228,16 @@ class _Inert:
         return self.state[name]
 
 
+class _KnownOnly(pickle.Unpickler):
+    """Answers the names of ``_KNOWN`` and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+
+
 _CHECKPOINT = "torch.distributed.checkpoint."
 _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
@@ -252,7 +263,7 @@ def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTenso
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            metadata = KnownOnly(file, _KNOWN).load()
+            metadata = _KnownOnly(file).load()
         records = {
             (index["fqn"], tuple(index.state["offset"])): info
             for index, info in metadata["storage_data"].items()

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.utils.serialization import config as serialization
 
 from agpo_megatron.conversion.building import FileJob, MemoryGate, Pace, open_building
-from agpo_megatron.conversion.hf_writer import GATE_FLOOR, bytes_of, digest_of, write_all
+from agpo_megatron.conversion.hf_writer import GATE_FLOOR, bytes_of, digest_of
 from agpo_megatron.conversion.shape import DTYPES
 from agpo_megatron.conversion.tables import Cut, Rule
+from agpo_megatron.files import write_all
 from agpo_megatron.policy.marker import FORMAT, digest, write_marker
 from agpo_megatron.policy.stored import StorePlan, pieces_of
 
@@ -45,7 +46,7 @@ RECORD_OVERHEAD = 2048
 
 Load = Callable[[str], Tensor]
 Entry = list[Any]
-"""Of one record: [key, offset in the global tensor or None, size or None, position in the file, length]."""
+"""A record: [key, offset in the global tensor or None, size or None, position in the file, length]."""
 
 
 def write_weights(
@@ -142,7 +143,7 @@ def _write_rules(
 
 
 def _alone(values: Tensor) -> Tensor:
-    """``values`` as the only tensor of its storage: ``torch.save`` writes storages whole. No copy if contiguous."""
+    """Make ``values`` the only tensor of its storage: ``torch.save`` writes storages whole. No copy if contiguous."""
     return torch.frombuffer(bytes_of(values), dtype=values.dtype)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from agpo_megatron.config.schema import RewardConfig
-from agpo_megatron.types import Group
+from agpo_megatron.samples import Group
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)

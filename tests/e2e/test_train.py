@@ -14,12 +14,15 @@ from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.run import Evaluation
+from agpo_megatron.controller.evaluation import Evaluation
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import read_summary
 
 STEPS = 4
-PLUS_MINUS_ONE = {"algorithm.preset": "agpo_v1"}  # advantages of +-1: every group has weight
+PLUS_MINUS_ONE = {  # advantages of +-1: every group has weight; the ratio starts from what was scored
+    "algorithm.preset": "agpo_v1",
+    "algorithm.loss": {"correction": {"kind": "tis"}},
+}
 EXPECTED = {  # every key that applies to on-policy AGPO without KL
     "step reward/mean reward/accuracy reward/length response/tokens_mean response/truncated_frac",
     "group/zero_variance_frac group/all_correct_frac group/all_wrong_frac group/cov_length_advantage",
@@ -51,16 +54,17 @@ def check_run(run_dir: Path) -> None:
         assert keys <= set(row), keys - set(row)
         assert row["rollout/staleness_mean"] == 0.0
         assert row["rollout/logprob_abs_diff_max"] < 1e-3
-        assert row["policy/ratio_mean"] == pytest.approx(1.0)
+        assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+        assert row["correction/mean"] == pytest.approx(1.0, abs=1e-3)
     assert all(row["tokens/trained"] > 0 and row["grad_norm"] > 0 for row in metrics)
 
     folder = RunFolder(run_dir)
     first, last = (Evaluation.read(folder.evaluation(step)) for step in (0, STEPS))
     model = AutoModelForCausalLM.from_pretrained(folder.exported_model, dtype=torch.float32)
     for sample in last.samples:
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
         logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
-        assert logits.argmax(-1).tolist() == sample.response_tokens
+        assert logits.argmax(-1).tolist() == sample.response_tokens.tolist()
         logprobs = logits.log_softmax(-1).gather(1, tokens[0, len(sample.prompt_tokens) :, None])[
             :, 0
         ]

@@ -101,19 +101,28 @@ def random_policy(config: dict[str, Any], policy: Any) -> Iterator[Any]:
         taken_down(parallel, dist)
 
 
+def train_sequence(name: str, tokens: list[int], prompt: int, columns: dict[str, Any]) -> Any:
+    """``prompt`` tokens (at least one, which nothing predicts), then a response of which every token trains."""
+    import numpy as np
+
+    from agpo_megatron.samples import TrainSequence
+
+    first = max(prompt, 1)
+    parts = (np.array(part, dtype=np.int32) for part in (tokens[:first], tokens[first:]))
+    mask = np.ones(len(tokens) - first, dtype=np.uint8)
+    return TrainSequence(name, *parts, mask, columns)
+
+
 def sequences(lengths: list[int], vocabulary: int) -> list[Any]:
     """Whole samples: the first eighth is prompt, everything after it trains."""
-    from agpo_megatron.types import TrainSequence
-
     make = torch.Generator().manual_seed(3)
     total = sum(lengths)
     return [
-        TrainSequence(
+        train_sequence(
             f"g0.{i}",
             torch.randint(0, vocabulary, (n,), generator=make).tolist(),
-            1.0 / total,
-            [0] * (n // 8) + [1] * (n - n // 8),
-            1.0 if i % 2 else -1.0,
+            n // 8,
+            {"loss_weight": 1.0 / total, "advantage": 1.0 if i % 2 else -1.0},
         )
         for i, n in enumerate(lengths)
     ]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agpo_megatron.logprob.reference import reference_logprobs
 from torch import Tensor
 
 from agpo_megatron.logprob.fused import LogProbs, selected_logprobs
 from agpo_megatron.logprob.projection import Kernels
-from agpo_megatron.logprob.reference import reference_logprobs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import Record, median_seconds

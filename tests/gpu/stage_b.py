@@ -57,10 +57,10 @@ def update_flops(shape: Any, lengths: list[int]) -> float:
 
 
 def speed(record: Record, device: str) -> None:
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.config.schema import PolicyConfig
     from agpo_megatron.conversion.shape import ModelShape
     from agpo_megatron.policy.memory import rank_memory
-    from agpo_megatron.policy.objective import LossSettings
 
     rate = matmul_rate(device)
     record.figure("measured matmul rate", rate / 1e12, "TFLOP/s")
@@ -81,7 +81,7 @@ def speed(record: Record, device: str) -> None:
                 seconds = []
                 for _ in range(4):
                     start = time.perf_counter()
-                    stats = rank.update(batch, loss=LossSettings("nll"), lr=1e-5)
+                    stats = rank.update(batch, loss=LossSettings(policy="nll"), lr=1e-5)
                     seconds.append(time.perf_counter() - start)
             best = min(seconds[1:])
             record.check(f"{what}: finite", stats["loss/policy"] > 0 and stats["grad_norm"] > 0)
@@ -99,17 +99,17 @@ def speed(record: Record, device: str) -> None:
 
 def resume(record: Record, folder: Path) -> None:
     """A new optimizer and new weights go on, bit by bit, from a checkpoint: what a killed process leaves."""
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.config.schema import PolicyConfig, TrainConfig
     from agpo_megatron.parity import models
     from agpo_megatron.policy import checkpoint
-    from agpo_megatron.policy.objective import LossSettings
 
     models.write(folder / "hf", models.LLAMA)
     policy = PolicyConfig(dtype="bf16", layers="local")
     batch = [sequences([40, 17, 29], models.LLAMA["vocab_size"])]
 
     def step(rank: Any) -> float:
-        return float(rank.update(batch, loss=LossSettings("nll"), lr=1e-3)["loss/policy"])
+        return float(rank.update(batch, loss=LossSettings(policy="nll"), lr=1e-3)["loss/policy"])
 
     with built(folder / "hf", policy, TrainConfig()) as rank:
         checkpoint.save(folder / "0", rank, 0, {})

@@ -31,8 +31,8 @@ GAPS = {
 def work(variant: str, folder: str) -> dict[str, Any]:
     """Losses, gradient norms and log-probs of one variant, by packing."""
     activate("cuda", "local" if variant == "local" else "auto")
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.config.schema import Fp8Config, PolicyConfig, TrainConfig
-    from agpo_megatron.policy.objective import LossSettings
 
     recipe: Any = "none" if variant in ("local", "none") else variant
     policy = PolicyConfig(
@@ -45,9 +45,11 @@ def work(variant: str, folder: str) -> dict[str, Any]:
         with built(Path(folder), policy, TrainConfig(grad_clip=0.0)) as rank:
             batch = [sequences(lengths, 4096)]
             scores = rank.score(batch)
-            stats = [rank.update(batch, loss=LossSettings("nll"), lr=1e-4) for _ in range(STEPS)]
+            stats = [
+                rank.update(batch, loss=LossSettings(policy="nll"), lr=1e-4) for _ in range(STEPS)
+            ]
             found[name] = {
-                "logprobs": [x for key in sorted(scores) for x in scores[key].logprobs],
+                "logprobs": [float(x) for key in sorted(scores) for x in scores[key].logprobs],
                 "losses": [s["loss/policy"] for s in stats],
                 "norms": [s["grad_norm"] for s in stats],
             }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from one_rank import activate, built, sequences
+from one_rank import activate, built, sequences, train_sequence
 from record import Record
 from server import server, settings, write_model
 
@@ -52,25 +52,24 @@ class PolicyTrainer:
         return self.step, self.scored(tokens, 1.0)
 
     def scored(self, tokens: list[int], temperature: float) -> list[float]:
-        from agpo_megatron.types import TrainSequence
-
-        sequence = TrainSequence("probe", tokens, 1.0, [1] * len(tokens), 1.0)
+        sequence = train_sequence("probe", tokens, 1, {"loss_weight": 1.0})
         scores = self.policy.score([[sequence]], temperature=temperature)
-        return list(scores["probe"].logprobs[1:])
+        return [float(x) for x in scores["probe"].logprobs[1:]]
 
 
 async def published(
     record: Record, url: str, trainer: PolicyTrainer, config: Any, backend: str
 ) -> None:
     import aiohttp
+    import numpy as np
 
-    from agpo_megatron.policy.objective import LossSettings
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.rollout.client import ServerClient
     from agpo_megatron.rollout.pool import RolloutPool
+    from agpo_megatron.samples import Prompt, WeightVersion
     from agpo_megatron.sync.protocol import Publisher
-    from agpo_megatron.types import Prompt, WeightVersion
 
-    prompt = Prompt(0, PROMPT, "")
+    prompt = Prompt(0, np.array(PROMPT, dtype=np.int32), "")
     async with aiohttp.ClientSession() as session:
         client = ServerClient(url, session, timeout=60)
         pool = RolloutPool([client], config.rollout)
@@ -94,11 +93,13 @@ async def published(
                 record.figure(f"publish {step}", sum(done.seconds.values()), "s")
                 record.close(f"publish {step}: log-probs of fixed tokens", done.probe_diff_max, 0.5)
                 (sample,) = (await pool.generate_greedy(prompt)).samples
-                tokens = PROMPT + sample.response_tokens
+                tokens = PROMPT + sample.response_tokens.tolist()
                 mine = trainer.scored(tokens, 1.0)[len(PROMPT) - 1 :]
                 gaps = [abs(a - b) for a, b in zip(mine, sample.rollout_logprobs, strict=True)]
                 record.close(f"publish {step}: generated tokens", sum(gaps) / len(gaps), GAP)
-                trainer.policy.update([sequences([40, 23], 18)], loss=LossSettings("nll"), lr=1e-3)
+                trainer.policy.update(
+                    [sequences([40, 23], 18)], loss=LossSettings(policy="nll"), lr=1e-3
+                )
             record.check("checksums change with the weights", sums[0] != sums[1])
 
 

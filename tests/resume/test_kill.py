@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from kills import (
+    batches,
     check_dynamic_sampling,
     check_nothing_lost_or_repeated,
     controller_log,
@@ -19,8 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.journal import JournalReader
+from agpo_megatron.observe.metrics import read_metrics
 
 STEPS, PROMPTS, GROUP = 4, 4, 4
+OTHERS = ("gspo", "cispo", "gmpo", "sapo")
 SERVER = "rollout server 0"
 
 
@@ -31,7 +35,7 @@ def export_bytes(run_dir: Path) -> bytes:
 def kill_and_continue(
     tmp_path: Path,
     starts: list[list[tuple[str, str]]],
-    check: Callable[[Path, int, int, int], None] = check_nothing_lost_or_repeated,
+    check: Callable[..., None] = check_nothing_lost_or_repeated,
     **changes: object,
 ) -> None:
     """Kill what each start names, role by phase; then let the run come to its end, and judge it."""
@@ -55,7 +59,7 @@ def kill_and_continue(
             assert f"{victim} was killed by signal 9" in outcome.output
     outcome = finish(config, run_dir)
     assert outcome.exit_code == 0, outcome.output
-    check(run_dir, STEPS, PROMPTS, GROUP)
+    check(run_dir, changes.get("train.steps", STEPS), PROMPTS, GROUP)
     # What the killed run learnt is what its journal says, bit for bit.
     replayed = tmp_path / "replayed"
     outcome = finish(config, replayed, "--replay", str(run_dir))
@@ -117,13 +121,39 @@ def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> 
         },
     )
     reader = JournalReader(RunFolder(tmp_path / "run").journal)
-    record = reader.record(STEPS)
+    record = batches(reader)[-1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for row in record.rows[:3]:
-        sample = reader.sample(row.ref, record.segments[row.ref.segment])
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    for s in reader.sequences(record, [0, 1, 2]):
+        tokens = torch.tensor(s.tokens, dtype=torch.int64)[None]
         with torch.no_grad():
-            table = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].log_softmax(-1)
-        expected = table.gather(1, tokens[0, len(sample.prompt_tokens) :, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(row.ref_logprobs), expected, atol=1e-3, rtol=0)
-        assert row.old_logprobs != row.ref_logprobs and len(row.correction) == len(expected)
+            table = model(tokens).logits[0, len(s.prompt_tokens) - 1 : -1].log_softmax(-1)
+        expected = table.gather(1, tokens[0, len(s.prompt_tokens) :, None])[:, 0]
+        ref, old = s.columns["ref_logprobs"], s.columns["old_logprobs"]
+        torch.testing.assert_close(torch.tensor(ref), expected, atol=1e-3, rtol=0)
+        assert (ref != old).any() and len(s.columns["correction"]) == len(expected)
+    ratios = [row["policy/ratio_mean"] for row in read_metrics(tmp_path / "run")]
+    assert ratios == pytest.approx([1.0] * STEPS, abs=1e-5), "scored and trained log-probs agree"
+
+
+@pytest.mark.parametrize(
+    "policy", ["ppo", *(pytest.param(p, marks=pytest.mark.full) for p in OTHERS)]
+)
+def test_several_updates_of_a_batch_killed_between_them(tmp_path: Path, policy: str) -> None:
+    """The batch and the log-probs that its ratios start from are durable before its first update. Steps 1 to 4 are
+    those of the first batch; a checkpoint after each, so that a start begins in the middle of a batch too."""
+    kill_and_continue(
+        tmp_path,
+        [[("controller", "update step 2"), ("trainer rank 1", "update step 7")]],
+        partial(check_nothing_lost_or_repeated, updates=4),
+        **{
+            "algorithm.preset": "agpo_v1",
+            "algorithm.loss": {"policy": policy, "clip_low": 0.02, "clip_high": 0.02},
+            "train.steps": STEPS * 2,
+            "train.updates_per_batch": 4,
+            "run.checkpoint_every": 1,
+        },
+    )
+    rows = read_metrics(tmp_path / "run")
+    assert all(abs(row["policy/ratio_mean"] - 1) < 1e-5 for row in rows[::4])
+    moved = [row["policy/clip_frac"] for row in rows if row["step"] % 4 != 1]
+    assert all(fraction > 0 for fraction in moved) == (policy != "sapo"), "ratios leave the bound"

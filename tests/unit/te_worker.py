@@ -29,18 +29,18 @@ def updates(folder: Path) -> dict[str, Any]:
     """Losses of three steps and log-probs after them; what the layers were given."""
     import policy_models
 
-    from agpo_megatron.policy.objective import LossSettings
+    from agpo_megatron.algorithm.settings import LossSettings
 
     batch = policy_models.sequences([20, 9, 14, 2])
     with policy_models.one_rank(folder) as policy:
         losses = [
-            policy.update([batch], loss=LossSettings("nll"), lr=1e-3)["loss/policy"]
+            policy.update([batch], loss=LossSettings(policy="nll"), lr=1e-3)["loss/policy"]
             for _ in range(3)
         ]
         scores = policy.score([batch])
         return {
             "losses": losses,
-            "logprobs": [x for name in sorted(scores) for x in scores[name].logprobs],
+            "logprobs": [float(x) for name in sorted(scores) for x in scores[name].logprobs],
             "layer": type(policy.chunks[0].module.decoder.layers[0].mlp.linear_fc1).__name__,
             "optimizer": type(policy.optimizer.chained_optimizers[0].optimizer).__name__,
         }
@@ -50,13 +50,15 @@ def resumed(folder: Path) -> dict[str, Any]:
     """A checkpoint before the first step, one after it, and how training goes on from each."""
     import policy_models
 
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.policy import checkpoint
-    from agpo_megatron.policy.objective import LossSettings
 
     batch = policy_models.sequences([20, 9, 14])
 
     def step(policy: Any) -> float:
-        return float(policy.update([batch], loss=LossSettings("nll"), lr=1e-3)["loss/policy"])
+        return float(
+            policy.update([batch], loss=LossSettings(policy="nll"), lr=1e-3)["loss/policy"]
+        )
 
     with tempfile.TemporaryDirectory() as where, policy_models.one_rank(folder) as policy:
         checkpoint.save(Path(where) / "0", policy, 0, {})
@@ -74,14 +76,14 @@ def write(folder: Path) -> dict[str, Any]:
     """A checkpoint after one step, in ``folder``/LAYERS, and log-probs under its weights."""
     import policy_models
 
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.policy import checkpoint
-    from agpo_megatron.policy.objective import LossSettings
 
     batch = policy_models.sequences([20, 9, 14])
     with policy_models.one_rank(folder) as policy:
-        policy.update([batch], loss=LossSettings("nll"), lr=1e-2)
+        policy.update([batch], loss=LossSettings(policy="nll"), lr=1e-2)
         checkpoint.save(folder / sys.argv[2], policy, 1, {})
-        return {"logprobs": policy.score([batch])["s0"].logprobs}
+        return {"logprobs": policy.score([batch])["s0"].logprobs.tolist()}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def read(folder: Path) -> dict[str, Any]:
     with policy_models.one_rank(folder) as policy:
         checkpoint.load_weights(folder / other, policy.chunks, policy.layout)
         batch = policy_models.sequences([20, 9, 14])
-        return {"logprobs": policy.score([batch])["s0"].logprobs}
+        return {"logprobs": policy.score([batch])["s0"].logprobs.tolist()}
 
 
 def calls(folder: Path) -> dict[str, Any]:
@@ -102,9 +104,9 @@ def calls(folder: Path) -> dict[str, Any]:
     import policy_models
     import transformer_engine.pytorch as te  # type: ignore[import-not-found]
 
+    from agpo_megatron.algorithm.settings import LossSettings
     from agpo_megatron.config.schema import Fp8Config, PolicyConfig
     from agpo_megatron.policy import model, policy
-    from agpo_megatron.policy.objective import LossSettings
 
     model._fp8 = lambda *_: {}  # the stub multiplies in fp32; the packs are those of FP8
     found = {}
@@ -112,7 +114,9 @@ def calls(folder: Path) -> dict[str, Any]:
         config = PolicyConfig(dtype="fp32", fp8=Fp8Config(recipe=recipe))
         te.FP8_ROWS.clear()
         with policy_models.one_rank(folder, config) as built:
-            built.update([policy_models.sequences([9, 5])], loss=LossSettings("nll"), lr=1e-3)
+            built.update(
+                [policy_models.sequences([9, 5])], loss=LossSettings(policy="nll"), lr=1e-3
+            )
             built.score([policy_models.sequences([32])])
             filler = policy.pack_all([], policy.pack_multiple(config), 1, same_length=False)
         found[recipe] = sorted({*te.FP8_ROWS, len(filler[0].tokens)})

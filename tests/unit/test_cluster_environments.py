@@ -21,6 +21,8 @@ from agpo_megatron.config import Config, load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.rollout import server
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).parents[2]
 BOTH = NodeRoles("here", (0, 1), (0,), controller=True)
 

@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from agpo_megatron.config.key_tables import configuration_reference
 from agpo_megatron.config.keys import schema_keys
-from agpo_megatron.config.reference import configuration_reference
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_committed_reference_is_up_to_date() -> None:
     assert COMMITTED.read_text(encoding="utf-8") == configuration_reference(), (
-        "run: python -m agpo_megatron.config.reference docs/configuration.md"
+        "run: python -m agpo_megatron.config.key_tables docs/configuration.md"
     )
 
 
@@ -46,6 +46,6 @@ def test_types_and_limits_are_shown() -> None:
 
 def test_the_generator_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    command = [sys.executable, "-m", "agpo_megatron.config.reference", str(page)]
+    command = [sys.executable, "-m", "agpo_megatron.config.key_tables", str(page)]
     subprocess.run(command, check=True, timeout=60, cwd=COMMITTED.parents[1])
     assert page.read_text(encoding="utf-8") == configuration_reference()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import made
 import pytest
 
 from agpo_megatron.config import load_config
@@ -18,7 +19,9 @@ from agpo_megatron.config.schema import Config, PolicyConfig
 from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.policy.memory import layer_weights
 from agpo_megatron.policy.packing import pack, pack_all, pack_multiple, sequence_multiple
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import TrainSequence
+
+pytestmark = pytest.mark.processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
@@ -66,7 +69,7 @@ def takes(recipe: str, rows: int, columns: int) -> bool:
 
 
 def sequence(name: str, tokens: int) -> TrainSequence:
-    return TrainSequence(name, [1] * tokens, 1.0, [0] + [1] * (tokens - 1), 1.0)
+    return made.sequence(name, [1] * tokens, 1.0, [0] + [1] * (tokens - 1), 1.0)
 
 
 def packs(config: Config) -> Iterator[tuple[str, int]]:

@@ -16,6 +16,8 @@ from simulated_ranks import Members, simulated_rank
 
 from agpo_megatron.config import load_config
 
+pytestmark = pytest.mark.processes
+
 CONFIG = load_config(Path(__file__).parents[2] / "configs" / "agpo_70b.yaml")
 POLICY = CONFIG.policy.model_copy(
     update={"fp8": CONFIG.policy.fp8.model_copy(update={"recipe": "none"})}

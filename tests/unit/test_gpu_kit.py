@@ -25,6 +25,8 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.conversion.cutting import check_layout
 from agpo_megatron.conversion.shape import ModelShape
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).parents[2]
 TRAIN = {"torch": "2.13.0", "megatron-core": "0.19.2"}
 EIGHT = [["NVIDIA H100", 80 << 30, "9.0"]] * 8

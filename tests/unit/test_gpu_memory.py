@@ -18,6 +18,8 @@ from agpo_megatron.parity.models import MIXTRAL, QWEN3_MOE
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.memory import layer_activations, rank_memory, stage_parameters
 
+pytestmark = pytest.mark.processes
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import made
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.context import held_tokens
 from agpo_megatron.policy.packing import pack, pack_multiple, sequence_multiple
-from agpo_megatron.types import TrainSequence
+
+pytestmark = pytest.mark.processes
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=8)
 RECIPES = st.sampled_from(["none", "tensorwise", "blockwise", "mxfp8"])
@@ -38,7 +40,7 @@ def test_every_token_is_in_one_sequence_and_every_rank_has_its_share(
 
     policy = policy_of(tp, cp, recipe)
     sequences = [
-        TrainSequence(f"s{i}", [1] * n, 1.0, [0] + [1] * (n - 1), 1.0)
+        made.sequence(f"s{i}", [1] * n, 1.0, [0] + [1] * (n - 1), 1.0)
         for i, n in enumerate(lengths)
     ]
     batch = pack(sequences, pack_multiple(policy), each=sequence_multiple(policy))

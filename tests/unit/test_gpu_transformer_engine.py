@@ -13,6 +13,8 @@ from typing import Any
 import policy_models
 import pytest
 
+pytestmark = pytest.mark.processes
+
 WORKER = Path(__file__).parent / "te_worker.py"
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from agpo_megatron.cluster.environment_probe import loaded_nccl
 
+pytestmark = pytest.mark.processes
+
 REPO = Path(__file__).parents[2]
 IMAGES = REPO / "launch" / "images"
 LISTS = {

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 
+import made
 import psutil
 import pytest
 
 from agpo_megatron.config.schema import RewardConfig
 from agpo_megatron.reward.numeric import extract_number, verify_numeric
 from agpo_megatron.reward.workers import RewardPool
-from agpo_megatron.types import Group, Prompt, Sample
+from agpo_megatron.samples import Group
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.mark.parametrize(
@@ -59,11 +62,8 @@ def test_match_is_exact_and_by_value() -> None:
 
 
 def group(texts: list[str], answer: str = "7") -> Group:
-    prompt = Prompt(0, [1], answer)
-    samples = [
-        Sample("g000000000", i, [1], [2], [-1.0], [1], [], "stop", text=t)
-        for i, t in enumerate(texts)
-    ]
+    prompt = made.prompt(0, [1], answer)
+    samples = [made.sample(prompt, i, 1, text=t) for i, t in enumerate(texts)]
     return Group(prompt, samples)
 
 
