@@ -150,6 +150,10 @@ class Sample:
         return f"{self.group_id}.{self.index}"
 
     @property
+    def correct(self) -> bool:
+        return self.accuracy > 0.5
+
+    @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from agpo_megatron.algorithm.settings import Estimator, ZeroVariance
 
-_WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
+WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 
 
 def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
@@ -98,7 +98,7 @@ def step_advantages(
     for i, group in enumerate(raw):
         if no_variance[i] and zero_variance == "constant":
             values[i] = [_zero_variance_constant(group, r_max, r_min, tol)] * len(group)
-        elif no_variance[i] and estimator not in _WITHOUT_GROUP_BASELINE:
+        elif no_variance[i] and estimator not in WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .advantage import WITHOUT_GROUP_BASELINE
 from .settings import AlgorithmSettings, LossSettings
 
 
@@ -84,7 +85,7 @@ def _contradictions(
 
 def has_group_baseline(algorithm: AlgorithmSettings) -> bool:
     """Return whether advantages compare a response with the others of its group."""
-    return algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
+    return algorithm.advantage.estimator not in WITHOUT_GROUP_BASELINE
 
 
 def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:

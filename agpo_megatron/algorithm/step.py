@@ -148,7 +148,7 @@ def parts(groups: int, request: StepRequest) -> list[int]:
 
 def raw_rewards(group: Group, correct: float, wrong: float) -> list[float]:
     """Return the accuracy rewards, which alone decide whether a group has variance."""
-    return [correct if s.accuracy > 0.5 else wrong for s in group.samples]
+    return [correct if s.correct else wrong for s in group.samples]
 
 
 def has_variance(group: Group, algorithm: AlgorithmSettings, correct: float, wrong: float) -> bool:
@@ -168,7 +168,7 @@ def drops_groups(algorithm: AlgorithmSettings) -> bool:
 def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) -> list[float]:
     """Return the length reward of every sample of a group."""
     settings = algorithm.length_reward
-    correct = [sample.accuracy > 0.5 for sample in group.samples]
+    correct = [sample.correct for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in group.samples]
     match settings.kind:
         case "agpo":
@@ -316,10 +316,8 @@ def step_metrics(
     """Return the metrics of a batch that are known before training on it."""
     samples = [sample for group in groups for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in samples]
-    correct_lengths = [
-        n for n, sample in zip(lengths, samples, strict=True) if sample.accuracy > 0.5
-    ]
-    accuracies = [[sample.accuracy > 0.5 for sample in group.samples] for group in groups]
+    correct_lengths = [n for n, sample in zip(lengths, samples, strict=True) if sample.correct]
+    correct = [[sample.correct for sample in group.samples] for group in groups]
     varied = [
         has_variance(group, request.algorithm, request.correct, request.wrong) for group in groups
     ]
@@ -333,8 +331,8 @@ def step_metrics(
         "response/tokens_mean": fmean(lengths),
         "response/truncated_frac": fmean(sample.truncated for sample in samples),
         "group/zero_variance_frac": fmean(not v for v in varied),
-        "group/all_correct_frac": fmean(all(a) for a in accuracies),
-        "group/all_wrong_frac": fmean(not any(a) for a in accuracies),
+        "group/all_correct_frac": fmean(all(c) for c in correct),
+        "group/all_wrong_frac": fmean(not any(c) for c in correct),
         "group/cov_length_advantage": length_advantage_covariance(lengths, columns["advantage"]),
         "mask/kept_tokens": float(sum(columns["trained"])),
         "mask/kept_groups": float(sum(kept) / len(groups[0].samples)),

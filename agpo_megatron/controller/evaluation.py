@@ -84,7 +84,7 @@ async def measure(rollouts: Rollouts) -> Evaluation:
 
     groups = await asyncio.gather(*(one(prompt) for prompt in rollouts.held_out))
     samples = [group.samples[0] for group in groups]
-    correct = [len(s.response_tokens) for s in samples if s.accuracy > 0.5]
+    correct = [len(s.response_tokens) for s in samples if s.correct]
     scores = {
         "accuracy": len(correct) / len(samples),
         "tokens_mean": fmean(len(s.response_tokens) for s in samples),

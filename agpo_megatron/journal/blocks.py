@@ -13,12 +13,15 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from agpo_megatron.files import WriteError, digest, rename_durably, write_all
 
+T = TypeVar("T")
 MAGIC = 8
 """Number of bytes before the schema in an Arrow file."""
 SCHEMA_BYTES = 2**16
@@ -118,20 +121,22 @@ def read_blocks(
     """
     schemas: dict[str, pa.Schema] = {}
     for block in blocks:
-        deadline = time.monotonic() + patience
-        while (found := _read(folder / block.file, block, schemas)) is None:
-            if time.monotonic() > deadline:
-                path = folder / block.file
-                what = (
-                    f"does not hold the block {block.digest} it was announced with"
-                    if path.exists()
-                    else "is missing"
-                )
-                raise JournalError(
-                    f"{path} {what}. Restore it from a copy; the run cannot be resumed without it."
-                )
-            time.sleep(0.05)
-        yield found
+        path = folder / block.file
+        yield when_shown(partial(_read, path, block, schemas), path, block.digest, patience)
+
+
+def when_shown(read: Callable[[], T | None], path: Path, wanted: str, patience: float) -> T:
+    """Return the result of ``read`` as soon as it is not None. Raises JournalError after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while (found := read()) is None:
+        if time.monotonic() > deadline:
+            cause = f"does not hold the content {wanted} it was announced with"
+            raise JournalError(
+                f"{path} {cause if path.exists() else 'is missing'}. "
+                "Restore it from a copy; the run cannot be resumed without it."
+            )
+        time.sleep(0.05)
+    return found
 
 
 def _read(path: Path, block: Block, schemas: dict[str, pa.Schema]) -> pa.RecordBatch | None:

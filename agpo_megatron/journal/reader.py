@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agpo_megatron.files import digest
-from agpo_megatron.journal.blocks import Block, JournalError, find_blocks, read_blocks
+from agpo_megatron.journal.blocks import Block, JournalError, find_blocks, read_blocks, when_shown
 from agpo_megatron.journal.records import (
     BatchRecord,
     JournaledGroup,
@@ -156,18 +155,9 @@ def read_file(path: Path, wanted: str, patience: float = 5.0) -> bytes:
     Waits up to ``patience`` seconds for a shared file system to show the file with that content.
     Raises JournalError when it stays missing or different.
     """
-    deadline = time.monotonic() + patience
-    while True:
+
+    def read() -> bytes | None:
         data = path.read_bytes() if path.exists() else None
-        if data is not None and digest(data).startswith(wanted):
-            return data
-        if time.monotonic() > deadline:
-            cause = (
-                "is missing"
-                if data is None
-                else f"does not have the digest {wanted} it was announced with"
-            )
-            raise JournalError(
-                f"{path} {cause}. Restore it from a copy; the run cannot be resumed without it."
-            )
-        time.sleep(0.05)
+        return data if data is not None and digest(data).startswith(wanted) else None
+
+    return when_shown(read, path, wanted, patience)

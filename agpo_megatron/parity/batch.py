@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.settings import AggregationMode
-from agpo_megatron.samples import TrainSequence
+from agpo_megatron.samples import TrainSequence, group_of
 
 LENGTHS = (40, 7, 23, 1, 2, 16, 31, 12, 9, 26, 5)
 GROUP = 3
@@ -46,7 +46,7 @@ class Recorded:
 
     @property
     def group_id(self) -> str:
-        return self.sample_id.rpartition(".")[0]
+        return group_of(self.sample_id)
 
 
 def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> list[Recorded]:

@@ -146,17 +146,15 @@ class RolloutPool:
         Raises RolloutError after ``attempts`` failures, ServerError for a request that no server would take (4xx),
         NonFiniteLogprob, WaitExpired when no server becomes ready.
         """
-        config = self._config
-        sampling = Sampling(config.max_response_tokens, config.temperature, stop=tuple(config.stop))
-        return await self._group(prompt, sampling, config.group_size)
+        return await self._group(prompt, self._config.temperature, self._config.group_size)
 
     async def generate_greedy(self, prompt: Prompt) -> Group:
         """Generate one greedy sample, for evaluation."""
-        config = self._config
-        sampling = Sampling(config.max_response_tokens, 0.0, stop=tuple(config.stop))
-        return await self._group(prompt, sampling, 1)
+        return await self._group(prompt, 0.0, 1)
 
-    async def _group(self, prompt: Prompt, sampling: Sampling, n: int) -> Group:
+    async def _group(self, prompt: Prompt, temperature: float, n: int) -> Group:
+        config = self._config
+        sampling = Sampling(config.max_response_tokens, temperature, stop=tuple(config.stop))
         outputs = await self._generate(prompt, sampling, n)
         samples = [
             Sample(
