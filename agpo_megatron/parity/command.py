@@ -108,7 +108,7 @@ def check(config: Config, ranks: int) -> Iterator[str]:
     yield f"layout   {_layout_of(config.policy)} scaled to {_layout_of(policy)} = {policy.world_size} ranks"
     objective = objective_of(config)
     yield (
-        f"loss     ppo, {objective.aggregation}, adaptive {objective.adaptive} of each {objective.scope}, "
+        f"loss     {objective.kind}, {objective.aggregation}, adaptive {objective.adaptive} of each {objective.scope}, "
         f"temperature {objective.temperature:g}"
     )
     worst: list[tuple[Finding, Deviation]] = []
@@ -154,10 +154,12 @@ def objective_of(config: Config) -> Objective:
     loss = config.algorithm.loss
     adaptive = loss.clip.kind if loss.clip.kind in ("max0", "exp") else "none"
     return Objective(
+        kind=loss.policy,
         aggregation=loss.aggregation,
         adaptive=adaptive,  # type: ignore[arg-type]
         scope="group" if loss.clip.scope == "group" else "batch",
         minimum=-1e3,
+        tau=loss.clip.tau,
         clip=(loss.clip_low, loss.clip_high),
         kl=loss.kl.coef if loss.kl.place == "loss" else 0.0,
         entropy=loss.entropy.coef,
