@@ -62,9 +62,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     arguments = parse_arguments(argv)
-    # However it is spelled, it is the same folder.
+    # Make the path absolute, so that every spelling means the same folder.
     run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
         if arguments.command == "status":
@@ -93,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
-    """sft, train, replay or eval on this machine, under the local supervisor."""
+    """Run sft, train, replay or eval on this machine, under the local supervisor."""
     from agpo_megatron.cluster.node import run_locally
 
     mode, extra = arguments.command, []
     if mode == "train" and arguments.replay:
         mode, extra = "replay", ["--replay", str(arguments.replay)]
-        JournalReader(RunFolder(arguments.replay).journal)  # refuses what is no run
+        JournalReader(RunFolder(arguments.replay).journal)  # refuses a folder that is not a run
     config, folder = place(resolved.config, mode)
     check_inputs(config, mode)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
 
 
 def parity(config: Config, ranks: int) -> int:
-    """Print the report; 0 if all of it passes."""
+    """Print the report; return 0 if all of it passes."""
     from agpo_megatron.parity.command import check
     from agpo_megatron.parity.ranks import RankFailed
 
@@ -136,10 +136,10 @@ def parity(config: Config, ranks: int) -> int:
 
 
 def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
-    """The folder ``mode`` works in, and the config as it holds there.
+    """Return the config and the folder of ``mode``.
 
-    Cold start and evaluation have folders of their own inside the run's, so that they never touch its records. An
-    evaluation serves the trained policy if there is one.
+    Cold start and evaluation have folders of their own inside the run folder, so that they never touch its records. An
+    evaluation uses the trained policy if there is one.
     """
     folder = RunFolder(Path(config.run.dir))
     if mode not in ("sft", "eval"):

@@ -1,4 +1,4 @@
-"""What is checked on every node before rank 0 loads a byte, and the one table that says so.
+"""The checks of every node before rank 0 loads a byte, and the one table of their results.
 
 Each node writes its facts into the start folder (so a node that does not see the folder is missing there), then calls
 every other node over TCP (so an address nobody can reach is found, and clocks are compared), then the master judges.
@@ -55,7 +55,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Calls:
-    """What one node found when it called the others. ``skew``: seconds that their clocks are ahead."""
+    """The result of one node's calls to the others. ``skew``: seconds that their clocks are ahead."""
 
     skew: dict[str, float] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
@@ -201,14 +201,14 @@ def call_others(host: str, facts: Mapping[str, NodeFacts]) -> Calls:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NodeReport:
     """``failure``: the first problem, with node and fix; "" when the run may start."""
 
     table: str
     failure: str
 
 
-def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]) -> Verdict:
+def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]) -> NodeReport:
     """One line per node and check; the first failure in the order of the plan."""
     failures: list[str] = []
     rows = [("node", "address", "roles", "gpus", "versions", "network", "clock", "inputs, ports")]
@@ -237,7 +237,7 @@ def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]
                 _mark(own.problems, "ok"),
             )
         )
-    return Verdict(_aligned(rows), failures[0] if failures else "")
+    return NodeReport(_aligned(rows), failures[0] if failures else "")
 
 
 def describe(node: NodeRoles) -> str:

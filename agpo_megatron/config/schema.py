@@ -155,7 +155,7 @@ class PolicyConfig(Section):
     logprob_chunk: int = Field(480, ge=1)
     """Rows of logits held at once: [chunk, V/TP], fp32. More is faster where matmuls outrun memory (a GPU)."""
     logprob_kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What treats logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
+    """Kernels for the logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
 
     @property
     def model_parallel(self) -> int:
@@ -214,7 +214,7 @@ class ClusterConfig(Section):
 
 class PrepareConfig(Section):
     recipe: Literal["none", "tiny_sums", "smollm2_sums", "smollm2_gsm8k"] = "none"
-    """What ``agpo-megatron prepare`` writes before a demonstration run (data, base checkpoint)."""
+    """Files that ``agpo-megatron prepare`` writes before a demonstration run (data, base checkpoint)."""
     source: str = ""
     """Input of the recipe, where it needs one (a GSM8K folder, for instance)."""
     train_problems: int = Field(4000, ge=1)

@@ -1,4 +1,4 @@
-"""Puts one run together: which parts each mode needs, in which order they start and stop."""
+"""Assembly of one run: the parts that each mode needs, and the order in which they start and stop."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from agpo_megatron.samples import Ints
 
 @dataclass(frozen=True)
 class StartContext:
-    """What the supervisor tells the controller about this start. ``url``: where it listens. ``signal_lead``: seconds
-    between Slurm's signal and the time limit, if there is one."""
+    """The supervisor's settings for this start. ``url``: the controller's address. ``signal_lead``: seconds between
+    Slurm's signal and the time limit, if there is one."""
 
     url: str
     token: str
@@ -58,7 +58,7 @@ class StartContext:
 async def execute(
     mode: str, config: Config, folder: RunFolder, context: StartContext, replayed: Path | None
 ) -> None:
-    """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
+    """Run ``mode`` to its end. Closes every part, then raises the error that ended it early, if any."""
     if mode == "eval":
         async with rollouts_of(config, context, False, None) as rollouts:
             rollouts.pool.serve_as_started()
@@ -139,7 +139,7 @@ async def run_of(
 async def rollouts_of(
     config: Config, context: StartContext, training: bool, status: StatusWriter | None
 ) -> AsyncIterator[Rollouts]:
-    """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
+    """Provide pool, rewards and prompts (training prompts only if ``training``), once every server has generated."""
     tokenizer = load_tokenizer(config.model.path)
     problems = await asyncio.to_thread(
         problems_in, config.data.path if training else "", config, tokenizer
@@ -163,7 +163,7 @@ async def rollouts_of(
                 # NCCL holds the survivors of a broken broadcast for ever, where gloo's closed connections free them.
                 start = context.start
                 pool.end_hung = lambda number: start.report_hung(f"rollout server {number}")
-            # A controller that replaces another must not wait for servers that have been lost since.
+            # A controller that replaces another must not wait for servers lost in the meantime.
             await pool.wait_alive(1 if context.start.serving.exists() else None)
             context.start.serving.touch()
             yield Rollouts(
@@ -175,7 +175,7 @@ async def rollouts_of(
 
 
 def problems_in(path: str, config: Config, tokenizer: Any) -> list[Problem]:
-    """Problems of a file ("" has none). Raises DataError also for an answer that the verifier could never confirm."""
+    """Load the problems of a file ("": none). Raises DataError also for an answer that cannot be verified."""
     problems = load_problems(path, config.data, tokenizer) if path else []
     for number, problem in enumerate(problems, start=1):
         if extract_number(problem.answer) is None:

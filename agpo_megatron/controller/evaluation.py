@@ -22,7 +22,7 @@ from agpo_megatron.samples import Group, Prompt, Sample, VersionSpan
 
 @dataclass
 class Rollouts:
-    """Where groups come from: servers, verifiers and prompts."""
+    """The sources of groups: servers, verifiers and prompts."""
 
     pool: RolloutPool
     rewards: RewardPool
@@ -32,7 +32,8 @@ class Rollouts:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """``scores``: accuracy, tokens_mean, tokens_correct_mean (0 if none is right). ``samples``: one per problem."""
+    """The result of an evaluation. ``scores``: accuracy, tokens_mean, tokens_correct_mean (0 if none is right).
+    ``samples``: one per problem."""
 
     scores: dict[str, float]
     samples: list[Sample]
@@ -60,7 +61,7 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 
 async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] | None:
-    """Greedy accuracy and response tokens on the held-out problems; kept per step, so measured once."""
+    """Return the scores at ``step``; measured once and kept. None without held-out problems or without its weights."""
     if not rollouts.held_out:
         return None
     path = run.folder.evaluation(step)
@@ -68,7 +69,7 @@ async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] 
         saved = Evaluation.read(path)
     else:
         if run.version.step != step:
-            return None  # the weights of that step are gone; it was not measured then
+            return None  # not measured at that step, and its weights are gone
         with run.phase(f"evaluate step {step}", {}, ""):
             saved = await measure(rollouts)
         saved.write(path)
@@ -76,14 +77,14 @@ async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] 
 
 
 async def measure(rollouts: Rollouts) -> Evaluation:
-    """Greedy decoding of every held-out problem."""
+    """Decode every held-out problem greedily and score the responses."""
 
     async def one(prompt: Prompt) -> Group:
         return await rollouts.rewards.score_group(await rollouts.pool.generate_greedy(prompt))
 
     groups = await asyncio.gather(*(one(prompt) for prompt in rollouts.held_out))
     samples = [group.samples[0] for group in groups]
-    correct = [len(s.response_tokens) for s in samples if s.accuracy > 0.5]
+    correct = [len(s.response_tokens) for s in samples if s.correct]
     scores = {
         "accuracy": len(correct) / len(samples),
         "tokens_mean": fmean(len(s.response_tokens) for s in samples),

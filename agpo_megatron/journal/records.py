@@ -1,11 +1,11 @@
-"""What the journal's files hold, and how samples become rows and come back.
+"""Contents of the journal's files, and the conversion of samples to rows and back.
 
 Three kinds of immutable Arrow file:
 
 * ``samples/segment-...``: a segment, one block per sample of some finished groups;
-* ``batches/details-...``: what was decided or scored per token for a batch, one block per sample that has any;
+* ``batches/details-...``: per-token decisions and scores of a batch, one block per sample that has any;
 * ``batches/batch-...``: one committed batch, one small row per sample. It refers to blocks of the other two and adds
-  what was decided per sequence. It knows nothing of the parallel layout, so a batch can be replayed in any.
+  the decisions per sequence. It does not depend on the parallel layout, so a batch can be replayed in any.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ BATCH_SCHEMA = pa.schema(
     ]
 )
 SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
-"""What a trainer hands the controller before a batch is decided: log-probs of the tokens of each sample's loss mask."""
+"""Scores from the trainer, before a batch is decided: log-probs of the tokens in each sample's loss mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class JournaledGroup:
-    """A group whose samples are durable, and where they lie (one block per sample)."""
+    """A group whose samples are durable, and their blocks (one per sample)."""
 
     group: Group
     blocks: list[Block]
@@ -85,14 +85,13 @@ class JournaledGroup:
 
 @dataclass(frozen=True, eq=False)
 class BatchRecord:
-    """A committed batch of S samples, for the optimizer steps ``first_step`` (counted from 1) and those after it,
-    ``updates`` in all.
+    """A committed batch of S samples, for ``updates`` optimizer steps from ``first_step`` (counted from 1) on.
 
     ``cursor``: the prompt position after this batch's prompts. ``weight_version``: the weights it starts from.
     ``sample_ids``; ``tokens`` [S]: lengths of the sequences; ``samples``: their blocks; ``details``: blocks of their
     per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
-    ``metrics``: what is known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy
-    bonus; ``entropy_state``: what the next batch's adaptive coefficient starts from.
+    ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
+    ``entropy_state``: adaptive coefficient to start the next batch with.
     """
 
     first_step: int
@@ -111,18 +110,18 @@ class BatchRecord:
 
     @property
     def steps(self) -> range:
-        """Its optimizer steps."""
+        """The optimizer steps of the batch."""
         return range(self.first_step, self.first_step + self.updates)
 
     def rows(self, step: int) -> list[int]:
-        """The samples that ``step`` trains on: those of its part that have weight."""
+        """Return the samples that ``step`` trains on: those of its part with a weight."""
         part, weight = self.columns["update"], self.columns["loss_weight"]
         mine = (part == step - self.first_step) & (weight != 0) & (self.columns["trained"] > 0)
         return [int(i) for i in np.flatnonzero(mine)]
 
 
 def sample_batches(group: Group) -> Iterator[pa.RecordBatch]:
-    """The samples of a group as record batches of one row each."""
+    """Yield the samples of a group as record batches of one row each."""
     samples, prompt = group.samples, group.prompt
     plain = {
         "group_id": [group.group_id] * len(samples),
@@ -147,7 +146,7 @@ def sample_batches(group: Group) -> Iterator[pa.RecordBatch]:
 
 
 def details_batch(sample_id: str, values: Mapping[str, Array | None]) -> pa.RecordBatch:
-    """The per-token decisions about one sample as a record batch of one row."""
+    """Return the per-token decisions about one sample as a record batch of one row."""
     return _one_row({"sample_id": sample_id, **values}, DETAILS_SCHEMA)
 
 
@@ -168,14 +167,14 @@ def _cell(value: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _lists(batch: pa.RecordBatch, names: Iterable[str]) -> dict[str, Any]:
-    """The entries of the one list of each column, without a copy; a column without one is left out, and so is one that
-    the file was written without."""
+    """Return the list of each column as an array, without a copy; null columns are left out, and those that the file
+    was written without."""
     known = [n for n in names if n in batch.schema.names and batch.column(n).null_count == 0]
     return {name: batch.column(name).values.to_numpy() for name in known}
 
 
 def batch_to_sample(batch: pa.RecordBatch) -> Sample:
-    """Inverse of ``sample_batches``."""
+    """Invert ``sample_batches``."""
     fields: dict[str, Any] = {
         name: batch.column(name)[0].as_py()
         for name in ("group_id", "index", "finish_reason", "text", "accuracy", "reward_error")
@@ -192,7 +191,7 @@ def batch_to_sample(batch: pa.RecordBatch) -> Sample:
 
 
 def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
-    """The groups of a segment, from all of its blocks."""
+    """Rebuild the groups of a segment from all of its blocks."""
     groups: dict[str, Group] = {}
     for batch in batches:
         sample = batch_to_sample(batch)
@@ -207,7 +206,7 @@ def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
 def train_sequence(
     record: BatchRecord, row: int, sample: pa.RecordBatch, details: pa.RecordBatch | None
 ) -> TrainSequence:
-    """A journaled sample with what its batch decided about it."""
+    """Join a journaled sample with the decisions of its batch."""
     lists = _lists(sample, _LISTS)
     if details is not None:
         lists |= _lists(details, [c.name for c in columns("token", "step")])
@@ -222,7 +221,7 @@ def train_sequence(
 
 
 def score_sequence(batch: pa.RecordBatch) -> TrainSequence:
-    """A journaled sample before its batch is decided: every token of its mask is scored."""
+    """Build the sequence to score a sample before its batch is decided: every token of its loss mask."""
     sample = batch_to_sample(batch)
     return TrainSequence(
         sample.sample_id,
@@ -234,7 +233,7 @@ def score_sequence(batch: pa.RecordBatch) -> TrainSequence:
 
 
 def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[str, Array]:
-    """Every per-sequence column of source "step", [count]: what was decided, or the default."""
+    """Return every per-sequence column of source "step", [count]: as decided, or the default."""
     return {
         c.name: np.asarray(values.get(c.name, [c.default] * count), dtype=c.dtype)
         for c in COLUMNS
@@ -243,7 +242,7 @@ def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[st
 
 
 def encode_record(record: BatchRecord) -> bytes:
-    """The file of a batch."""
+    """Encode a batch as its file."""
     header = {
         name: getattr(record, name)
         for name in (
@@ -271,7 +270,7 @@ def encode_record(record: BatchRecord) -> bytes:
 
 
 def decode_record(path: Path, data: bytes) -> BatchRecord:
-    """Inverse of ``encode_record``. Raises JournalError naming ``path``."""
+    """Invert ``encode_record``. Raises JournalError naming ``path``."""
     table = decode_table(path, data)
     header = json.loads(table.schema.metadata[b"batch"])
     return BatchRecord(
@@ -290,7 +289,7 @@ def decode_record(path: Path, data: bytes) -> BatchRecord:
 
 
 def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
-    """Log-probs by sample id, as ``SCORE_SCHEMA``; returns the file's digest."""
+    """Write log-probs by sample id in ``SCORE_SCHEMA``; return the file's digest."""
     ends = np.cumsum([0, *(len(values) for values in logprobs.values())])
     entries = np.concatenate([np.zeros(0, np.float32), *logprobs.values()])
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(entries, pa.float32()))
@@ -300,7 +299,7 @@ def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
 
 
 def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
-    """Inverse of ``write_scores``."""
+    """Invert ``write_scores``."""
     table = decode_table(path, data).combine_chunks()
     lists = table.column("logprobs").chunk(0)
     ends, entries = lists.offsets.to_numpy(), lists.values.to_numpy()
@@ -308,8 +307,8 @@ def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
     return {n: entries[a:b] for n, a, b in zip(names, ends, ends[1:], strict=False)}
 
 
-def at_the_masked_tokens(scored: Floats, sample: Sample) -> Floats:
-    """Log-probs of the tokens of a loss mask at their places in the response, 0 elsewhere."""
+def place_on_loss_mask(scored: Floats, sample: Sample) -> Floats:
+    """Spread log-probs of the tokens in the loss mask over the whole response, [n]; 0 off the mask."""
     placed = np.zeros(len(sample.response_tokens), dtype=np.float32)
     placed[sample.loss_mask != 0] = scored
     return placed

@@ -40,8 +40,6 @@ METRIC_KEYS = (
     "policy/entropy",
     "policy/ratio_mean",
     "policy/clip_frac",
-    "policy/old_logprob_abs_diff_mean",
-    "policy/old_logprob_abs_diff_max",
     "grad_norm",
     "lr",
     "rollout/logprob_abs_diff_mean",
@@ -61,6 +59,8 @@ METRIC_KEYS = (
     "loss/entropy_coef",
     "correction/mean",
     "correction/dropped_frac",
+    "policy/old_logprob_abs_diff_mean",
+    "policy/old_logprob_abs_diff_max",
 )
 _KNOWN = frozenset(METRIC_KEYS)
 

@@ -272,7 +272,7 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
 
 
 def _optimizer_state(policy: Policy, loaded: dict[Any, Any]) -> dict[Any, Any]:
-    """What was loaded, in the shape that this layout's optimizer wants.
+    """Return the loaded state in the shape that this layout's optimizer wants.
 
     Megatron chains a second distributed optimizer for experts when they are shared out, and keeps what is not a tensor
     per optimizer of the saving layout. Of that only the step count matters: rates are set before each step, the rest
@@ -321,7 +321,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def random_digest() -> str:
-    """Of all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
+    """Digest all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
     states = _random_states()
     parts = [states["torch"], states["accelerator"], *states["tracker"].values()]
     text = repr((states["python"], sorted(states["tracker"]), [p.tolist() for p in parts]))
@@ -366,8 +366,8 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
-    """Whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together, with one
-    answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
+    """Return whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together,
+    with one answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
     try:
         marker = _checked_marker(target, layout)
     except CheckpointError:

@@ -73,7 +73,7 @@ def to_fraction(text: str) -> Fraction | None:
 
 
 def verify_numeric(answer: str, response: str) -> bool:
-    """Whether ``response`` ends in the number that ``answer`` gives. Raises ValueError if ``answer`` has none."""
+    """Return whether ``response`` ends in the number of ``answer``. Raises ValueError if ``answer`` has none."""
     expected = extract_number(answer)
     if expected is None:
         raise ValueError(f"the reference answer {answer!r} holds no number")

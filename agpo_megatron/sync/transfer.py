@@ -16,7 +16,7 @@ from agpo_megatron.sync.messages import PublishReport
 
 log = logging.getLogger(__name__)
 CALL_SHARE = 1 / 3
-"""Of the pass's remaining time for one call, so that a server that hangs in it leaves time for the others."""
+"""Part of the pass's remaining time for one call, so that a server that hangs in it leaves time for the others."""
 
 
 @dataclass

@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def serve(config: Config, mode: str, channel: Channel) -> None:
-    """Build the policy and carry out commands until ``stop``."""
+    """Build the policy and execute commands until ``stop``."""
     warnings.filterwarnings(
         "ignore", module="megatron"
     )  # "TE is not installed" and its like, at every start

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agpo_megatron.logprob.reference import reference_logprobs
 from torch import Tensor
 
 from agpo_megatron.logprob.fused import LogProbs, selected_logprobs
 from agpo_megatron.logprob.projection import Kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "unit"))
+from logprob_reference import reference_logprobs
 from record import Record, median_seconds
 
 Way = Callable[[], Any]

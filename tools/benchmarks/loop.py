@@ -8,7 +8,7 @@ stands beside it. Nothing is extrapolated: what is measured on a part of the bat
 
     parse        one answer to /generate, 8 responses with log-probs: bytes to Generation objects through
                  ServerClient.generate, without a socket; best of 30
-    scores       read_scores and at_the_masked_tokens: what the trainer scored, back at its places
+    scores       read_scores and place_on_loss_mask: what the trainer scored, back at its places
     decide       ``decide`` with token-level TIS over the batch, all groups with variance; best of 3
     commit       Journal.commit of that decision, old log-probs and factors of every token with it
     append       Journal.append of an eighth of the batch at a time against a plain write and sync of the same bytes,
@@ -53,7 +53,7 @@ from agpo_megatron.files import sync
 from agpo_megatron.journal import BatchRecord, Journal, JournaledGroup, JournalReader
 from agpo_megatron.journal.reader import SegmentName
 from agpo_megatron.journal.records import (
-    at_the_masked_tokens,
+    place_on_loss_mask,
     read_scores,
     sequence_columns,
     write_scores,
@@ -228,7 +228,7 @@ def scored(folder: Path, groups: Sequence[Group]) -> tuple[Scores, Clock]:
     pa.default_memory_pool().release_unused()  # a trainer's process wrote them
     with Clock() as clock:
         found = read_scores(path, path.read_bytes())
-        old = {name: at_the_masked_tokens(v, samples[name]) for name, v in found.items()}
+        old = {name: place_on_loss_mask(v, samples[name]) for name, v in found.items()}
     path.unlink()
     return Scores(old), clock
 
