@@ -252,7 +252,7 @@ def describe(node: NodeRoles) -> str:
 
 
 def _version_problems(node: NodeRoles, plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
-    """Of each of its environments against that of the first node that has one, and, in what must be the same
+    """Compare each of its environments with that of the first node that has one, and, in what must be the same
     everywhere, against the trainers' on the master."""
     problems = []
     masters = facts[plan.master].versions.get("trainer", {})

@@ -135,7 +135,7 @@ class Supervisor:
                 return "finished"  # trainers that were told to stop, servers given up
 
     def _look(self) -> Outcome | None:
-        """What the start folder asks for: the end of the start, or that of servers that hang."""
+        """Obey the start folder: the end of the start, or that of servers that hang."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return None
         self._looked = time.monotonic()

@@ -202,7 +202,7 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     publish_backend: Literal["auto", "gloo"] = "auto"
-    """What carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory, where
+    """Backend that carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory, where
     trainers and servers share a GPU, which NCCL refuses."""
     heartbeat_timeout: float = Field(120.0, gt=0)
     """Seconds without a rank's heartbeat after which it counts as lost."""

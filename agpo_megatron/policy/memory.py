@@ -1,4 +1,4 @@
-"""What a trainer rank holds, in bytes, computed from the shape of the model and the layout, without megatron or a GPU.
+"""Memory of a trainer rank, in bytes, computed from the shape of the model and the layout, without megatron or a GPU.
 
 Parameters are exact (a test compares them with Megatron's own, built for each rank of each configuration). Activations
 are the tensors that backward needs, as the layers of Transformer Engine keep them with flash attention: no dropout, no
