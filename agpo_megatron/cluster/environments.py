@@ -54,7 +54,7 @@ def interpreter(kind: Kind) -> str:
 
 
 def gpu_variables(kind: Kind) -> dict[str, str]:
-    """Return the variables to set for a role on a GPU; what the site has set already stays, and must then be the same everywhere."""
+    """Return the variables to set for a role on a GPU; what the site has set stays, and must be the same everywhere."""
     return {name: os.environ.get(name, value) for name, value in GPU_VARIABLES[kind].items()}
 
 

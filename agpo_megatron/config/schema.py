@@ -202,8 +202,8 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
     publish_backend: Literal["auto", "gloo"] = "auto"
-    """Backend that carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory, where
-    trainers and servers share a GPU, which NCCL refuses."""
+    """Backend that carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory,
+    where trainers and servers share a GPU, which NCCL refuses."""
     heartbeat_timeout: float = Field(120.0, gt=0)
     """Seconds without a rank's heartbeat after which it counts as lost."""
     command_timeout: float = Field(1800.0, gt=0)
