@@ -56,8 +56,8 @@ SHARDING = "fully_reshardable"
 
 EXTRA_STATE = "_extra_state"
 """State that Transformer Engine's layers keep beside their weights: the history of the ``delayed`` FP8 recipe, and
-nothing with the others. It is left out, so that checkpoints do not depend on whose layers wrote them; that history begins anew
-after a resume."""
+nothing with the others. It is left out, so that checkpoints do not depend on whose layers wrote them; that history
+begins anew after a resume."""
 
 
 def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ class ServerLaunch:
 
 def device_of(config: Config) -> Literal["cpu", "cuda"]:
     """Return the device of servers. ``cluster.device: auto`` is cuda where the driver's device file is: the
-    supervisor, which asks, must not load torch; the trainers ask torch. Where the two could disagree (a torch without CUDA on a GPU
-    machine), set ``cluster.device``."""
+    supervisor, which asks, must not load torch; the trainers ask torch. Where the two could disagree (a torch
+    without CUDA on a GPU machine), set ``cluster.device``."""
     if config.cluster.device == "auto":
         return "cuda" if DRIVER.exists() else "cpu"
     return config.cluster.device
