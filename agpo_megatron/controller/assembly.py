@@ -120,7 +120,8 @@ async def run_of(
     base = config.sft.base if mode == "sft" and config.sft else config.model.path
     hidden = int(read_config(base)["hidden_size"])
     try:
-        with Progress(recipe.steps, title_of(mode, config)) as progress:
+        updates = 1 if mode == "sft" else config.train.updates_per_batch
+        with Progress(recipe.steps, title_of(mode, config), updates=updates) as progress:
             run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
             run.stop_requested = context.start.stop_requested.exists
             run.signal_lead = context.signal_lead

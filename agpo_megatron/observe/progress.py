@@ -23,11 +23,14 @@ class Progress:
     """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
 
     ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
-    but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. A context manager.
+    but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. ``updates``: steps of
+    a batch. A context manager.
     """
 
-    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
-        self._total, self._title = total_steps, title
+    def __init__(
+        self, total_steps: int, title: str, console: Console | None = None, updates: int = 1
+    ) -> None:
+        self._total, self._title, self._updates = total_steps, title, updates
         self._every = max(1, total_steps // _PLAIN_LINES)  # long runs: a log, not a flood
         self._console = console or Console()
         self._history: list[Mapping[str, float]] = []
@@ -54,9 +57,9 @@ class Progress:
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
-        before = self._history[-1] if self._history else {}
-        # What is known of a whole batch stands with its first step: it is shown with the others too.
-        shown = dict(metrics) if "reward/mean" in metrics else {**before, **metrics}
+        # Metrics of a whole batch stand with its first step; they are shown with the others too.
+        first = not self._history or metrics["step"] % self._updates == 1 % self._updates
+        shown = {**({} if first else self._history[-1]), **metrics}
         self._history.append(shown)
         if self._live:
             self._live.refresh()

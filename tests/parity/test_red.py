@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import made
 import planted
 import pytest
 
@@ -98,7 +98,7 @@ def test_a_denominator_of_each_replica(contract: Contract, aggregation: str) -> 
         plan = []
         for share in shares:
             mine = train_sequences(share, objective.aggregation, objective.norm_length)
-            halved = [replace(s, loss_weight=s.loss_weight / replicas) for s in mine]
+            halved = [made.changed(s, loss_weight=s.scalar("loss_weight") / replicas) for s in mine]
             plan += split(halved, 1, "packed")
         return plan
 

@@ -24,7 +24,7 @@ from agpo_megatron.journal import JournalReader
 from agpo_megatron.observe.metrics import read_metrics
 
 STEPS, PROMPTS, GROUP = 4, 4, 4
-OTHERS = ("gspo", "cispo", "gmpo", "sapo")
+POLICIES = ("ppo", "gspo", "cispo", "gmpo", "sapo")
 SERVER = "rollout server 0"
 
 
@@ -67,9 +67,16 @@ def kill_and_continue(
     assert export_bytes(replayed) == export_bytes(run_dir) != b""
 
 
-def test_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None:
+def test_controller_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None:
+    """Batches of two updates, the first killed between them; a checkpoint after each."""
     kill_and_continue(
-        tmp_path, [[("trainer rank 1", "update step 3")], [(SERVER, "generate step 4")]]
+        tmp_path,
+        [
+            [("controller", "update step 2"), ("trainer rank 1", "update step 3")],
+            [(SERVER, "generate step 5")],
+        ],
+        partial(check_nothing_lost_or_repeated, updates=2),
+        **{"train.steps": 6, "train.updates_per_batch": 2, "run.checkpoint_every": 1},
     )
 
 
@@ -135,9 +142,8 @@ def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> 
     assert ratios == pytest.approx([1.0] * STEPS, abs=1e-5), "scored and trained log-probs agree"
 
 
-@pytest.mark.parametrize(
-    "policy", ["ppo", *(pytest.param(p, marks=pytest.mark.full) for p in OTHERS)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("policy", POLICIES)
 def test_several_updates_of_a_batch_killed_between_them(tmp_path: Path, policy: str) -> None:
     """The batch and the log-probs that its ratios start from are durable before its first update. Steps 1 to 4 are
     those of the first batch; a checkpoint after each, so that a start begins in the middle of a batch too."""

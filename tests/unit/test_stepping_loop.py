@@ -201,7 +201,7 @@ def test_checkpoints_and_the_journal_behind_them_are_removed(tmp_path: Path) -> 
 
 
 def test_the_display_keeps_what_is_known_of_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(400, "test") as progress:
+    with Progress(400, "test", updates=4) as progress:
         for number in range(1, 9):
             whole = {"reward/mean": 0.25, "reward/accuracy": 0.125} if number % 4 == 1 else {}
             progress.step({"step": float(number), "loss/policy": 0.5, **whole})
