@@ -19,6 +19,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "aiohttp",
+        "math-verify",
         "requests",
         "numpy",
         "rich",

@@ -33,7 +33,7 @@ from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
-from agpo_megatron.reward.numeric import extract_number
+from agpo_megatron.reward.numeric import reference
 from agpo_megatron.reward.workers import RewardPool
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
@@ -164,9 +164,8 @@ def problems_in(path: str, config: Config, tokenizer: Any) -> list[Problem]:
     """Problems of a file ("" has none). Raises DataError also for an answer that the verifier could never confirm."""
     problems = load_problems(path, config.data, tokenizer) if path else []
     for number, problem in enumerate(problems, start=1):
-        if extract_number(problem.answer) is None:
-            raise DataError(
-                f"{path}, problem {number}: the answer {problem.answer!r} holds no number, "
-                "so verifier numeric could never call a response right; drop the line or correct it"
-            )
+        try:
+            reference(problem.answer)
+        except ValueError as error:
+            raise DataError(f"{path}, problem {number}: {error}") from error
     return problems

@@ -16,7 +16,8 @@ from agpo_megatron.data.problems import DataError, load_problems
 from agpo_megatron.data.recipes import prepare, smollm2, tiny_sums
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.tokenizer import load_tokenizer
-from agpo_megatron.reward.numeric import verify_numeric
+from agpo_megatron.reward import Problem, Response
+from agpo_megatron.reward.numeric import numeric
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["prepare.train_problems=50", "prepare.eval_problems=20", "prepare.sft_examples=60"]
@@ -115,7 +116,7 @@ def test_slips_are_forgotten_carries_and_nothing_else() -> None:
     right: dict[bool, list[bool]] = {True: [], False: []}
     for problem in chosen:
         text = tiny_sums.solution(problem, rng)
-        correct = verify_numeric(str(sum(problem)), text)
+        correct = numeric(Problem([], str(sum(problem))), Response(text))
         columns = re.findall(r"(\d)\+(\d)( \+1)? = (\d)", text)
         if not columns:
             continue
