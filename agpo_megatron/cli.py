@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agpo_megatron.algorithm.checks import without_effect
 from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
@@ -16,8 +17,8 @@ from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.summary import render_summary
 
 
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
+            loss, updates = resolved.config.algorithm.loss, resolved.config.train.updates_per_batch
+            if note := without_effect(loss, updates):
+                sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
         if arguments.command == "parity":

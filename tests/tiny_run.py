@@ -63,7 +63,7 @@ def write_run(folder: Path, **changes: object) -> Path:
         "data.path": str(folder / "train.jsonl"),
         "eval.path": str(folder / "eval.jsonl"),
         "train.steps": 4,
-        "train.prompts_per_step": 4,
+        "train.prompts_per_batch": 4,
         "train.lr": 1.0e-3,
         "train.micro_batch_tokens": 128,
         "rollout.group_size": 4,

@@ -8,78 +8,68 @@ repeated. ``preset`` is short for ``algorithm.preset``; ``--set`` goes to every 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from agpo_megatron.config import Config, load_config
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.run import Evaluation
 from agpo_megatron.observe.metrics import read_metrics
 
-Row = dict[str, float]
 WINDOW = 10  # steps over which fluctuation is measured
+CLOSED = "gate closed"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One run: its metrics, and its held-out scores by step; the last is that of the trained policy."""
+    """One run. ``curves``: a row per step, of ``curves_of``. ``held_out``: a row per evaluation, by step: accuracy,
+    tokens_mean, tokens_correct_mean; the last is that of the trained policy."""
 
-    rows: list[Row]
-    held_out: dict[int, Row]
-
-    @property
-    def before(self) -> Row:
-        return self.held_out[0]
-
-    @property
-    def after(self) -> Row:
-        return self.held_out[max(self.held_out)]
+    curves: pd.DataFrame
+    held_out: pd.DataFrame
 
 
-def wasted(row: Row) -> float:
-    """Share of samples that cost a rollout and gave the policy loss nothing: silent groups, replaced ones too, and
-    everything where the gate was closed."""
-    if row.get("loss/clip_gate", 1.0) == 0.0:
-        return 1.0
-    generated = row.get("sampling/discarded_groups", 0.0) / row["groups"]
-    if row.get("constants"):
-        return 0.0
-    return (row["group/zero_variance_frac"] + generated) / (1.0 + generated)
+def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFrame:
+    """Compute what is compared, step by step, from the metrics; NaN where it was not measured."""
+    steps = pd.DataFrame(rows).set_index("step")
 
+    def metric(key: str, absent: float) -> pd.Series:
+        return steps[key].fillna(absent) if key in steps else pd.Series(absent, steps.index)
 
-def fluctuation(rows: Sequence[Row]) -> list[float]:
-    """Standard deviation of the unclipped loss over the last ``WINDOW`` steps, at each step."""
-    losses = [row["loss/unclipped"] for row in rows]
-    windows = [losses[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(losses))]
-    return [stdev(w) if len(w) > 1 else 0.0 for w in windows]
-
-
-def entropy(row: Row) -> float:
-    """NaN where nothing was trained on, and entropy therefore not measured."""
-    return row.get("policy/entropy", math.nan) if row.get("tokens/trained") else math.nan
-
-
-CURVES: dict[str, Callable[[Sequence[Row]], list[float]]] = {
-    "training accuracy": lambda rows: [r["reward/accuracy"] for r in rows],
-    "mean response tokens": lambda rows: [r["response/tokens_mean"] for r in rows],
-    f"loss fluctuation (std over {WINDOW} steps)": fluctuation,
-    "policy entropy (nats)": lambda rows: [entropy(r) for r in rows],
-    "share of wasted samples": lambda rows: [wasted(r) for r in rows],
-}
+    closed = metric("loss/clip_gate", 1.0) == 0.0
+    replaced = metric("sampling/discarded_groups", 0.0) / config.train.prompts_per_batch
+    # Samples that cost a rollout and gave the policy loss nothing: zero-variance groups, replaced ones too, and
+    # everything where the gate was closed.
+    wasted = (steps["group/zero_variance_frac"] + replaced) / (1.0 + replaced)
+    if config.algorithm.advantage.zero_variance == "constant":
+        wasted *= 0.0
+    entropy = metric("policy/entropy", float("nan"))
+    return pd.DataFrame(
+        {
+            "training accuracy": steps["reward/accuracy"],
+            "mean response tokens": steps["response/tokens_mean"],
+            f"loss fluctuation (std over {WINDOW} steps)": steps["loss/unclipped"]
+            .rolling(WINDOW, min_periods=1)
+            .std()
+            .fillna(0.0),
+            "policy entropy (nats)": entropy.where(metric("tokens/trained", 0.0) > 0),
+            "share of wasted samples": wasted.mask(closed, 1.0),
+            CLOSED: closed.astype(float),
+        }
+    )
 
 
 def agpo(command: str, config: Path, run_dir: Path, settings: Sequence[str]) -> None:
-    """One command of the program; its output goes to a file beside the run. Raises RuntimeError with its last lines."""
+    """Run one command of the program; output goes to a file beside the run. Raises RuntimeError with its last lines."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.with_name(f"{run_dir.name}-{command}.log")
     line = [sys.executable, "-m", "agpo_megatron", command, str(config), "--run-dir", str(run_dir)]
@@ -93,7 +83,7 @@ def agpo(command: str, config: Path, run_dir: Path, settings: Sequence[str]) -> 
 
 
 def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]:
-    """Data and cold start of one seed, made once; returns the settings that let other run folders use them."""
+    """Make data and cold start of one seed, once; returns the settings that let other run folders use them."""
     done = folder / "ready"
     made = load_config(config, settings, str(folder))
     if not made.eval.path:
@@ -114,87 +104,68 @@ def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]
 
 
 def finished(run_dir: Path, config: Config) -> Finished:
-    rows = read_metrics(run_dir)
-    for row in rows:
-        row["groups"] = float(config.train.prompts_per_step)
-        row["constants"] = float(config.algorithm.advantage.zero_variance == "constant")
-    folder = RunFolder(run_dir)
-    measured = [step for step in range(len(rows) + 1) if folder.evaluation(step).exists()]
-    return Finished(rows, {s: Evaluation.read(folder.evaluation(s)).scores for s in measured})
+    rows, folder = read_metrics(run_dir), RunFolder(run_dir)
+    files = {step: folder.evaluation(step) for step in range(len(rows) + 1)}
+    scores = {s: json.loads(f.read_text())["scores"] for s, f in files.items() if f.exists()}
+    return Finished(curves_of(rows, config), pd.DataFrame.from_dict(scores, orient="index"))
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and, for several seeds, standard deviation."""
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
+def spread(values: pd.Series) -> str:
+    """Format the mean and, for several seeds, the standard deviation of what was measured."""
+    values = values.dropna()
+    if values.empty:
         return "not measured"
-    return f"{fmean(known):.3f}" + (f" ± {stdev(known):.3f}" if len(known) > 1 else "")
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation of what was measured; 0 for one value."""
-    known = [v for v in values if not math.isnan(v)]
-    return stdev(known) if len(known) > 1 else 0.0
-
-
-def mean_known(values: Sequence[float]) -> float:
-    known = [v for v in values if not math.isnan(v)]
-    return fmean(known) if known else math.nan
-
-
-def table(results: dict[str, list[Finished]], key: str) -> str:
-    """Markdown: one line per value; last-fifth means of the training curves, held-out scores after the run."""
-    lines = [
-        f"| {key} | held-out accuracy | before | held-out tokens | "
-        + " | ".join(CURVES)
-        + " | gate closed |",
-        "|---" * (len(CURVES) + 5) + "|",
-    ]
+def table(results: Mapping[str, Sequence[Finished]], key: str) -> str:
+    """Format a line per value, in Markdown: held-out scores after the run, training curves at their ends."""
+    lines = []
     for value, runs in results.items():
-        cells = [
-            spread([run.after["accuracy"] for run in runs]),
-            spread([run.before["accuracy"] for run in runs]),
-            spread([run.after["tokens_mean"] for run in runs]),
-        ]
-        for curve in CURVES.values():
-            ends = [curve(run.rows)[-max(1, len(run.rows) // 5) :] for run in runs]
-            cells.append(spread([mean_known(end) for end in ends]))
-        closed = [fmean(r.get("loss/clip_gate", 1.0) == 0.0 for r in run.rows) for run in runs]
-        lines.append(f"| `{value}` | " + " | ".join([*cells, spread(closed)]) + " |")
-    seeds = len(next(iter(results.values())))
+        ends = [run.curves.tail(max(1, len(run.curves) // 5)).mean() for run in runs]
+        columns = pd.DataFrame(
+            [
+                {
+                    "held-out accuracy": run.held_out["accuracy"].iloc[-1],
+                    "before": run.held_out["accuracy"].iloc[0],
+                    "held-out tokens": run.held_out["tokens_mean"].iloc[-1],
+                    **end,
+                    CLOSED: run.curves[CLOSED].mean(),  # of all steps
+                }
+                for run, end in zip(runs, ends, strict=True)
+            ]
+        )
+        lines.append(
+            f"| `{value}` | " + " | ".join(spread(columns[name]) for name in columns) + " |"
+        )
+    head = [f"| {key} | " + " | ".join(columns) + " |", "|---" * (len(columns.columns) + 1) + "|"]
     note = (
-        f"Mean ± standard deviation over {seeds} seed(s). Training columns: mean of the last fifth of the steps. "
-        "Wasted: silent groups (replaced ones too), and all samples of a step whose gate was closed."
+        f"Mean ± standard deviation over {len(columns)} seed(s). Training columns: mean of the last fifth of steps. "
+        "Wasted: zero-variance groups (replaced ones too), and all samples of a step whose gate was closed."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*head, *lines, "", note]) + "\n"
 
 
-def picture(results: dict[str, list[Finished]], path: Path) -> None:
-    """Held-out accuracy and the training curves over steps; bands are the spread over seeds."""
+def picture(results: Mapping[str, Sequence[Finished]], path: Path) -> None:
+    """Draw held-out accuracy and the training curves over steps; bands are the spread over seeds."""
     figure, grid = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    first, *others = grid.flat
+    first.set_title("held-out accuracy")
     for number, (value, runs) in enumerate(results.items()):
         color = f"C{number}"
-        panels = list(grid.flat)
-        steps = sorted(set.intersection(*(set(run.held_out) for run in runs)))
-        held_out = [[run.held_out[step]["accuracy"] for run in runs] for step in steps]
-        means = [fmean(scores) for scores in held_out]
-        errors = [deviation(scores) for scores in held_out]
-        panels[0].errorbar(steps, means, errors, color=color, marker="o", capsize=3, label=value)
-        panels[0].set_title("held-out accuracy")
-        for axes, (name, curve) in zip(panels[1:], CURVES.items(), strict=True):
-            series = list(zip(*(curve(run.rows) for run in runs), strict=False))
-            x = range(1, len(series) + 1)
-            middle = [mean_known(values) for values in series]
-            band = [deviation(values) for values in series]
-            axes.plot(x, middle, color=color, label=value)
-            low, high = (
-                [m + sign * b for m, b in zip(middle, band, strict=True)] for sign in (-1, 1)
-            )
-            axes.fill_between(x, low, high, color=color, alpha=0.15)
+        seeds = pd.concat([run.held_out["accuracy"] for run in runs], axis=1).dropna()
+        errors = seeds.std(axis=1).fillna(0.0)
+        look = {"color": color, "marker": "o", "capsize": 3, "label": value}
+        first.errorbar(seeds.index, seeds.mean(axis=1), errors, **look)
+        for axes, name in zip(others, runs[0].curves.columns.drop(CLOSED), strict=True):
+            seeds = pd.concat([run.curves[name] for run in runs], axis=1)
+            middle, band = seeds.mean(axis=1), seeds.std(axis=1).fillna(0.0)
+            axes.plot(seeds.index, middle, color=color, label=value)
+            axes.fill_between(seeds.index, middle - band, middle + band, color=color, alpha=0.15)
             axes.set_title(name)
     for axes in grid.flat:
         axes.set_xlabel("step")
-    grid.flat[0].legend()
+    first.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -9,15 +9,14 @@
 
 A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds
 weights alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the
-run began from. Tensors are streamed: memory is that of the largest few. The same command takes up an interrupted
-conversion.
+run began from. Tensors are streamed: memory is that of the largest few (from-gguf: of all). The same command takes up
+an interrupted conversion.
 Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -51,6 +50,7 @@ from agpo_megatron.conversion.hf_writer import (
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec
 from agpo_megatron.conversion.tables import Rule
 from agpo_megatron.conversion.weight_map import WeightMap
+from agpo_megatron.files import digest
 from agpo_megatron.policy.marker import MARKER
 from agpo_megatron.policy.stored import ParallelSizes, StorePlan
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
@@ -66,7 +66,7 @@ Loader = Callable[[str], Tensor]
 def to_megatron(
     hf_dir: Path, out: Path, sizes: ParallelSizes, dtype: str | None, workers: int
 ) -> None:
-    """Weights of ``hf_dir`` as a Megatron checkpoint; it appears complete or not at all."""
+    """Write the weights of ``hf_dir`` as a Megatron checkpoint; it appears complete or not at all."""
     refuse_existing(out)
     source = HfCheckpoint(hf_dir)
     stored = dtype or _single_dtype(source)
@@ -113,7 +113,7 @@ def to_hf(
     max_shard: int,
     workers: int,
 ) -> None:
-    """Weights of a Megatron checkpoint as a Hugging Face folder, in ``dtype`` (default: as stored)."""
+    """Write the weights of a Megatron checkpoint as a Hugging Face folder, in ``dtype`` (default: as stored)."""
     refuse_existing(out)
     model, origin = _stored_model(megatron_dir, like)
     model.source.check_files(workers)
@@ -198,7 +198,7 @@ def inspect(folder: Path) -> None:
 
 
 def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], Loader]:
-    """(tensor descriptions, loader) of a checkpoint of either kind."""
+    """Open a checkpoint of either kind: (tensor descriptions, loader)."""
     if not (folder / MARKER).is_file():
         source = HfCheckpoint(folder)
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
@@ -215,7 +215,7 @@ def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], 
 
 
 def _stored_model(folder: Path, like: Path | None) -> tuple[StoredModel, Path]:
-    """(weights of a Megatron checkpoint, folder of its config and tokenizer)."""
+    """Open a Megatron checkpoint: (its weights, folder of its config and tokenizer)."""
     source = StoredCheckpoint(folder)
     origin = like or folder / ORIGIN
     if like is None and not origin.is_dir():
@@ -226,14 +226,14 @@ def _stored_model(folder: Path, like: Path | None) -> tuple[StoredModel, Path]:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """Fingerprint of a folder's files: names, sizes, times of change; config by content."""
+    """Fingerprint a folder by the names, sizes and times of change of its files."""
     files = {
         entry.name: [entry.stat().st_size, entry.stat().st_mtime_ns]
         for entry in sorted(os.scandir(folder), key=lambda e: e.name)
         if entry.is_file()
     }
     text = json.dumps(files, sort_keys=True)
-    return {"of": str(folder.absolute()), "state": hashlib.sha256(text.encode()).hexdigest()}
+    return {"of": str(folder.absolute()), "state": digest(text.encode())}
 
 
 def _single_dtype(source: HfCheckpoint) -> str:
@@ -248,7 +248,7 @@ def _single_dtype(source: HfCheckpoint) -> str:
 
 @contextmanager
 def _progress(title: str, total: int, workers: int) -> Iterator[Pace]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Show a bar on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -300,7 +300,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     def add_workers(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--workers", type=int, default=2, help="files written at once (2)")
 
-    add_workers(command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out"))
+    command("from-gguf", "llama.cpp file to a Hugging Face folder", "file", "out")
     made = command("to-megatron", "Hugging Face folder to a Megatron checkpoint", "hf_dir", "out")
     for axis in ("tp", "pp", "vpp", "ep"):
         made.add_argument(f"--{axis}", type=int, default=1, help="of the layout it is cut for (1)")
@@ -323,7 +323,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _carry_out(given: argparse.Namespace) -> int:
+def _run(given: argparse.Namespace) -> int:
     dtype = getattr(given, "dtype", None)
     dtype = DTYPE_NAMES.get(dtype, dtype)
     match given.command:
@@ -335,8 +335,7 @@ def _carry_out(given: argparse.Namespace) -> int:
             inspect(given.folder)
             return 0
         case "from-gguf":
-            with _progress(f"writing {given.out}", 0, given.workers) as pace:
-                convert_gguf(given.file, given.out, pace)
+            convert_gguf(given.file, given.out)
         case "to-megatron":
             sizes = ParallelSizes(given.tp, given.pp, given.vpp, given.ep)
             if given.plan:
@@ -354,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; returns the exit code."""
     given = _arguments(argv)
     try:
-        return _carry_out(given)
+        return _run(given)
     except (ConversionError, RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Estimator = Literal[
-    "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
-]
-ZeroVariance = Literal["zero", "constant", "resample"]
+from agpo_megatron.algorithm.settings import Estimator, ZeroVariance
+
 _WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 
 
@@ -76,7 +74,7 @@ def step_advantages(
                 f"{len(counts)} token counts in one group"
             )
         _check_finite(shaped_group)
-    silent = [is_zero_variance(group, tol) for group in raw]
+    no_variance = [is_zero_variance(group, tol) for group in raw]
     match estimator:
         case "group_norm":
             values = [_normalised(group, std_eps, ddof) for group in shaped]
@@ -98,9 +96,9 @@ def step_advantages(
         case _:
             raise ValueError(f"unknown advantage estimator {estimator!r}")
     for i, group in enumerate(raw):
-        if silent[i] and zero_variance == "constant":
+        if no_variance[i] and zero_variance == "constant":
             values[i] = [_zero_variance_constant(group, r_max, r_min, tol)] * len(group)
-        elif silent[i] and estimator not in _WITHOUT_GROUP_BASELINE:
+        elif no_variance[i] and estimator not in _WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     return values
 

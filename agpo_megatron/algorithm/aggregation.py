@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-AggregationMode = Literal[
-    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
-]
+from agpo_megatron.algorithm.settings import AggregationMode
 
 
 def sequence_weights(

@@ -7,27 +7,25 @@ the policy loss of the token, without gradient.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from numpy.typing import NDArray
 
-CorrectionKind = Literal["tis", "mis", "icepop"]
-CorrectionLevel = Literal["token", "sequence", "sequence_mean"]
+from agpo_megatron.algorithm.settings import CorrectionKind, CorrectionLevel
+from agpo_megatron.samples import Floats, Mask
+
 _LIMIT = 20.0
 
 
 def rollout_correction(
-    old_logprobs: NDArray[np.float64],
-    rollout_logprobs: NDArray[np.float64],
-    loss_mask: NDArray[np.bool_],
+    old_logprobs: Floats,
+    rollout_logprobs: Floats,
+    loss_mask: Mask,
     *,
     kind: CorrectionKind,
     level: CorrectionLevel,
     low: float,
     high: float,
-) -> NDArray[np.float64]:
-    """Weights of the tokens of one sequence, [n]; 0 off ``loss_mask`` and where a token is refused.
+) -> Floats:
+    """Weights of the tokens of one sequence, [n] float32; 0 off ``loss_mask`` and where a token is refused.
 
     ::
 
@@ -47,12 +45,19 @@ def rollout_correction(
             f"rollout correction: {len(old_logprobs)} old log-probs, {len(rollout_logprobs)} "
             f"rollout log-probs and {len(loss_mask)} mask entries"
         )
-    gap = np.where(loss_mask, old_logprobs - rollout_logprobs, 0.0)
+    gap = np.subtract(
+        old_logprobs,
+        rollout_logprobs,
+        where=loss_mask != 0,
+        out=np.zeros(len(loss_mask), np.float32),
+    )
     if level != "token":
-        total = float(gap.sum())
+        total = float(gap.sum(dtype=np.float64))
         if level == "sequence_mean":
-            total /= max(int(loss_mask.sum()), 1)
+            total /= max(int(np.count_nonzero(loss_mask)), 1)
         gap = np.full_like(gap, total)
     q = np.exp(np.clip(gap, -_LIMIT, _LIMIT))
-    weights = np.minimum(q, high) if kind == "tis" else np.where((q >= low) & (q <= high), q, 0.0)
-    return np.where(loss_mask, weights, 0.0)
+    accepted = loss_mask != 0
+    if kind != "tis":
+        accepted &= (q >= low) & (q <= high)
+    return np.where(accepted, np.minimum(q, np.float32(high)), np.float32(0))

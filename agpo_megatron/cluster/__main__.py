@@ -1,10 +1,10 @@
-"""``python -m agpo_megatron.cluster {plan,node,conclude}``: what the Slurm batch script calls; not meant for hands.
+"""Commands of the Slurm batch script, not meant for hands: ``python -m agpo_megatron.cluster {plan,node,conclude}``.
 
     plan CONFIG [--set a.b=c] [--run-dir DIR] [--dry-run]   roles of this job's nodes; makes the start folder
     node START_FOLDER                                       one node, one task of an srun step
     conclude START_FOLDER                                   after the steps: how it ended
 
-Exit codes of ``plan``: 0 go on, 2 bad input. Of ``conclude``: 0 finished, 75 requeue, 1 give up.
+Exit codes: ``plan`` 0 go on, 2 bad input; ``conclude`` 0 finished, 75 requeue, 1 give up.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.summary import render_summary
 
 MODE = "train"
@@ -98,7 +98,7 @@ def make_plan(arguments: argparse.Namespace) -> int:
 
 
 def shell_variables(plan: Plan, start: str) -> str:
-    """Assignments for bash: the start folder, and the hosts of every srun step."""
+    """Format assignments for bash: the start folder, and the hosts of every srun step."""
     return (
         f"start={shlex.quote(start)}\n"
         f"trainer_hosts=({' '.join(plan.trainer_hosts)})\n"
@@ -107,7 +107,7 @@ def shell_variables(plan: Plan, start: str) -> str:
 
 
 def table(plan: Plan, config: Config) -> str:
-    """One line per node, and the sums."""
+    """Format one line per node, and the sums."""
     width = max(len(node.host) for node in plan.nodes)
     lines = [f"  {node.host:<{width}}  {describe(node)}" for node in plan.nodes]
     policy = config.policy
@@ -122,7 +122,7 @@ def table(plan: Plan, config: Config) -> str:
 
 
 def node(start: StartFolder) -> int:
-    """Exit code: 0 unless this node's roles failed, which then also ends the step on the others (kill-on-bad-exit)."""
+    """Run this node; exit code 0 unless its roles failed, which also ends the step on the others (kill-on-bad-exit)."""
     host = os.environ["SLURMD_NODENAME"]
     if start.plan().master != host:
         outcome = run_node(start, host)

@@ -1,4 +1,4 @@
-"""Under which address the other nodes reach this one. Never guessed: no fallback to localhost."""
+"""Finds the address under which the other nodes reach this one. Never guessed: no fallback to localhost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agpo_megatron.cluster.roles import LaunchError
 
 
 def own_address(host: str, others: Sequence[str], interface: str = "") -> str:
-    """IPv4 address of this node, called ``host``, for the nodes ``others``.
+    """Find the IPv4 address of this node, called ``host``, for the nodes ``others``.
 
     ``interface`` (site.env: AGPO_INTERFACE) decides where it is given. Otherwise it is the address the name resolves
     to; where that is a loopback address, as Debian's installer writes into /etc/hosts, the one that packets to the
@@ -36,7 +36,7 @@ def own_address(host: str, others: Sequence[str], interface: str = "") -> str:
 
 
 def resolve(host: str) -> str:
-    """Raises LaunchError when this node does not know ``host``."""
+    """Look up the IPv4 address of ``host``. Raises LaunchError when this node does not know it."""
     try:
         address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     except socket.gaierror as error:
@@ -51,14 +51,14 @@ def is_loopback(address: str) -> bool:
 
 
 def source_towards(address: str) -> str:
-    """Own address on the route to ``address``; nothing is sent."""
+    """Find this node's own address on the route to ``address``; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))
         return str(probe.getsockname()[0])
 
 
 def interface_address(interface: str) -> str:
-    """First IPv4 address of a network interface. Raises LaunchError when it has none."""
+    """Find the first IPv4 address of a network interface. Raises LaunchError when it has none."""
     found = psutil.net_if_addrs()
     for entry in found.get(interface, []):
         if entry.family == socket.AF_INET:
@@ -70,7 +70,7 @@ def interface_address(interface: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """Name of the interface that ``address`` belongs to: what GLOO_SOCKET_IFNAME takes. Raises LaunchError."""
+    """Find the interface that ``address`` belongs to, for GLOO_SOCKET_IFNAME. Raises LaunchError."""
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
             if entry.family != socket.AF_INET:

@@ -13,7 +13,7 @@ from agpo_megatron.config.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Conclusion:
-    """``again``: whether the job should be requeued. ``message``: for the job's output."""
+    """The end of one start. ``again``: whether the job should be requeued; ``message``: text for the job's output."""
 
     outcome: str
     again: bool
@@ -46,7 +46,7 @@ def conclude(run: RunFolder, start: StartFolder, allowed: int) -> Conclusion:
 
 
 def failed_in_a_row(run: RunFolder) -> int:
-    """Newest starts that failed, back to the first failure after a step was committed.
+    """Count the newest starts that failed, back to the first failure after a step was committed.
 
     A start without a conclusion lost its node: it counts as failed.
     """

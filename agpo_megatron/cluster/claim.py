@@ -1,4 +1,4 @@
-"""Whose a run folder is: one command at a time, and one run for good."""
+"""Keeps a run folder to one command at a time, and to one run for good."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.loading import leaves, resolve_config
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.journal.records import write_durably
+from agpo_megatron.files import digest, write_durably
 
 # What may change while a run goes on: how it is carried out. Everything else is what the run *is*.
 FREE = (
@@ -20,7 +20,7 @@ FREE = (
     "journal.",
     "cluster.",
     "prepare.",
-    "model.path",  # of these the content is compared
+    "model.path",  # paths: their content is compared
     "data.path",
     "eval.path",
     "sft.",
@@ -101,7 +101,7 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
 
 
 def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
-    """Whether ``mode`` has come to its end here: a cold start with its output, a training run with all its steps."""
+    """Say whether ``mode`` has ended here: a cold start with its output, a training run with all its steps."""
     if mode == "eval" or not folder.done.exists():
         return False
     done = json.loads(folder.done.read_text())
@@ -111,7 +111,7 @@ def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
 
 
 def is_identity(key: str, config: Config, mode: str) -> bool:
-    """Whether a run with another value of ``key`` would be another run."""
+    """Say whether a run with another value of ``key`` would be another run."""
     if mode == "sft":
         return key.startswith(SFT_IDENTITY) and key not in ("sft.path", "sft.base")
     if key == "train.steps":  # the learning rate of every step may depend on it
@@ -120,7 +120,7 @@ def is_identity(key: str, config: Config, mode: str) -> bool:
 
 
 def input_paths(config: Config, mode: str) -> dict[str, str]:
-    """Files and folders whose content is part of what a run is."""
+    """List files and folders whose content is part of what a run is."""
     if mode == "sft" and config.sft:
         return {"sft.path": config.sft.path, "sft.base": config.sft.base}
     paths = {"model.path": config.model.path}
@@ -132,10 +132,10 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """Digest of a file's content; of a checkpoint folder, of its config and of its weights' names and sizes."""
+    """Digest the content of a file; for a checkpoint folder, its config and its weights' names and sizes."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
-    return hashlib.sha256(config + json.dumps(weights).encode()).hexdigest()
+    return digest(config, json.dumps(weights).encode())

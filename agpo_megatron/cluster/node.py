@@ -36,7 +36,7 @@ class PreflightFailed(RuntimeError):
 
 
 def run_locally(config: Config, folder: RunFolder, mode: str, extra: Sequence[str] = ()) -> int:
-    """A whole run on this machine, started and supervised; returns the exit code for the shell."""
+    """Start and supervise a whole run on this machine; returns the exit code for the shell."""
     plan = machine_plan(config, MACHINE, mode)
     start = StartFolder.create(folder, time.strftime("%Y%m%d-%H%M%S"), plan, config)
     try:
@@ -71,7 +71,7 @@ def run_node(start: StartFolder, host: str, extra: Sequence[str] = ()) -> Outcom
 
 
 def preflight(start: StartFolder, plan: Plan, host: str, config: Config) -> dict[str, NodeFacts]:
-    """What every node says of itself, once all of it is as it must be. Raises PreflightFailed on every node."""
+    """Return the facts of every node once all are as they must be. Raises PreflightFailed, on every node alike."""
     deadline = time.monotonic() + config.rollout.start_timeout
     hosts = [node.host for node in plan.nodes]
     if host == MACHINE:
@@ -107,7 +107,7 @@ def node_roles(
     facts: Mapping[str, NodeFacts],
     extra: Sequence[str],
 ) -> list[Role]:
-    """Commands and environments of the roles of one node."""
+    """Build commands and environments of the roles of one node."""
     master = facts[plan.master]
     own = facts[here.host]
     shared = {
@@ -149,7 +149,7 @@ def node_roles(
 
 
 def server_urls(plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
-    """By server number."""
+    """List the servers' URLs by server number."""
     urls = {
         server: f"http://{facts[node.host].address}:{facts[node.host].ports[f'rollout server {server}']}"
         for node in plan.nodes
@@ -159,7 +159,7 @@ def server_urls(plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
 
 
 def server_devices(here: NodeRoles, local: int, config: Config) -> dict[str, str]:
-    """GPUs of the node's server number ``local``: those behind the ranks', ``tensor_parallel`` each.
+    """Choose the GPUs of the node's server number ``local``: those behind the ranks', ``tensor_parallel`` each.
 
     Not yet executed on a GPU.
     """

@@ -27,7 +27,7 @@ def die_with_parent() -> None:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port of this machine's ``address`` that is free, and that the kernel gives to nobody who asks for any port.
+    """Find a free port of ``address`` that the kernel gives to nobody who asks for any port.
 
     A server binds its port a minute after it was chosen. Meanwhile every outgoing connection takes one from the
     ephemeral range, so the choice is made below that range. Raises OSError when nothing is free there.
@@ -91,7 +91,7 @@ def become_deaf() -> None:
 
 
 def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
-    """SIGTERM to every process group, SIGKILL after ``grace`` seconds; returns when all are gone."""
+    """Send SIGTERM to every process group, SIGKILL after ``grace`` seconds; returns when all are gone."""
     for role in running:
         signal_group(role, signal.SIGTERM)
     deadline = time.monotonic() + grace
@@ -108,7 +108,7 @@ def signal_group(role: RunningRole, number: signal.Signals) -> None:
 
 
 def log_tail(path: Path | None, lines: int = 15) -> str:
-    """The last lines of a log, for the message that names the culprit."""
+    """Read the last lines of a log, for the message that names the culprit."""
     if path is None or not path.exists():
         return ""
     text = path.read_bytes()[-16384:].decode(errors="replace")

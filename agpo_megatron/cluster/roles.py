@@ -1,4 +1,4 @@
-"""Who runs where: from Slurm's environment (or one machine) and the config to the roles of every node. Pure.
+"""Derives the roles of every node from Slurm's environment (or one machine) and the config. Pure.
 
 An allocation is cut in two: trainer nodes first, rollout nodes after them (or component 0 and component 1 of a
 heterogeneous job). The controller runs beside trainer rank 0, whose node is also torch.distributed's master. With
@@ -64,7 +64,7 @@ class Plan:
         return sum(len(node.servers) for node in self.nodes)
 
     def on(self, host: str) -> NodeRoles:
-        """Raises LaunchError when ``host`` has no part in the plan."""
+        """Find the roles of ``host``. Raises LaunchError when it has no part in the plan."""
         for node in self.nodes:
             if node.host == host:
                 return node
@@ -85,7 +85,7 @@ class Plan:
 
 
 def slurm_plan(environment: Mapping[str, str], config: Config, mode: str = "train") -> Plan:
-    """The plan of a job from its Slurm variables, those of a heterogeneous job included.
+    """Plan a job from its Slurm variables, those of a heterogeneous job included.
 
     Raises LaunchError, with the arithmetic, outside a job and when the allocation is not what the config asks for.
     """
@@ -125,7 +125,7 @@ def submit_line(config: Config) -> str:
 def cluster_plan(
     config: Config, trainer_hosts: Sequence[str], rollout_hosts: Sequence[str], mode: str = "train"
 ) -> Plan:
-    """Ranks and servers dealt evenly over their hosts. Raises LaunchError when they do not divide or do not fit."""
+    """Deal ranks and servers evenly over their hosts. Raises LaunchError when they do not divide or do not fit."""
     cluster, rollout = config.cluster, config.rollout
     world = config.policy.world_size
     per_trainer = share("policy", "ranks", world, "trainer_nodes", len(trainer_hosts))
@@ -163,14 +163,14 @@ def cluster_plan(
 
 
 def machine_plan(config: Config, host: str, mode: str) -> Plan:
-    """Everything on one machine, whatever the config's node counts are."""
+    """Plan everything on one machine, whatever the config's node counts are."""
     ranks = tuple(range(config.policy.world_size)) if mode in MODES_WITH_TRAINERS else ()
     servers = tuple(range(config.rollout.servers)) if mode in MODES_WITH_SERVERS else ()
     return Plan(mode, (NodeRoles(host, ranks, servers, True),), config.policy.world_size)
 
 
 def share(section: str, what: str, count: int, key: str, nodes: int) -> int:
-    """``count`` things dealt evenly over ``nodes``. Raises LaunchError when that leaves a rest."""
+    """Deal ``count`` things evenly over ``nodes``. Raises LaunchError when that leaves a rest."""
     if count % nodes:
         raise LaunchError(
             f"{section}: {count} {what} cannot be dealt evenly over cluster.{key} {nodes} "
@@ -184,9 +184,9 @@ def _numbers(index: int, per_node: int) -> tuple[int, ...]:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """Slurm's compressed host list: ``gpu[01-03,7],login`` -> gpu01 gpu02 gpu03 gpu7 login, as scontrol show hostnames.
+    """Expand Slurm's compressed host list: ``gpu[01-03,7],login`` is gpu01 gpu02 gpu03 gpu7 login.
 
-    Here, because inside a container there is no scontrol. Raises LaunchError on what is no host list.
+    Written here because a container has no ``scontrol show hostnames``. Raises LaunchError on what is no host list.
     """
     if not re.fullmatch(f"{HOSTS}(,{HOSTS})*", nodelist):
         raise LaunchError(f"not a Slurm host list: {nodelist!r}")

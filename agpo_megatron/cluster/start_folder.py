@@ -21,8 +21,8 @@ from agpo_megatron.config import Config
 from agpo_megatron.config.loading import resolve_config
 from agpo_megatron.config.record import resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.wait import WaitExpired, waiting
 
 POLL_SECONDS = 0.2
@@ -31,13 +31,13 @@ Outcome = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class StartFolder:
-    """``path``: of the folder. Its name is the start's label: a time, or Slurm's job id and restart count."""
+    """The folder ``path`` of one start. Its name is the start's label: a time, or Slurm's job id and restart count."""
 
     path: Path
 
     @staticmethod
     def create(run: RunFolder, label: str, plan: Plan, config: Config) -> StartFolder:
-        """A fresh folder with all that the nodes need to know; ``latest`` points to it.
+        """Make a fresh folder with all that the nodes need to know; ``latest`` points to it.
 
         A label that exists already (the same second, say) gets a number.
         """
@@ -93,7 +93,7 @@ class StartFolder:
 
     @property
     def status(self) -> Path:
-        """What the controller and every role it knows of was doing a moment ago."""
+        """The controller's view of a moment ago: what it and every role it knows of was doing."""
         return self.path / "status.json"
 
     def plan(self) -> Plan:
@@ -107,7 +107,7 @@ class StartFolder:
         return int(json.loads((self.path / "began.json").read_text())["committed"])
 
     def log(self, role: str) -> Path:
-        """``trainer rank 3`` -> trainer-3.log."""
+        """The log file of a role: ``trainer rank 3`` writes trainer-3.log."""
         return self.path / f"{file_name(role)}.log"
 
     def processes(self, host: str) -> Path:
@@ -122,7 +122,7 @@ class StartFolder:
     def wait_nodes(
         self, hosts: Sequence[str], kind: str, deadline: float
     ) -> dict[str, dict[str, Any]]:
-        """What each of ``hosts`` wrote. Raises WaitExpired, naming them, if some did not by ``deadline``."""
+        """Read what each of ``hosts`` wrote. Raises WaitExpired, naming them, if some did not by ``deadline``."""
         found: dict[str, dict[str, Any]] = {}
         name = f"the {kind} of all nodes in {self.path / 'nodes'}"
         began = time.monotonic()
@@ -162,7 +162,7 @@ class StartFolder:
         return ended
 
     def record_exit(self, exit_: Mapping[str, Any]) -> None:
-        """``exit_``: role, host, code, restarts, time, and whether the role was started again."""
+        """Write down the end of a role: role, host, code, restarts, time, and whether it was started again."""
         name = f"{file_name(exit_['role'])}.{exit_['restarts']}.json"
         write_json(self.path / "exits" / name, exit_)
 
@@ -173,11 +173,12 @@ class StartFolder:
 
 
 def committed_steps(run: RunFolder) -> int:
-    """Newest step in the journal; 0 while there is none."""
+    """Newest step of the newest batch in the journal; 0 while there is none."""
     try:
-        return max(JournalReader(run.journal).steps(), default=0)
+        batches = JournalReader(run.journal).batches()
     except JournalError:
         return 0
+    return batches[-1].last_step if batches else 0
 
 
 def starts(run: RunFolder) -> Iterator[StartFolder]:
@@ -197,6 +198,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def file_name(role: str) -> str:
-    """``rollout server 0`` -> rollout-0, ``trainer rank 3`` -> trainer-3, ``controller`` -> controller."""
+    """Name a role's files: rollout-0 for ``rollout server 0``, trainer-3 for ``trainer rank 3``, controller."""
     words = role.split()
     return f"{words[0]}-{words[-1]}" if len(words) > 1 else role

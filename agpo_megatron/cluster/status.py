@@ -1,4 +1,4 @@
-"""``agpo-megatron status RUN_DIR``: who is doing what, for how long, in the newest start of a run; from its files."""
+"""Describes who is doing what, for how long, in the newest start of a run, from its files: ``agpo-megatron status``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agpo_megatron.config.run_folder import RunFolder
 
 
 def describe_run(run: RunFolder) -> str:
-    """Text for the terminal. Raises ConfigError when there has been no start."""
+    """Describe a run for the terminal. Raises ConfigError when there has been no start."""
     start = latest_start(run)
     if start is None:
         raise ConfigError(f"{run.path} holds no start of a run; nothing has been launched with it")
@@ -31,8 +31,8 @@ def describe_run(run: RunFolder) -> str:
 
 
 def write_report(run: RunFolder, start: StartFolder, cause: str) -> None:
-    """``report.txt`` of a start that failed: the first culprit, then what every role was doing. Stacks are at the end
-    of the roles' logs."""
+    """Write ``report.txt`` of a start that failed: the first culprit, then what every role was doing. Stacks are at the
+    end of the roles' logs."""
     text = f"{cause}\n\n{describe_run(run)}"
     (start.path / "report.txt").write_text(text)
 
@@ -47,7 +47,7 @@ def _outcome(start: StartFolder) -> str:
 
 
 def describe_roles(start: StartFolder) -> Iterator[str]:
-    """A line per role, as the controller knew it when it last wrote; nothing while it has not written."""
+    """Yield a line per role, as the controller knew it when it last wrote; nothing while it has not written."""
     if not start.status.exists():
         return
     status = json.loads(start.status.read_text())

@@ -68,8 +68,9 @@ class Interrupted(Exception):
 
 
 class Supervisor:
-    """``several``: one of several nodes under Slurm, where SIGTERM, like SIGUSR1 everywhere, asks for a checkpoint and
-    the end; on a single machine SIGTERM, SIGINT and SIGHUP end at once. ``other_servers``: on other nodes.
+    """Supervises the roles of one node. ``several``: one of several nodes under Slurm, where SIGTERM, like SIGUSR1
+    everywhere, asks for a checkpoint and the end; on a single machine SIGTERM, SIGINT and SIGHUP end at once.
+    ``other_servers``: number of servers on other nodes.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Supervisor:
         return outcome
 
     def _judge(self, index: int, code: int) -> Outcome | None:
-        """What the end of a role means; None when the start goes on."""
+        """Decide what the end of a role means; None when the start goes on."""
         role = self._running[index]
         if role.role.name == "controller" and code in (0, STOPPED):
             return "finished" if code == 0 else "stopped"
@@ -175,8 +176,8 @@ class Supervisor:
         return "failed"
 
     def _may_restart(self, role: RunningRole, code: int) -> bool:
-        """A server that dies once serving, or a controller that is killed. One that cannot start is a bad set-up, and
-        an error of the controller's own would only happen again."""
+        """Allow it to a server that dies once serving, and to a controller that is killed. One that cannot start is a
+        bad set-up, and an error of the controller's own would only happen again."""
         if role.restarts >= RESTARTS or self._start.stop_requested.exists():
             return False
         if role.role.name == "controller":
@@ -201,7 +202,7 @@ class Supervisor:
         )
 
     def _ask_for_stacks(self) -> None:
-        """Our own roles write the stacks of all threads to their logs on SIGUSR2; servers need py-spy, if present."""
+        """Have the stacks of all threads written to the logs: by our own roles on SIGUSR2, by py-spy for servers."""
         for role in self._running:
             if role.process.poll() is not None:
                 continue
@@ -214,7 +215,7 @@ class Supervisor:
         time.sleep(STACKS_SECONDS)
 
     def _write_processes(self) -> None:
-        """Role -> pid, for py-spy, kill and curiosity."""
+        """Write the pids by role, for py-spy, kill and curiosity."""
         table = {role.role.name: role.process.pid for role in self._running}
         write_json(self._start.processes(self._host), {"supervisor": os.getpid(), **table})
 
@@ -228,8 +229,8 @@ def is_server(role: RunningRole) -> bool:
 
 
 def first_culprit(folder: StartFolder) -> Culprit | None:
-    """Who began it, of all whose end was no plan: a signal is a cause, an exit code mostly a consequence, and the
-    controller fails because of another role. None when no role failed."""
+    """Find the role that began it, among those whose end was not planned: a signal is a cause, an exit code mostly a
+    consequence, and the controller fails because of another role. None when no role failed."""
     guilty = [e for e in folder.exits() if not e["restarted"]]
     if not guilty:
         return None

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .algorithm_checks import check_algorithm
+from agpo_megatron.algorithm.checks import check_algorithm
+
 from .errors import ConfigError
 from .schema import Config, PolicyConfig
 
@@ -34,7 +35,12 @@ def check_config(config: Config) -> list[str]:
     _check_model_layout(config, found)
     _check_precision(config, found)
     _check_cluster(config, found)
-    errors, warnings = check_algorithm(config)
+    errors, warnings = check_algorithm(
+        config.algorithm,
+        correct=config.reward.correct,
+        wrong=config.reward.wrong,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
     found.errors += errors
     found.warnings += warnings
     _check_rollout(config, found)
@@ -194,6 +200,18 @@ def _check_train(config: Config, found: _Findings) -> None:
     if train.steps and train.warmup_steps >= train.steps:
         found.warnings.append(
             f"train: warmup_steps {train.warmup_steps} leaves none of the {train.steps} steps at lr {train.lr:g}"
+        )
+    updates = train.updates_per_batch
+    for name, count in (("prompts_per_batch", train.prompts_per_batch), ("steps", train.steps)):
+        if count % updates:
+            found.errors.append(
+                f"train: updates_per_batch {updates} does not divide {name} {count}: every update takes whole groups "
+                "and every batch is trained on to its end"
+            )
+    if config.eval.every % updates:
+        found.errors.append(
+            f"eval: every {config.eval.every} is not a multiple of train.updates_per_batch {updates}, after which the "
+            "servers get new weights"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if train.micro_batch_tokens < longest:

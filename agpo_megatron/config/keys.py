@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from .schema import Config, Section
+from agpo_megatron.algorithm.settings import Section
+
+from .schema import Config
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Key:
 
 
 def schema_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
-    """Every key, a section before the keys inside it, in the order of the schema."""
+    """List every key, a section before the keys inside it, in the order of the schema."""
     for field_name, field in model.model_fields.items():
         name, section = prefix + field_name, _section_type(field.annotation)
         required = field.is_required()
@@ -52,7 +54,7 @@ def schema_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[Key
 
 
 def nearest_key(unknown: str) -> str:
-    """The valid key whose name is closest to ``unknown``."""
+    """Find the valid key whose name is closest to ``unknown``."""
     leaf = unknown.rpartition(".")[2]
 
     def likeness(key: Key) -> float:
@@ -64,7 +66,7 @@ def nearest_key(unknown: str) -> str:
 
 
 def required_below(section: str) -> list[str]:
-    """Required keys of a section, dotted."""
+    """List the required keys of a section, dotted."""
     return [k.name for k in schema_keys() if k.section == section and k.required]
 
 

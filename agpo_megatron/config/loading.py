@@ -1,4 +1,4 @@
-"""From a YAML file, ``--set`` overrides and ``--run-dir`` to a validated, frozen Config."""
+"""Makes a validated, frozen Config of a YAML file, ``--set`` overrides and ``--run-dir``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from agpo_megatron.algorithm.presets import preset_keys
+
 from .errors import ConfigError
 from .keys import nearest_key, required_below
-from .presets import preset_keys
 from .schema import Config, RunConfig
 from .yaml_core import parse_yaml
 
@@ -127,7 +128,7 @@ def _fill_run_dir(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ErrorDetails, sources: Mapping[str, _Source], path: str) -> str:
-    """One line: where it is written, the key, what is wrong, what would be right."""
+    """Format an error as one line: where it is written, the key, what is wrong, what would be right."""
     key = ".".join(str(part) for part in error["loc"])
     place, value = _place(key, sources, path), error["input"]
     if error["type"] == "extra_forbidden":
@@ -153,7 +154,7 @@ def _short(value: Any) -> str:
 
 
 def _place(key: str, sources: Mapping[str, _Source], path: str) -> str:
-    """Where ``key`` is written; for a missing key, where its section is."""
+    """Find where ``key`` is written; for a missing key, where its section is."""
     names = (key, *_ancestors(key))
     for name in names:
         if name in sources:
@@ -183,7 +184,7 @@ def _provenance(config: Config, sources: Mapping[str, _Source]) -> dict[str, str
 
 
 def leaves(config: Config) -> dict[str, Any]:
-    """Every value of a configuration by dotted key; an absent section is one key with the value None."""
+    """List every value of a configuration by dotted key; an absent section is one key with the value None."""
     flat: dict[str, Any] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:

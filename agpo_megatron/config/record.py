@@ -1,4 +1,4 @@
-"""What the run folder keeps about a run's configuration: the resolved YAML and the versions of the packages."""
+"""Resolved YAML and package versions: the record of a run's configuration in its folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = [
 
 
 def resolved_yaml(config: Config, provenance: Mapping[str, str] | None = None) -> str:
-    """The whole configuration as YAML that ``load_config`` reads back to an equal Config.
+    """Format the whole configuration as YAML that ``load_config`` reads back to an equal Config.
 
     With ``provenance`` (of ``resolve_config``) each value that is not a default carries a comment saying what set it.
     """
@@ -38,7 +38,7 @@ def resolved_yaml(config: Config, provenance: Mapping[str, str] | None = None) -
 
 
 def package_versions() -> dict[str, str]:
-    """Version of Python and of every installed package that can change a run's numbers."""
+    """List the versions of Python and of every installed package that can change a run's numbers."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

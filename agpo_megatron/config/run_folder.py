@@ -1,4 +1,4 @@
-"""Where everything of a run lies. Paths only."""
+"""Paths of everything that belongs to a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHECKPOINT_MARKER = "complete.json"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME/``: see docs/design.md for what each file holds."""
+    """The folder ``runs/NAME/``; docs/design.md says what each file holds."""
 
     path: Path
 

@@ -1,24 +1,16 @@
 """The whole configuration of a run as frozen pydantic models; every key is documented beside its default.
 
-Cross-field checks live in ``checks.py``, presets in ``presets.py``, reading YAML in ``loading.py``.
+The algorithm's own sections are ``algorithm/settings.py``. Cross-field checks live in ``checks.py``, reading YAML in
+``loading.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from .presets import apply_preset
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from agpo_megatron.algorithm.settings import AlgorithmSettings, Section
 
 
 class RunConfig(Section):
@@ -70,8 +62,10 @@ class SftConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(100, ge=0)
     """Optimizer steps of the run."""
-    prompts_per_step: int = Field(16, ge=1)
-    """Prompts (groups) per step."""
+    prompts_per_batch: int = Field(16, ge=1)
+    """Prompts (groups) per batch."""
+    updates_per_batch: int = Field(1, ge=1)
+    """Optimizer steps on each batch, each on its share of the groups; weights are published after the last of them."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -109,7 +103,7 @@ class RolloutConfig(Section):
     """Sampling temperature; the policy's log-probs use the same."""
     max_response_tokens: int = Field(256, ge=1)
     """Response limit; longer ones are truncated."""
-    stop: list[str] = []
+    stop: list[str] = Field([])
     """Texts that end a response, besides EOS; the token that completes one belongs to the response."""
     max_in_flight: int = Field(64, ge=1)
     """Samples in flight per server."""
@@ -168,156 +162,6 @@ class PolicyConfig(Section):
     @property
     def world_size(self) -> int:
         return self.model_parallel * self.data_parallel
-
-
-class LengthRewardConfig(Section):
-    kind: Literal["none", "agpo", "kimi", "cosine", "dapo_overlong"] = "none"
-    """Length term of the reward, training only: ``agpo`` is eq. A2; docs/algorithm.md, section 2, has the others."""
-    weight: float = Field(0.1, ge=0)
-    """Its scale (lambda of eq. A2)."""
-    groups: Literal["mixed", "all"] = "mixed"
-    """``agpo``: pay in groups with right and wrong answers only, or also where all are right."""
-    tie: Literal["zero", "full"] = "zero"
-    """``agpo``: what right answers of one length (a single one, for instance) earn: 0 or ``weight``."""
-    buffer: int | None = Field(None, ge=1)
-    """``dapo_overlong``: tokens below ``rollout.max_response_tokens`` over which the penalty grows; null: a fifth."""
-
-
-class AdvantageConfig(Section):
-    estimator: Literal[
-        "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
-    ] = "group_norm"
-    """How rewards become advantages (docs/algorithm.md, section 1)."""
-    zero_variance: Literal["zero", "constant", "resample"] = "zero"
-    """Groups whose raw rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or
-    replaced by groups of further prompts (DAPO's dynamic sampling)."""
-    zero_variance_tol: float = Field(1e-6, ge=0)
-    """A group has zero variance when max - min of its raw rewards is at most this."""
-    std_eps: float = Field(1e-6, gt=0)
-    """Added to the standard deviation (ddof 1)."""
-    resample_rounds: int = Field(10, ge=1)
-    """``resample``: rounds of generation per step at most; then zero-variance groups fill the step."""
-
-
-class LossMaskConfig(Section):
-    zero_variance: bool = False
-    """Drop zero-variance groups from the loss (AGPO v3, eq. A3)."""
-    criterion: Literal["group", "sample"] = "group"
-    """Drop whole groups by their raw rewards, or single samples with advantage 0 (the authors' code)."""
-    truncated: bool = False
-    """Drop truncated responses from the loss (DAPO's overlong filtering)."""
-    denominators: Literal["exclude", "keep"] = "exclude"
-    """What is dropped leaves the denominators too, or still dilutes the rest."""
-
-
-class LossClipConfig(Section):
-    kind: Literal["none", "max0", "exp", "elu", "softplus"] = "none"
-    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4), the others eq. 1d."""
-    min: float = 0.0
-    """The bound of ``max0``."""
-    tau: float = Field(1.0, gt=0)
-    """Scale of ``exp``, ``elu`` and ``softplus``."""
-    scope: Literal["batch", "micro_batch", "group", "sequence", "token"] = "batch"
-    """What the function is applied to: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
-    on: Literal["policy", "total"] = "policy"
-    """The policy loss alone, or with KL and entropy terms."""
-    tie: Literal["zero", "half", "full"] = "zero"
-    """Gradient of ``max0`` exactly at the bound."""
-    when_clipped: Literal["step", "skip_step"] = "step"
-    """A closed gate gives a zero gradient: let the optimizer step on it (momentum still moves), or skip the step."""
-
-
-class KlConfig(Section):
-    coef: float = Field(0.0, ge=0)
-    """Weight of the KL term against the initial policy (``model.path``); 0 turns it off."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """d, d^2 / 2, or e^-d + d - 1 of the log-ratio d."""
-    place: Literal["loss", "reward"] = "loss"
-    """A term of the loss, or subtracted from the reward of each response (summed over its tokens)."""
-    importance: bool = False
-    """In the loss: multiply by the policy's ratio, which makes the gradient unbiased."""
-
-
-class EntropyConfig(Section):
-    coef: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus; with ``target`` its first value."""
-    target: float | None = Field(None, gt=0)
-    """Entropy (nats) below which the bonus acts, with a coefficient that adapts; null keeps ``coef`` fixed."""
-    delta: float = Field(0.005, gt=0)
-    """Step of the adaptive coefficient."""
-
-
-class CorrectionConfig(Section):
-    kind: Literal["none", "tis", "mis", "icepop"] = "none"
-    """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]."""
-    level: Literal["token", "sequence", "sequence_mean"] = "token"
-    """Ratio of a token, of the sequence (product), or its geometric mean."""
-    low: float = Field(0.5, ge=0)
-    """Lower bound (``mis``, ``icepop``)."""
-    high: float = Field(2.0, gt=0)
-    """Upper bound."""
-    denominators: Literal["exclude", "keep"] = "keep"
-    """Tokens of weight 0 leave the denominators too, or still dilute the rest."""
-
-
-class LossConfig(Section):
-    policy: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo"] = "ppo"
-    """Policy loss of a token (docs/algorithm.md, section 3)."""
-    old_logprobs: Literal["policy", "rollout"] = "policy"
-    """What the ratio starts from: the trainer's own weights before the step, or the server's log-probs."""
-    clip_low: float = Field(0.2, gt=0, le=1)
-    """Ratio clip below 1 (epsilon low)."""
-    clip_high: float = Field(0.28, gt=0)
-    """Ratio clip above 1 (epsilon high)."""
-    dual_clip: float | None = Field(None, gt=1)
-    """``ppo``: bound of the ratio for negative advantages; null turns it off."""
-    aggregation: Literal[
-        "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
-    ] = "token_mean"
-    """How token losses become one number (docs/algorithm.md, section 4)."""
-    norm_length: int | None = Field(None, ge=1)
-    """Constant length of ``seq_mean_token_sum_norm``; null: ``rollout.max_response_tokens``."""
-    mask: LossMaskConfig = LossMaskConfig()
-    """Loss mask."""
-    clip: LossClipConfig = LossClipConfig()
-    """Adaptive part: loss clip or exponential normalisation."""
-    kl: KlConfig = KlConfig()
-    """KL to the initial policy."""
-    entropy: EntropyConfig = EntropyConfig()
-    """Entropy bonus."""
-    correction: CorrectionConfig = CorrectionConfig()
-    """Rollout correction."""
-
-
-class AlgorithmConfig(Section):
-    preset: Literal[
-        "agpo",
-        "agpo_v1",
-        "agpo_v3",
-        "agpo_v3_authors",
-        "agpo_exp",
-        "grpo",
-        "dr_grpo",
-        "dapo",
-        "gspo",
-        "cispo",
-        "rloo",
-        "reinforce_pp",
-        "gmpo",
-        "sapo",
-    ] = "agpo"
-    """Sets the switches below; a key written beside it wins. The resolved config shows every value."""
-    length_reward: LengthRewardConfig = LengthRewardConfig()
-    """Length term of the reward."""
-    advantage: AdvantageConfig = AdvantageConfig()
-    """Advantages."""
-    loss: LossConfig = LossConfig()
-    """Policy loss."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_from_preset(cls, section: Any) -> Any:
-        return apply_preset(section) if isinstance(section, Mapping) else section
 
 
 class RewardConfig(Section):
@@ -392,7 +236,7 @@ class Config(Section):
     """SGLang servers and sampling."""
     policy: PolicyConfig = PolicyConfig()
     """Megatron-Core policy: parallel layout and precision."""
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: AlgorithmSettings = AlgorithmSettings()
     """AGPO and its parts."""
     reward: RewardConfig = RewardConfig()
     """Verifier and what an answer is worth."""

@@ -41,7 +41,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value)
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """The value of a YAML document and the line (from 1) of every key, by dotted name.
+    """Parse a YAML document: its value, and the line (from 1) of every key, by dotted name.
 
     ``source`` names the text in messages. Raises ConfigError on a syntax error, a key written twice, or a key that
     is not text.
@@ -67,7 +67,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
 
 
 def yaml_line(key: str, value: Any) -> str:
-    """``key: value`` on one line, in a form that ``parse_yaml`` reads back to the same value."""
+    """Format ``key: value`` on one line, in a form that ``parse_yaml`` reads back to the same value."""
     # Line breaks of any alphabet, and other signs that do not print, keep to one line only when escaped.
     quoted = isinstance(value, list) or (isinstance(value, str) and not value.isprintable())
     text: str = yaml.dump(

@@ -35,14 +35,14 @@ def main() -> int:
     arguments = parser.parse_args()
     config = load_config(arguments.config, [], None)
     folder = RunFolder(Path(config.run.dir))
-    surroundings = assembly.Surroundings(
+    context = assembly.StartContext(
         url=os.environ["AGPO_CONTROLLER_URL"],
         token=os.environ["AGPO_TOKEN"],
         servers=json.loads(os.environ["AGPO_SERVERS"]),
         start=StartFolder(Path(os.environ["AGPO_START"])),
         signal_lead=float(lead) if (lead := os.environ.get("AGPO_SIGNAL_LEAD")) else None,
     )
-    log_file = surroundings.start.log("controller")
+    log_file = context.start.log("controller")
     logging.basicConfig(
         filename=log_file,
         level=logging.INFO,
@@ -51,9 +51,7 @@ def main() -> int:
     try:
         with log_file.open("a") as stacks:  # of all threads, when the supervisor asks for them
             faulthandler.register(signal.SIGUSR2, file=stacks)
-            asyncio.run(
-                assembly.carry_out(arguments.mode, config, folder, surroundings, arguments.replay)
-            )
+            asyncio.run(assembly.execute(arguments.mode, config, folder, context, arguments.replay))
     except StoppedOnRequest as stopped:
         log.info("%s", stopped)
         return STOPPED

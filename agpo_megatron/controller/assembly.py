@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +17,11 @@ from rich.console import Console
 from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.controller import loop, replay, sft
+from agpo_megatron.controller.evaluation import Rollouts, measure
+from agpo_megatron.controller.live import live, live_recipe
+from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
+from agpo_megatron.controller.sources import recorded, supervised_recipe, worked_examples
 from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
@@ -27,8 +29,8 @@ from agpo_megatron.data.problems import DataError, Problem, load_problems
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.stream import PromptStream, prompts_in_order
 from agpo_megatron.data.tokenizer import load_tokenizer
+from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalReader
-from agpo_megatron.journal.records import write_durably
 from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
@@ -37,12 +39,13 @@ from agpo_megatron.reward.numeric import reference
 from agpo_megatron.reward.workers import RewardPool
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.samples import Ints
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What the supervisor tells the controller. ``url``: where it listens. ``signal_lead``: seconds between Slurm's
-    signal and the time limit, if there is one."""
+class StartContext:
+    """What the supervisor tells the controller about this start. ``url``: where it listens. ``signal_lead``: seconds
+    between Slurm's signal and the time limit, if there is one."""
 
     url: str
     token: str
@@ -51,41 +54,47 @@ class Surroundings:
     signal_lead: float | None = None
 
 
-async def carry_out(
-    mode: str, config: Config, folder: RunFolder, surroundings: Surroundings, recorded: Path | None
+async def execute(
+    mode: str, config: Config, folder: RunFolder, context: StartContext, replayed: Path | None
 ) -> None:
     """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
     if mode == "eval":
-        async with rollouts_of(config, surroundings, False, None) as rollouts:
+        async with rollouts_of(config, context, False, None) as rollouts:
             rollouts.pool.serve_as_started()
-            evaluation = await loop.measure(rollouts)
+            evaluation = await measure(rollouts)
         evaluation.write(folder.evaluation(0))
         Console().print(evaluation.scores)
         return
-    steps = config.sft.steps if mode == "sft" and config.sft else config.train.steps
-    recipe = (
-        sft.sft_recipe(config.sft) if mode == "sft" and config.sft else loop.agpo_recipe(config)
-    )
-    async with run_of(mode, config, folder, surroundings, recipe, steps) as (run, status):
-        if mode == "sft" and config.sft:
+    sft = config.sft if mode == "sft" else None
+    recipe = supervised_recipe(sft) if sft else live_recipe(config)
+    other = JournalReader(RunFolder(replayed).journal) if replayed else None
+    async with run_of(mode, config, folder, context, recipe) as (run, status):
+        await run.load(other)
+        if other:
+            await train(run, recorded(run, other, last=recipe.steps))
+        elif sft:
             examples = await asyncio.to_thread(
-                load_sft_examples, config.sft.path, config.data, load_tokenizer(config.sft.base)
+                load_sft_examples, sft.path, config.data, load_tokenizer(sft.base)
             )
-            await sft.cold_start(run, examples, config.sft, Path(config.model.path))
-        elif mode == "replay" and recorded:
-            await replay.train_on_record(run, JournalReader(RunFolder(recorded).journal))
+            done = recorded(run, run.journal.reader)
+            await train(run, done, worked_examples(run, examples, sft))
         else:
-            async with rollouts_of(config, surroundings, True, status) as rollouts:
-                await loop.train(run, rollouts)
+            async with rollouts_of(config, context, True, status) as rollouts:
+                await train(run, recorded(run, run.journal.reader), live(run, rollouts))
+        await run.export(Path(config.model.path) if sft else folder.exported_model)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
     draw_curves(
         read_metrics(folder.path),
         folder.curves,
-        title=f"{folder.path.name}: {config.algorithm.preset if mode != 'sft' else 'cold start'}",
+        title=f"{folder.path.name}: {title_of(mode, config)}",
         summary=summary,
     )
-    write_durably(folder.done, json.dumps({"mode": mode, "steps": steps}).encode())
+    write_durably(folder.done, json.dumps({"mode": mode, "steps": recipe.steps}).encode())
+
+
+def title_of(mode: str, config: Config) -> str:
+    return {"sft": "cold start", "replay": "replay"}.get(mode, config.algorithm.preset)
 
 
 @asynccontextmanager
@@ -93,30 +102,28 @@ async def run_of(
     mode: str,
     config: Config,
     folder: RunFolder,
-    surroundings: Surroundings,
+    context: StartContext,
     recipe: Recipe,
-    steps: int,
 ) -> AsyncIterator[tuple[Run, StatusWriter]]:
     journal = await asyncio.to_thread(Journal, folder.journal)
     trainers = TrainerClient(
         config.policy.world_size,
-        surroundings.token,
+        context.token,
         journal.attempt,
         config.cluster.heartbeat_timeout,
         config.cluster.command_timeout,
     )
-    address = urlsplit(surroundings.url)
+    address = urlsplit(context.url)
     await trainers.start(address.hostname or "127.0.0.1", address.port or 0)
     metrics = MetricsWriter(folder.path)
-    title = {"sft": "cold start", "replay": "replay"}.get(mode, config.algorithm.preset)
     base = config.sft.base if mode == "sft" and config.sft else config.model.path
     hidden = int(read_config(base)["hidden_size"])
     try:
-        with Progress(steps, title) as progress:
+        with Progress(recipe.steps, title_of(mode, config)) as progress:
             run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
-            run.stop_requested = surroundings.start.stop_requested.exists
-            run.signal_lead = surroundings.signal_lead
-            async with StatusWriter(surroundings.start, trainers) as status:
+            run.stop_requested = context.start.stop_requested.exists
+            run.signal_lead = context.signal_lead
+            async with StatusWriter(context.start, trainers) as status:
                 try:
                     yield run, status
                 except StoppedOnRequest:
@@ -129,19 +136,21 @@ async def run_of(
 
 @asynccontextmanager
 async def rollouts_of(
-    config: Config, surroundings: Surroundings, training: bool, status: StatusWriter | None
-) -> AsyncIterator[loop.Rollouts]:
+    config: Config, context: StartContext, training: bool, status: StatusWriter | None
+) -> AsyncIterator[Rollouts]:
     """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
     tokenizer = load_tokenizer(config.model.path)
     problems = await asyncio.to_thread(
         problems_in, config.data.path if training else "", config, tokenizer
     )
     held_out = await asyncio.to_thread(problems_in, config.eval.path, config, tokenizer)
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def decode(tokens: Ints) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
     async with aiohttp.ClientSession(connector=server_connector()) as session:
         clients = [
-            ServerClient(url, session, config.rollout.request_timeout)
-            for url in surroundings.servers
+            ServerClient(url, session, config.rollout.request_timeout) for url in context.servers
         ]
         async with (
             RolloutPool(clients, config.rollout, decode) as pool,
@@ -150,9 +159,9 @@ async def rollouts_of(
             if status:
                 status.pool = pool
             # A controller that replaces another must not wait for servers that have been lost since.
-            await pool.wait_alive(1 if surroundings.start.serving.exists() else None)
-            surroundings.start.serving.touch()
-            yield loop.Rollouts(
+            await pool.wait_alive(1 if context.start.serving.exists() else None)
+            context.start.serving.touch()
+            yield Rollouts(
                 pool,
                 rewards,
                 PromptStream(problems, config.seed),

@@ -13,9 +13,9 @@ from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import ModelShape, TensorSpec
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import server_dtype
+from agpo_megatron.samples import Prompt, WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher
-from agpo_megatron.types import Prompt, WeightVersion
 
 BUCKET_BYTES = 512 * 1024**2
 # Allowed difference of log-probs by precision, of the coarser of server and policy: a wrong weight shows far above.
@@ -68,7 +68,7 @@ def probe_tokens(prompts: Iterable[Prompt]) -> list[int]:
 
     Text of the task, not random ids: the log-probs of absurd tokens differ by nats in bf16 for rounding alone.
     """
-    tokens = (token for prompt in prompts for token in prompt.tokens)
+    tokens = (int(token) for prompt in prompts for token in prompt.tokens)
     return list(islice(tokens, PROBE_LENGTH))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import re
@@ -14,18 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from agpo_megatron.algorithm.step import NO_SCORES, Decision, Scores
 from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.controller.batching import NO_SCORES, Scores, plan_micro_batches
+from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
-from agpo_megatron.journal import Journal, JournalError, JournalReader, StepRecord
-from agpo_megatron.journal.records import read_scores, write_durably
-from agpo_megatron.journal.writer import JournaledGroup
+from agpo_megatron.journal import (
+    BatchRecord,
+    Journal,
+    JournaledGroup,
+    JournalError,
+    JournalReader,
+)
+from agpo_megatron.journal.reader import read_file
+from agpo_megatron.journal.records import at_the_masked_tokens, read_scores, sequence_columns
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.types import Sample, VersionSpan, WeightVersion
+from agpo_megatron.samples import Floats, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
@@ -39,9 +46,8 @@ class StoppedOnRequest(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one kind of run turns a step record into an update. ``loss``: of policy.objective.LossSettings."""
+    """How many optimizer steps one kind of run takes, and at which learning rates."""
 
-    loss: dict[str, Any]
     lr: float
     warmup_steps: int
     steps: int
@@ -57,6 +63,18 @@ class Recipe:
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         shape = 1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return self.min_lr + (self.lr - self.min_lr) * shape
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A committed batch on its way to the trainer. ``journal``: the folder that holds its file ``name``. ``timings``:
+    what making it took. ``replayed``: it was committed by an earlier start, or by another run."""
+
+    record: BatchRecord
+    journal: Path
+    name: str
+    timings: dict[str, float] = field(default_factory=dict)
+    replayed: bool = False
 
 
 @dataclass
@@ -109,50 +127,90 @@ class Run:
         self.version = WeightVersion(held, self.journal.attempt)
         if held > step and not self.metrics.has(held):  # its result reached no controller
             reader = recorded or self.journal.reader
-            record = reader.read_record(reader.step_names()[held])
-            self.report(record, self._stats(record, answers[0]["last_update"]), {})
+            record = reader.record(reader.batch_of(held).name)
+            self.report(record, held, answers[0]["last_update"], {})
         return held
 
-    def _stats(self, record: StepRecord, result: dict[str, float]) -> dict[str, float]:
-        """Metrics of an update from what the trainer answered."""
-        return {**result, "lr": self.recipe.lr_at(record.step)}
+    async def advance(self, batch: Batch) -> None:
+        """Take the optimizer steps of ``batch`` that the trainer has not taken yet, each reported, and saved when due.
 
-    async def save_if_due(self, last: int) -> None:
-        """Checkpoint every ``run.checkpoint_every`` steps, at step ``last``, and when asked to end.
+        Raises StoppedOnRequest after a step when the run is asked to end, JournalError when the batch does not follow
+        the weights.
+        """
+        timings = batch.timings
+        for step in batch.record.steps:
+            if not self.version.step < step <= self.recipe.steps:
+                continue
+            name = f"{'replay' if batch.replayed else 'update'} step {step}"
+            with seconds_into(timings, "time/step"), self.phase(name, timings, "time/update"):
+                result = await self.update(batch, step)
+            self.report(batch.record, step, result, timings)
+            timings = {}
+            await self._save_if_due()
+
+    async def commit(
+        self,
+        groups: Sequence[JournaledGroup],
+        decision: Decision,
+        *,
+        updates: int,
+        cursor: int,
+        timings: dict[str, float],
+    ) -> Batch:
+        """Commit what was decided about ``groups`` as the batch of the next ``updates`` optimizer steps."""
+        samples = [sample for journaled in groups for sample in journaled.group.samples]
+        record = BatchRecord(
+            first_step=self.version.step + 1,
+            updates=updates,
+            attempt=self.journal.attempt,
+            cursor=cursor,
+            weight_version=str(self.version),
+            sample_ids=[sample.sample_id for sample in samples],
+            tokens=np.array([sample.length for sample in samples], dtype=np.int32),
+            samples=[block for journaled in groups for block in journaled.blocks],
+            details=[],
+            columns=sequence_columns(decision.columns, len(samples)),
+            metrics=decision.metrics,
+            entropy_coef=decision.entropy_coef,
+            entropy_state=decision.entropy_state,
+        )
+        record, name = await asyncio.to_thread(self.journal.commit, record, decision.columns)
+        return Batch(record, self.folder.journal, name, timings)
+
+    async def _save_if_due(self) -> None:
+        """Checkpoint every ``run.checkpoint_every`` steps, at the last, and when asked to end.
 
         Raises StoppedOnRequest after the latter.
         """
-        step = self.version.step
+        step, last = self.version.step, self.recipe.steps
         stop = self.stop_requested() and step < last
         if step % self.config.run.checkpoint_every == 0 or step == last or stop:
             await self.save()
         if stop:
             raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
 
-    async def update(self, record: StepRecord, journal: Path, name: str) -> dict[str, float]:
-        """One optimizer step on the committed record ``name``; afterwards ``version`` is one step further.
+    async def update(self, batch: Batch, step: int) -> dict[str, float]:
+        """One optimizer step on its part of the batch; afterwards ``version`` is one step further.
 
         Raises JournalError when it is not the step after the weights'.
         """
-        if record.step != self.version.step + 1:
+        if step != self.version.step + 1:
             raise JournalError(
-                f"step {self.version.step + 1} is neither in a checkpoint nor in {journal} "
-                f"(next there: {record.step}); restore a checkpoint, or start in another --run-dir"
+                f"step {self.version.step + 1} is neither in a checkpoint nor in {batch.journal} "
+                f"(next there: {step}); restore a checkpoint, or start in another --run-dir"
             )
-        with_weight = [i for i, row in enumerate(record.rows) if row.has_weight]
-        plan = await self.plan([record.rows[i].tokens for i in with_weight])
-        numbered = [[[with_weight[i] for i in batch] for batch in rank] for rank in plan]
+        rows = batch.record.rows(step)
+        plan = await self.plan([int(batch.record.tokens[row]) for row in rows])
         results = await self.trainers.call(
             "update",
-            journal=str(journal),
-            record=name,
-            step=record.step,
-            plan=numbered,
-            loss={**self.recipe.loss, "entropy_coef": record.entropy_coef},
-            lr=self.recipe.lr_at(record.step),
+            journal=str(batch.journal),
+            record=batch.name,
+            step=step,
+            plan=[[[rows[i] for i in some] for some in rank] for rank in plan],
+            lr=self.recipe.lr_at(step),
         )
-        self.version = WeightVersion(record.step, self.journal.attempt)
-        return self._stats(record, results[0])
+        self.version = WeightVersion(step, self.journal.attempt)
+        return results[0]
 
     async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro-batches of sequences of these lengths, by data-parallel rank."""
@@ -167,22 +225,17 @@ class Run:
         )
 
     async def score(self, groups: Sequence[JournaledGroup], timings: dict[str, float]) -> Scores:
-        """What the step's decisions need of the trainer before it is committed; nothing if they need nothing."""
-        loss = self.config.algorithm.loss
-        old = (
-            loss.correction.kind != "none"
-            or loss.entropy.target is not None
-            or (loss.kl.coef > 0 and loss.kl.place == "reward")
-        )
-        wanted = [("policy", old), ("reference", loss.kl.coef > 0)]
-        if not groups or not any(asked for _, asked in wanted):
+        """What the decisions about a batch need of the trainer before it is committed; nothing if they need nothing."""
+        config = self.config
+        wanted = config.algorithm.loss.scored_weights(config.train.updates_per_batch)
+        if not groups or not any(wanted):
             return NO_SCORES
-        samples = [sample for j in groups for sample in j.group.samples]
-        plan = await self.plan([len(s.prompt_tokens) + len(s.response_tokens) for s in samples])
-        rows = [[ref.segment, ref.row, j.digest] for j in groups for ref in j.refs]
-        found: dict[str, dict[str, list[float]]] = {"policy": {}, "reference": {}}
+        samples = {s.sample_id: s for j in groups for s in j.group.samples}
+        plan = await self.plan([sample.length for sample in samples.values()])
+        places = [list(asdict(block).values()) for j in groups for block in j.blocks]
+        found: dict[str, dict[str, Floats]] = {"policy": {}, "reference": {}}
         entropy = None
-        for weights, asked in wanted:
+        for weights, asked in zip(found, wanted, strict=True):
             if not asked:
                 continue
             path = self.folder.scores(weights)
@@ -191,12 +244,16 @@ class Run:
                 results = await self.trainers.call(
                     "score_samples",
                     journal=str(self.folder.journal),
-                    samples=rows,
+                    samples=places,
                     plan=plan,
                     weights=weights,
                     path=str(path),
                 )
-                found[weights] = await asyncio.to_thread(read_scores, path, results[0]["digest"])
+                data = await asyncio.to_thread(read_file, path, results[0]["digest"])
+            found[weights] = {
+                sample_id: at_the_masked_tokens(logprobs, samples[sample_id])
+                for sample_id, logprobs in read_scores(path, data).items()
+            }
             path.unlink()
             if weights == "policy":
                 entropy = float(results[0]["entropy"])
@@ -242,59 +299,23 @@ class Run:
         with self.phase("export the policy", {}, ""):
             await self.trainers.call("export", path=str(path))
 
-    async def replay(self, done: int) -> None:
-        """Train again on the committed steps that the checkpoint does not contain; nothing is generated."""
-        for step, name in sorted(self.journal.reader.step_names().items()):
-            if step <= done:
-                continue
-            timings: dict[str, float] = {}
-            record = self.journal.reader.read_record(name)
-            with self.phase(f"replay step {step}", timings, "time/update"):
-                stats = await self.update(record, self.folder.journal, name)
-            self.report(record, stats, timings)
-
     def report(
-        self, record: StepRecord, stats: dict[str, float], timings: dict[str, float]
+        self, record: BatchRecord, step: int, result: dict[str, float], timings: dict[str, float]
     ) -> None:
-        """Write the step's metrics, once: a replayed step that was already reported is not reported again."""
+        """Write the step's metrics, once: a replayed step that was already reported is not reported again. What is
+        known of the whole batch stands with its first step."""
         self._check_lead(timings)
-        if self.metrics.has(record.step):
+        if self.metrics.has(step):
             return
-        metrics: dict[str, Any] = {**record.metrics, **stats, **timings, "step": record.step}
+        whole = record.metrics if step == record.first_step else {}
+        metrics = {**whole, **result, "lr": self.recipe.lr_at(step), **timings, "step": step}
         if metrics.get("time/step"):
-            tokens = sum(row.tokens for row in record.rows)
-            metrics["throughput/tokens_per_s"] = tokens / metrics["time/step"]
+            part = record.columns["update"] == step - record.first_step
+            metrics["throughput/tokens_per_s"] = (
+                int(record.tokens[part].sum()) / metrics["time/step"]
+            )
         self.metrics.write(metrics)
         self.progress.step(metrics)
-
-    def saved_evaluation(self, step: int) -> Evaluation | None:
-        path = self.folder.evaluation(step)
-        return Evaluation.read(path) if path.exists() else None
-
-    def save_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        evaluation.write(self.folder.evaluation(step))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``scores``: accuracy, tokens_mean, tokens_correct_mean (0 if none is right). ``samples``: one per problem."""
-
-    scores: dict[str, float]
-    samples: list[Sample]
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"scores": self.scores, "samples": [asdict(sample) for sample in self.samples]}
-        write_durably(path, json.dumps(content).encode())
-
-    @staticmethod
-    def read(path: Path) -> Evaluation:
-        content = json.loads(path.read_text())
-        samples = [
-            Sample(**{**s, "versions": [VersionSpan(**v) for v in s["versions"]]})
-            for s in content["samples"]
-        ]
-        return Evaluation(content["scores"], samples)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agpo_megatron.conversion.errors import ConversionError
+from agpo_megatron.files import rename_durably, write_durably
 
 WORK = ".building"
 """Folder of the bookkeeping; gone before the target appears."""
@@ -52,7 +53,7 @@ class MemoryGate:
 
 @dataclass(frozen=True)
 class Pace:
-    """How a build runs. ``workers``: threads, one file each; ``advance``: called with the bytes of each tensor done,
+    """The pace of a build. ``workers``: threads, one file each; ``advance``: called with the bytes of each tensor done,
     from those threads; it may raise ``Stopped``."""
 
     workers: int = 2
@@ -118,13 +119,8 @@ class Building:
     def _write_one(self, name: str, job: FileJob, advance: Callable[[int], None]) -> Any:
         temporary = self.folder / WORK / f"{name}.partial"
         record = {"value": job.write(temporary, advance)}
-        sync(temporary)
-        temporary.rename(self.folder / name)
-        note = self.folder / WORK / f"{name}.json"
-        unfinished = note.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(record), encoding="utf-8")
-        sync(unfinished)
-        unfinished.rename(note)
+        rename_durably(temporary, self.folder / name)
+        write_durably(self.folder / WORK / f"{name}.json", json.dumps(record).encode())
         return record["value"]
 
     def _record(self, name: str) -> dict[str, Any] | None:
@@ -149,7 +145,7 @@ def check_space(folder: Path, nbytes: int) -> None:
 def open_building(
     target: Path, identity: Mapping[str, Any], overwrite: bool = False
 ) -> Iterator[Building]:
-    """The place to build ``target`` in. ``identity`` (JSON values) says what is being made of what: what an earlier
+    """Open the place to build ``target`` in. ``identity`` (JSON values) describes source and result: what an earlier
     attempt with the same identity left is taken up, that of another is removed. After an error, finished files stay.
 
     Raises ConversionError when ``target`` exists (unless ``overwrite``) or another process is building it.
@@ -187,23 +183,11 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
 def publish_folder(partial: Path, target: Path, overwrite: bool = False) -> None:
     """Rename a folder to its final name, after syncing its files; an old folder there is replaced if ``overwrite``."""
     refuse_existing(target, overwrite)
-    for path in [*sorted(partial.rglob("*")), partial]:
-        sync(path)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         target.rename(old)
-    partial.rename(target)
-    sync(target.parent)
+    rename_durably(partial, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _identity(folder: Path) -> Any:
@@ -214,7 +198,7 @@ def _identity(folder: Path) -> Any:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether any file was finished, so that there is something to take up."""
+    """Say whether any file was finished, so that there is something to take up."""
     return any(note.name != "identity.json" for note in (folder / WORK).glob("*.json"))
 
 

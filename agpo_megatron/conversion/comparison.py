@@ -13,7 +13,7 @@ from agpo_megatron.conversion.shape import TensorSpec
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs. ``max_error``: largest |a - b| (NaN counts as infinite); None where not comparable."""
+    """A tensor that differs. ``max_error``: largest |a - b| (NaN counts as infinite); None where not comparable."""
 
     name: str
     what: str

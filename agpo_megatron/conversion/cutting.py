@@ -1,4 +1,4 @@
-"""From full Hugging Face tensors to the shard of one tensor-parallel (TP) rank, and back. Bit-exact both ways.
+"""Cuts full Hugging Face tensors into the shards of tensor-parallel (TP) ranks, and back. Bit-exact both ways.
 
 Layouts as megatron-core 0.19 ``SelfAttention`` and ``MLP`` read them:
 grouped QKV rows are, per KV head g,  [q_{g,1} .. q_{g,n}, k_g, v_g]  (n = heads / kv_heads); with fewer KV heads than

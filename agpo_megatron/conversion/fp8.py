@@ -27,7 +27,7 @@ SCALE_SUFFIX = "_scale_inv"
 
 
 def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight`` [n, k] in any float dtype -> (Q [n, k] float8_e4m3fn, S [ceil(n/128), ceil(k/128)] fp32).
+    """Quantise ``weight`` [n, k] of any float dtype: (Q [n, k] float8_e4m3fn, S [ceil(n/128), ceil(k/128)] fp32).
 
     Ragged edges make smaller blocks. Works on 128 rows at a time: beside the result it holds little.
     Raises ConversionError for a tensor that is not a matrix, or not finite.
@@ -51,17 +51,6 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantised, scales
 
 
-def dequantise_blocks(quantised: Tensor, scales: Tensor) -> Tensor:
-    """W ~ Q * S_B in fp32; inverse of ``quantise_blocks``. Raises ConversionError when the shapes do not fit."""
-    rows, columns = quantised.shape
-    if scales.shape != (-(-rows // BLOCK), -(-columns // BLOCK)):
-        raise ConversionError(
-            f"{list(scales.shape)} scales do not belong to a weight of shape {list(quantised.shape)}"
-        )
-    full = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return quantised.float() * full
-
-
 def quantised_names(weights: WeightMap) -> frozenset[str]:
     """Hugging Face names of the tensors that are quantised: the matrices of the linear layers. Embedding, head, norms,
     router and biases keep their precision."""
@@ -76,7 +65,7 @@ def quantised_names(weights: WeightMap) -> frozenset[str]:
 
 
 def quantised_specs(specs: Iterable[TensorSpec], names: frozenset[str]) -> Iterator[TensorSpec]:
-    """What ``quantised_tensors`` yields for tensors of these descriptions."""
+    """Describe what ``quantised_tensors`` yields for tensors of these descriptions."""
     for spec in specs:
         if spec.name not in names:
             yield spec
@@ -90,7 +79,7 @@ def quantised_specs(specs: Iterable[TensorSpec], names: frozenset[str]) -> Itera
 def quantised_tensors(
     tensors: Iterable[tuple[str, Tensor]], names: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A stream of (name, tensor) with those of ``names`` replaced by Q and S: for a file, or for publishing live."""
+    """Replace the tensors of ``names`` in a stream of (name, tensor) by Q and S: for a file, or for publishing live."""
     for name, tensor in tensors:
         if name not in names:
             yield name, tensor
@@ -104,7 +93,7 @@ def quantised_tensors(
 
 
 def quantization_config(weights: WeightMap) -> dict[str, Any]:
-    """``quantization_config`` of config.json, as SGLang, vLLM and transformers read it."""
+    """Build the ``quantization_config`` of config.json, as SGLang, vLLM and transformers read it."""
     kept = [t.name for rule in weights.rules() for t in rule.hf if len(t.dims) == 2]
     names = quantised_names(weights)
     modules = sorted({n.removesuffix(".weight") for n in kept if n not in names} | {"lm_head"})

@@ -28,7 +28,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What travels with the weights when a checkpoint is written from another."""
+"""Files that travel with the weights when a checkpoint is written from another."""
 
 STORED_DTYPES = {
     "F64": "float64",
@@ -47,7 +47,7 @@ STORED_DTYPES = {
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """``config.json`` of a checkpoint folder. Raises ConversionError when it is missing or not a JSON object."""
+    """Read ``config.json`` of a checkpoint folder. Raises ConversionError when it is missing or not a JSON object."""
     path = Path(folder)
     if not path.is_dir():
         raise ConversionError(f"checkpoint folder {path} does not exist or is not a folder")
@@ -79,7 +79,7 @@ class HfCheckpoint:
             self._file_of.update(dict.fromkeys(specs, path))
 
     def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored dtype. Raises ConversionError for an unknown name or a damaged file."""
+        """Read one tensor, in its stored dtype. Raises ConversionError for an unknown name or a damaged file."""
         path = self.file_of(name)
         try:
             with safe_open(path, framework="pt") as file:
@@ -89,14 +89,14 @@ class HfCheckpoint:
         return tensor
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor. Raises ConversionError for an unknown name."""
+        """Find the file that holds a tensor. Raises ConversionError for an unknown name."""
         try:
             return self._file_of[name]
         except KeyError:
             raise ConversionError(f"{self.folder} holds no tensor {name!r}") from None
 
     def weight_map(self) -> WeightMap:
-        """The model's table, after checking that the folder holds exactly its tensors.
+        """Return the model's table, after checking that the folder holds exactly its tensors.
 
         Raises ConversionError as ``WeightMap.check_hf``, and when tied embeddings are stored twice and differ.
         """
@@ -111,7 +111,7 @@ class HfCheckpoint:
         return weights
 
     def _files(self) -> dict[str, set[str] | None]:
-        """File name -> the tensors the index promises in it (None: no index)."""
+        """Map each file name to the tensors that the index promises in it (None: no index)."""
         if (self.folder / INDEX).is_file():
             return dict(_read_index(self.folder / INDEX))
         if (self.folder / SINGLE).is_file():

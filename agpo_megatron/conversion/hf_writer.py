@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from agpo_megatron.conversion.hf_checkpoint import (
 )
 from agpo_megatron.conversion.manifest import buckets
 from agpo_megatron.conversion.shape import TensorSpec, dtype_name, with_both_spellings
+from agpo_megatron.files import digest, write_all
 
 _NAME_OF_DTYPE = {name: stored for stored, name in STORED_DTYPES.items()}
 GATE_FLOOR = 128 << 20
@@ -56,9 +56,9 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class HfTarget:
-    """Where a checkpoint goes and how: ``side_files``: folder that tokenizer, chat template and generation config are
-    copied from; ``max_shard_bytes``: of one safetensors file (a single group may be larger); ``quantization``: becomes
-    ``quantization_config``."""
+    """A checkpoint folder to be written. ``side_files``: folder that tokenizer, chat template and generation config are
+    copied from; ``max_shard_bytes``: limit of one safetensors file (a single group may be larger); ``quantization``:
+    becomes ``quantization_config``."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -101,19 +101,19 @@ def write_hf_groups(
 
 
 def digest_of(content: Any) -> str:
-    """Short fingerprint of a JSON value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    """Compute a short fingerprint of a JSON value."""
+    return digest(json.dumps(content, sort_keys=True).encode())[:16]
 
 
 def _shards(groups: Sequence[TensorGroup], max_bytes: int) -> dict[str, list[TensorGroup]]:
-    """File name -> its groups, in order, none above ``max_bytes`` unless it holds one group alone."""
+    """Deal groups to files, by name, in order; none is above ``max_bytes`` unless it holds one group alone."""
     shards = buckets(groups, max_bytes)
     names = shard_names(len(shards))
     return dict(zip(names, shards, strict=True))
 
 
 def shard_names(count: int) -> list[str]:
-    """Names of the weight files as transformers gives them."""
+    """Name ``count`` weight files as transformers does."""
     if count == 1:
         return [SINGLE]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -143,18 +143,6 @@ def _write_groups(
             wait([one for one in running if not one.cancel()])  # they still write to the file
 
 
-def write_safetensors(
-    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """One safetensors file, each tensor written when it comes (any order), none kept.
-
-    Raises ConversionError when the tensors are not exactly those of ``specs``.
-    """
-    with _SafetensorsFile(path, specs) as file:
-        for name, tensor in tensors:
-            file.put(name, [tensor])
-
-
 class _SafetensorsFile:
     """A safetensors file of known tensors, which any threads ``put`` in any order. Raises ConversionError for another
     tensor than promised, and at the end for one that never came."""
@@ -165,7 +153,7 @@ class _SafetensorsFile:
         header, self._offsets = _header(specs)
         self._start = 8 + len(header)
         self._file = FileIO(path, "w")
-        write_all(self._file, memoryview(len(header).to_bytes(8, "little") + header))
+        write_all(self._file, len(header).to_bytes(8, "little") + header)
 
     def __enter__(self) -> Self:
         return self
@@ -189,7 +177,7 @@ class _SafetensorsFile:
 
 
 def _shape(blocks: Sequence[Tensor]) -> torch.Size:
-    """Of the tensor that blocks of rows make up. Raises ConversionError where rows differ."""
+    """Compute the shape of the tensor that blocks of rows make up. Raises ConversionError where rows differ."""
     if len(blocks) == 1:
         return blocks[0].shape
     if len({block.shape[1:] for block in blocks}) != 1:
@@ -198,7 +186,7 @@ def _shape(blocks: Sequence[Tensor]) -> torch.Size:
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """(padded JSON header, offset of each tensor). Wide elements first, so that every tensor is aligned."""
+    """Return (padded JSON header, offset of each tensor): wide elements first, so that every tensor is aligned."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
@@ -217,15 +205,9 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy if it is contiguous."""
+    """View the tensor's bytes, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def write_all(file: FileIO, data: memoryview) -> None:
-    """Write every byte: one call to the system takes 2 GB at most."""
-    while len(data):
-        data = data[file.write(data) :]
 
 
 def _write_side(
@@ -234,7 +216,7 @@ def _write_side(
     files: Mapping[str, Sequence[TensorSpec]],
     side_files: Path | None,
 ) -> None:
-    """Index (if there are several files), config in both spellings, and what travels with the weights."""
+    """Write the index (if there are several files), the config in both spellings, and the side files."""
     specs = [spec for held in files.values() for spec in held]
     if len(files) > 1:
         weight_map = {spec.name: name for name, held in files.items() for spec in held}
@@ -268,10 +250,10 @@ def write_hf_checkpoint(
     source_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """As ``write_hf_groups``, of tensors that come once and in their own order (from a live policy, for instance).
+    """Write a checkpoint folder of tensors that come once, in their own order (from a live policy, for instance).
 
-    Held in memory up to ``max_shard_bytes``. A failure leaves nothing behind. Raises ConversionError when the folder
-    exists (and ``overwrite`` is false) or the disk refuses.
+    They are held in memory up to ``max_shard_bytes``. A failure leaves nothing behind. Raises ConversionError when
+    the folder exists (and ``overwrite`` is false) or the disk refuses.
     """
     target = Path(folder).absolute()
     refuse_existing(target, overwrite)
@@ -282,7 +264,9 @@ def write_hf_checkpoint(
         written: list[list[TensorSpec]] = []
         for shard in _held(tensors, max_shard_bytes):
             specs = [TensorSpec(n, tuple(t.shape), dtype_name(t.dtype)) for n, t in shard.items()]
-            write_safetensors(partial_folder / f"shard-{len(written)}", specs, shard.items())
+            with _SafetensorsFile(partial_folder / f"shard-{len(written)}", specs) as file:
+                for name, tensor in shard.items():
+                    file.put(name, [tensor])
             written.append(specs)
         if not written:
             raise ConversionError("no tensors to write")

@@ -1,4 +1,4 @@
-"""What each pipeline stage publishes: names, shapes, dtypes, order and buckets.
+"""Lists the tensors that each pipeline stage publishes: names, shapes, dtypes, order and buckets.
 
 Derived from the Hugging Face config and the pipeline layout alone, so the controller (which names the tensors to the
 rollout servers) and the trainer (which broadcasts them) compute the same lists without talking to each other.
@@ -15,7 +15,7 @@ from agpo_megatron.conversion.weight_map import WeightMap
 
 
 class Sized(Protocol):
-    """What has a size in bytes: a tensor, or tensors that stay together."""
+    """Anything with a size in bytes: a tensor, or tensors that stay together."""
 
     @property
     def nbytes(self) -> int: ...
@@ -27,7 +27,7 @@ Item = TypeVar("Item", bound=Sized)
 def publish_manifest(
     config: Mapping[str, Any], stage_layers: Sequence[Sequence[int]], dtype: str
 ) -> list[list[TensorSpec]]:
-    """The tensors of each pipeline stage in the order of ``WeightMap.stage_rules``.
+    """List the tensors of each pipeline stage in the order of ``WeightMap.stage_rules``.
 
     ``stage_layers``: global layer numbers of each stage (several runs of them with an interleaved schedule), every
     layer exactly once. ``dtype``: a key of ``DTYPES``, the same for all tensors.
@@ -54,7 +54,7 @@ def publish_manifest(
 
 
 def buckets(items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
-    """Consecutive items grouped greedily into buckets of at most ``max_bytes``; order is kept.
+    """Group consecutive items greedily into buckets of at most ``max_bytes``; order is kept.
 
     An item larger than ``max_bytes`` is a bucket of its own. Raises ConversionError for a size that is not positive.
     """

@@ -35,7 +35,7 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` -> ``"bfloat16"``."""
+    """Name a dtype: ``torch.bfloat16`` is ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -58,8 +58,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Of a mixture-of-experts layer. ``ffn``: of one expert; ``renormalised``: the weights of the ``per_token`` chosen
-    experts sum to 1 (otherwise they are what the softmax over all experts gave them)."""
+    """Sizes of a mixture-of-experts layer. ``ffn``: width of one expert; ``renormalised``: the weights of the
+    ``per_token`` chosen experts sum to 1 (otherwise they are what the softmax over all experts gave them)."""
 
     count: int
     per_token: int
@@ -69,7 +69,7 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything about a decoder that decides parameter shapes and the forward pass.
+    """The numbers of a decoder that decide parameter shapes and the forward pass.
 
     ``rope_scaling``: None, or the Llama-3 dictionary (``rope_type``, ``factor``, ``low_freq_factor``,
     ``high_freq_factor``, ``original_max_position_embeddings``). ``qkv_bias`` and ``qk_norm`` (a norm of each query and
@@ -131,7 +131,7 @@ class ModelShape:
         )
 
     def sizes(self, dims: tuple[str, ...]) -> tuple[int, ...]:
-        """The shape that the words of ``HfTensor.dims`` stand for."""
+        """Translate the words of ``HfTensor.dims`` into a shape."""
         experts = self.experts or ExpertShape(0, 0, 0, False)
         words = {
             "experts": experts.count,
@@ -147,7 +147,7 @@ class ModelShape:
 
 
 def _experts(config: Mapping[str, Any]) -> ExpertShape:
-    """Qwen3-MoE has a width of its own for experts, Mixtral the dense one; the count has two spellings."""
+    """Read sizes of experts: Qwen3-MoE has a width of its own, Mixtral the dense one; the count has two spellings."""
     counts = [config[k] for k in EXPERT_COUNT_KEYS if config.get(k) is not None]
     if len(set(counts)) > 1:
         raise ConversionError(f"config.json: {' and '.join(EXPERT_COUNT_KEYS)} disagree ({counts})")
@@ -176,7 +176,7 @@ def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 def rope_of(
     config: Mapping[str, Any], default_theta: float = 10000.0
 ) -> tuple[float, dict[str, Any] | None]:
-    """RoPE base and scaling from ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5) or both.
+    """Read RoPE from ``rope_theta`` and ``rope_scaling`` (transformers 4), ``rope_parameters`` (5) or both.
 
     Returns (theta, scaling); scaling is None for plain RoPE. Raises ConversionError when the two spellings disagree and
     for a scaling other than ``llama3``.
@@ -218,7 +218,7 @@ def _scaling(section: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def with_both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with RoPE and number of experts written for readers of transformers 4 and of transformers 5 alike."""
+    """Spell RoPE and the number of experts for readers of transformers 4 and of transformers 5 alike."""
     architecture = architecture_of(config)
     theta, scaling = rope_of(config, architecture.rope_theta)
     spelled = {

@@ -19,7 +19,7 @@ from agpo_megatron.conversion.errors import ConversionError
 
 
 class Cut(Enum):
-    """How one Megatron parameter is made of Hugging Face tensors and cut over TP ranks."""
+    """The way one Megatron parameter is made of Hugging Face tensors and cut over TP ranks."""
 
     REPLICATED = "replicated"  # the same on every rank
     COLUMN = "column"  # output rows (dim 0)
@@ -30,7 +30,7 @@ class Cut(Enum):
 
 
 class Place(Enum):
-    """Where in the model a parameter lives; decides its pipeline stage."""
+    """The part of the model that a parameter belongs to; decides its pipeline stage."""
 
     EMBEDDING = "embedding"
     LAYER = "layer"
@@ -312,9 +312,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise ConversionError(
             f"architecture {wanted!r} of config.json is not supported (supported: {known})"
         )
-    told = {**dict(architecture.defaults), **config}
+    stated = {**dict(architecture.defaults), **config}
     for key, value in architecture.required:
-        found = told.get(key)
+        found = stated.get(key)
         if found not in (value, None):
             raise ConversionError(
                 f"config.json: {architecture.name} with {key} = {found!r}"

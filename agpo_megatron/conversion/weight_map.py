@@ -107,7 +107,7 @@ class WeightMap:
                 )
 
     def tied_copies(self) -> list[tuple[str, str]]:
-        """(head name, embedding name) pairs that hold the same values when embeddings are tied; else empty."""
+        """List the (head name, embedding name) pairs that hold the same values when embeddings are tied."""
         return [
             (mine.name, tied.name)
             for rule, head in zip(self._table_head(), self._tied_head(), strict=False)

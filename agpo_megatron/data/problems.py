@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from agpo_megatron.config.schema import DataConfig
+from agpo_megatron.samples import Ints
 
 
 class DataError(ValueError):
@@ -22,7 +24,7 @@ class Problem:
 
     text: str
     answer: str
-    tokens: list[int]
+    tokens: Ints
 
 
 def read_jsonl(path: str, keys: tuple[str, ...]) -> Dataset:
@@ -78,11 +80,11 @@ def load_problems(path: str, data: DataConfig, tokenizer: Any) -> list[Problem]:
     return problems
 
 
-def prompt_tokens(text: str, chat_template: bool, tokenizer: Any) -> list[int]:
+def prompt_tokens(text: str, chat_template: bool, tokenizer: Any) -> Ints:
     """Tokens of a prompt: a user message through the chat template, or the text, after BOS if the tokenizer adds it."""
     if chat_template:
         rendered: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
-    return list(tokenizer.encode(text, add_special_tokens=True))
+        return np.array(tokenizer.encode(rendered, add_special_tokens=False), np.int32)
+    return np.array(tokenizer.encode(text, add_special_tokens=True), np.int32)

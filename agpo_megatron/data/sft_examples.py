@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from agpo_megatron.config.schema import DataConfig
 from agpo_megatron.data.problems import DataError, prompt_tokens, read_jsonl
-from agpo_megatron.types import Group, Prompt, Sample
+from agpo_megatron.samples import UNKNOWN, Group, Prompt, Sample
 
 
 def load_sft_examples(path: str, data: DataConfig, tokenizer: Any) -> list[Group]:
@@ -30,10 +32,10 @@ def load_sft_examples(path: str, data: DataConfig, tokenizer: Any) -> list[Group
             group_id=prompt.group_id,
             index=0,
             prompt_tokens=prompt.tokens,
-            response_tokens=response,
-            rollout_logprobs=[0.0] * len(response),
-            loss_mask=[1] * len(response),
-            versions=[],
+            response_tokens=np.array(response, np.int32),
+            rollout_logprobs=np.full(len(response), UNKNOWN, np.float32),
+            loss_mask=np.ones(len(response), np.uint8),
+            versions=(),
             finish_reason="stop",
             text=row["response"],
         )

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from agpo_megatron.data.problems import Problem
-from agpo_megatron.types import Prompt
+from agpo_megatron.samples import Prompt
 
 
 @lru_cache(maxsize=4)

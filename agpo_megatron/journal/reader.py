@@ -4,26 +4,61 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
+from agpo_megatron.files import digest
+from agpo_megatron.journal.blocks import Block, JournalError, find_blocks, read_blocks
 from agpo_megatron.journal.records import (
-    JournalError,
-    SampleRef,
-    StepRecord,
-    decode_table,
-    read_file,
-    row_to_sample,
-    table_to_step,
-    to_train_sequence,
+    BatchRecord,
+    JournaledGroup,
+    batch_to_sample,
+    batches_to_groups,
+    decode_record,
+    score_sequence,
+    train_sequence,
 )
-from agpo_megatron.types import Sample, TrainSequence
+from agpo_megatron.samples import Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
-SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})\.arrow$")
-STEP = re.compile(r"step-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
+SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})-p(\d{9})-(\d{9})-([0-9a-f]{16})\.arrow$")
+BATCH = re.compile(r"batch-(\d{8})-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
+
+
+@dataclass(frozen=True)
+class SegmentName:
+    """What a segment's name says: prompt positions from ``first`` to ``last``."""
+
+    name: str
+    first: int
+    last: int
+    digest: str
+
+    @staticmethod
+    def parse(name: str) -> SegmentName:
+        match = SEGMENT.fullmatch(name)
+        if match is None:
+            raise JournalError(f"{name} is not the name of a segment")
+        return SegmentName(name, int(match[3]), int(match[4]), match[5])
+
+
+@dataclass(frozen=True)
+class BatchName:
+    """What the name of a batch's file says: its optimizer steps."""
+
+    name: str
+    first_step: int
+    last_step: int
+    digest: str
+
+    @staticmethod
+    def parse(name: str) -> BatchName:
+        match = BATCH.fullmatch(name)
+        if match is None:
+            raise JournalError(f"{name} is not the name of a batch's file")
+        return BatchName(name, int(match[1]), int(match[2]), match[4])
 
 
 def owners(folder: Path) -> list[int]:
@@ -32,7 +67,7 @@ def owners(folder: Path) -> list[int]:
 
 
 def valid_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the segments and of the steps that count.
+    """Names of the segments and of the batches that count.
 
     Truth = the inventory the newest attempt took over, plus what that attempt wrote itself. What an older attempt
     wrote after it was superseded is in neither and is ignored.
@@ -42,72 +77,97 @@ def valid_files(folder: Path) -> tuple[list[str], list[str]]:
         return [], []
     newest = attempts[-1]
     inventory = json.loads((folder / f"owner-{newest:06d}.json").read_text())
-    segments, steps = set(inventory["segments"]), set(inventory["steps"])
+    segments, batches = set(inventory["segments"]), set(inventory["batches"])
     for path in (folder / "samples").iterdir():
         if (m := SEGMENT.fullmatch(path.name)) and int(m[1]) == newest:
             segments.add(path.name)
-    for path in (folder / "steps").iterdir():
-        if (m := STEP.fullmatch(path.name)) and int(m[2]) == newest:
-            steps.add(path.name)
-    return sorted(segments), sorted(steps)
+    for path in (folder / "batches").iterdir():
+        if (m := BATCH.fullmatch(path.name)) and int(m[3]) == newest:
+            batches.add(path.name)
+    return sorted(segments), sorted(batches)
 
 
 class JournalReader:
-    """Reads segments and steps of one journal folder; keeps the segments used last in memory."""
+    """Reads one journal folder: the small records of batches whole, samples block by block."""
 
-    def __init__(self, folder: Path, cached_segments: int = 64) -> None:
+    def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise JournalError(f"{folder} is not a journal. Name the folder of a run that has one.")
         self.folder = folder
-        self._cache: OrderedDict[str, pa.Table] = OrderedDict()
-        self._cached_segments = cached_segments
         self.read_patience = 5.0  # seconds a shared file system is given to show a file
 
-    def steps(self) -> list[int]:
-        """Committed step numbers, ascending."""
-        return sorted(self.step_names())
+    def batches(self) -> list[BatchName]:
+        """The committed batches, in order."""
+        return [BatchName.parse(name) for name in valid_files(self.folder)[1]]
 
-    def step_names(self) -> dict[int, str]:
-        """File name of every committed step."""
-        return {int(m[1]): n for n in valid_files(self.folder)[1] if (m := STEP.fullmatch(n))}
+    def segments(self) -> list[SegmentName]:
+        """The segments that count."""
+        return [SegmentName.parse(name) for name in valid_files(self.folder)[0]]
 
-    def segment(self, name: str, digest: str | None = None) -> pa.Table:
-        if name not in self._cache:
-            path = self.folder / "samples" / name
-            self._cache[name] = decode_table(path, read_file(path, digest, self.read_patience))
-            while len(self._cache) > self._cached_segments:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(name)
-        return self._cache[name]
+    def batch_of(self, step: int) -> BatchName:
+        """The committed batch that optimizer step ``step`` belongs to. Raises JournalError when there is none."""
+        batches = self.batches()
+        for batch in batches:
+            if batch.first_step <= step <= batch.last_step:
+                return batch
+        held = f"{batches[0].first_step} to {batches[-1].last_step}" if batches else "none"
+        raise JournalError(f"{self.folder} has no committed batch with step {step} (it has {held})")
 
-    def record(self, step: int) -> StepRecord:
-        """The committed record of ``step``. Raises JournalError when there is none."""
-        name = self.step_names().get(step)
-        if name is None:
-            raise JournalError(
-                f"{self.folder} has no committed step {step} (it has {self.steps()[-3:] or 'none'} last)"
+    def record(self, name: str) -> BatchRecord:
+        """The batch file ``name``, checked against the digest in its name. Raises JournalError."""
+        path, wanted = self.folder / "batches" / name, BatchName.parse(name).digest
+        return decode_record(path, read_file(path, wanted, self.read_patience))
+
+    def samples(self, blocks: Sequence[Block]) -> list[Sample]:
+        """The samples of some blocks, in their order."""
+        return [batch_to_sample(b) for b in read_blocks(self._samples, blocks, self.read_patience)]
+
+    def sequences(self, record: BatchRecord, rows: Sequence[int]) -> list[TrainSequence]:
+        """The sequences of some rows of a batch, in that order; nothing else is read."""
+        samples = read_blocks(self._samples, [record.samples[r] for r in rows], self.read_patience)
+        found = [record.details[r] for r in rows]
+        details = read_blocks(
+            self.folder / "batches", [block for block in found if block], self.read_patience
+        )
+        return [
+            train_sequence(record, row, sample, next(details) if block else None)
+            for row, sample, block in zip(rows, samples, found, strict=True)
+        ]
+
+    def score_sequences(self, blocks: Sequence[Block]) -> list[TrainSequence]:
+        """Journaled samples whose batch is not decided yet, in their order."""
+        return [score_sequence(b) for b in read_blocks(self._samples, blocks, self.read_patience)]
+
+    def groups(self, segment: SegmentName) -> list[JournaledGroup]:
+        """All groups of a segment and where their samples lie. Raises JournalError for a damaged file."""
+        blocks = find_blocks(self._samples, segment.name, segment.digest)
+        groups = batches_to_groups(list(read_blocks(self._samples, blocks, self.read_patience)))
+        places = iter(blocks)
+        return [JournaledGroup(g, [next(places) for _ in g.samples]) for g in groups]
+
+    @property
+    def _samples(self) -> Path:
+        return self.folder / "samples"
+
+
+def read_file(path: Path, wanted: str, patience: float = 5.0) -> bytes:
+    """Whole file. ``wanted``: SHA-256 it must have, or the beginning of it.
+
+    Waits up to ``patience`` seconds for a shared file system to show the file, with that content.
+    Raises JournalError when it stays missing or different.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        data = path.read_bytes() if path.exists() else None
+        if data is not None and digest(data).startswith(wanted):
+            return data
+        if time.monotonic() > deadline:
+            cause = (
+                "is missing"
+                if data is None
+                else f"does not have the digest {wanted} it was announced with"
             )
-        return self.read_record(name)
-
-    def read_record(self, name: str) -> StepRecord:
-        """The step file ``name``, checked against the digest in its name. Raises JournalError."""
-        match = STEP.fullmatch(name)
-        if match is None:
-            raise JournalError(f"{name} is not the name of a step file")
-        path = self.folder / "steps" / name
-        return table_to_step(decode_table(path, read_file(path, match[3], self.read_patience)))
-
-    def sequences(self, record: StepRecord, rows: list[int] | None = None) -> list[TrainSequence]:
-        """The step's sequences (all, or those of the given row numbers), in that order."""
-        wanted = range(len(record.rows)) if rows is None else rows
-        result = []
-        for number in wanted:
-            row = record.rows[number]
-            sample = self.sample(row.ref, record.segments[row.ref.segment])
-            result.append(to_train_sequence(sample, row))
-        return result
-
-    def sample(self, ref: SampleRef, digest: str) -> Sample:
-        """One sample of the segment that has ``digest``."""
-        table = self.segment(ref.segment, digest)
-        return row_to_sample(table.slice(ref.row, 1).to_pylist()[0])
+            raise JournalError(
+                f"{path} {cause}. Restore it from a copy; the run cannot be resumed without it."
+            )
+        time.sleep(0.05)

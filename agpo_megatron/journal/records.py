@@ -1,31 +1,45 @@
-"""What the journal's files hold, and how a file becomes durable.
+"""What the journal's files hold, and how samples become rows and come back.
 
-Two kinds of immutable Arrow file (IPC format: `datasets`, pandas and duckdb read them):
+Three kinds of immutable Arrow file:
 
-* ``samples/NAME.arrow``: a segment, one row per sample of some finished groups;
-* ``steps/NAME.arrow``: one committed optimizer step, one row per sequence that is trained on. It refers to samples
-  by (segment, row) and adds what the controller decided: advantage, shaped reward, loss weight; and where the
-  loss needs them, what was scored before the update: log-probs of the trainer and of the reference policy, correction
-  factors. It knows nothing of the parallel layout, so a step can be replayed in any layout.
+* ``samples/segment-...``: a segment, one block per sample of some finished groups;
+* ``batches/details-...``: what was decided or scored per token for a batch, one block per sample that has any;
+* ``batches/batch-...``: one committed batch, one small row per sample. It refers to blocks of the other two and adds
+  what was decided per sequence. It knows nothing of the parallel layout, so a batch can be replayed in any.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from agpo_megatron.types import Group, Prompt, Sample, TrainSequence, VersionSpan
+from agpo_megatron.files import digest, write_durably
+from agpo_megatron.journal.blocks import RESTORE, Block, JournalError
+from agpo_megatron.samples import (
+    COLUMNS,
+    Array,
+    Column,
+    Floats,
+    Group,
+    Prompt,
+    Sample,
+    TrainSequence,
+    VersionSpan,
+    columns,
+)
 
-SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
-"""What a trainer hands the controller before a step is decided: log-probs of the tokens of each sample's loss mask."""
+
+def _arrow(column: Column) -> pa.Field:
+    value = pa.from_numpy_dtype(np.dtype(column.dtype))
+    return pa.field(column.name, pa.list_(value) if column.per == "token" else value)
+
+
 SEGMENT_SCHEMA = pa.schema(
     [
         ("group_id", pa.string()),
@@ -34,9 +48,7 @@ SEGMENT_SCHEMA = pa.schema(
         ("prompt_text", pa.string()),
         ("answer", pa.string()),
         ("prompt_tokens", pa.list_(pa.int32())),
-        ("response_tokens", pa.list_(pa.int32())),
-        ("rollout_logprobs", pa.list_(pa.float32())),
-        ("loss_mask", pa.list_(pa.int8())),
+        *(_arrow(c) for c in columns("token", "sample")),
         ("versions", pa.string()),
         ("finish_reason", pa.string()),
         ("text", pa.string()),
@@ -44,233 +56,253 @@ SEGMENT_SCHEMA = pa.schema(
         ("reward_error", pa.string()),
     ]
 )
-STEP_SCHEMA = pa.schema(
+DETAILS_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), *(_arrow(c) for c in columns("token", "step"))]
+)
+_BLOCK = pa.struct(
+    [("file", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("digest", pa.string())]
+)
+BATCH_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
-        ("segment", pa.string()),
-        ("row", pa.int32()),
         ("tokens", pa.int32()),
-        ("reward", pa.float64()),
-        ("advantage", pa.float64()),
-        ("loss_weight", pa.float64()),
-        ("trained", pa.int32()),
-        ("old_logprobs", pa.list_(pa.float32())),
-        ("ref_logprobs", pa.list_(pa.float32())),
-        ("correction", pa.list_(pa.float32())),
+        ("sample", _BLOCK),
+        ("details", _BLOCK),
+        *(_arrow(c) for c in columns("sequence", "step")),
     ]
 )
+SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
+"""What a trainer hands the controller before a batch is decided: log-probs of the tokens of each sample's loss mask."""
 
 
-class JournalError(RuntimeError):
-    """The journal cannot be written or read; the message names the file, the cause and the fix."""
+@dataclass(frozen=True, eq=False)
+class JournaledGroup:
+    """A group whose samples are durable, and where they lie (one block per sample)."""
+
+    group: Group
+    blocks: list[Block]
 
 
-@dataclass(frozen=True)
-class SampleRef:
-    """Where a journaled sample lies."""
+@dataclass(frozen=True, eq=False)
+class BatchRecord:
+    """A committed batch of S samples, for the optimizer steps ``first_step`` (counted from 1) and those after it,
+    ``updates`` in all.
 
-    segment: str
-    row: int
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One sequence of a step. ``tokens``: sequence length. ``loss_weight``: of each of its ``trained`` tokens.
-
-    Per *response* token, float32, empty where the loss does not need them: ``old_logprobs`` and ``ref_logprobs``, of
-    the trainer's weights before the step and of the reference policy; ``correction``, factors on the policy loss,
-    of which 0 takes the token out of training.
+    ``cursor``: the prompt position after this batch's prompts. ``weight_version``: the weights it starts from.
+    ``sample_ids``; ``tokens`` [S]: lengths of the sequences; ``samples``: their blocks; ``details``: blocks of their
+    per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
+    ``metrics``: what is known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy
+    bonus; ``entropy_state``: what the next batch's adaptive coefficient starts from.
     """
 
-    sample_id: str
-    ref: SampleRef
-    tokens: int
-    reward: float
-    advantage: float
-    loss_weight: float
-    trained: int
-    old_logprobs: list[float] = field(default_factory=list)
-    ref_logprobs: list[float] = field(default_factory=list)
-    correction: list[float] = field(default_factory=list)
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether the sequence trains at all."""
-        return self.loss_weight != 0.0 and self.trained > 0
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """A committed step. ``step`` counts from 1. ``cursor``: the prompt position after this step's prompts.
-
-    ``weight_version``: the weights the step starts from. ``segments``: digest of every segment it refers to.
-    ``metrics``: what is known of the step before training (rewards, groups, lengths). ``entropy_coef``: weight of the
-    entropy bonus in this step; ``entropy_state``: what the next step's adaptive coefficient starts from.
-    """
-
-    step: int
+    first_step: int
+    updates: int
     attempt: int
     cursor: int
     weight_version: str
-    segments: dict[str, str]
-    rows: list[StepRow]
-    metrics: dict[str, float] = field(default_factory=dict)
+    sample_ids: list[str]
+    tokens: Array
+    samples: list[Block]
+    details: list[Block | None]
+    columns: Mapping[str, Array]
+    metrics: Mapping[str, float] = field(default_factory=dict)
     entropy_coef: float = 0.0
     entropy_state: float = 0.0
 
+    @property
+    def steps(self) -> range:
+        """Its optimizer steps."""
+        return range(self.first_step, self.first_step + self.updates)
 
-def groups_to_table(groups: Sequence[Group]) -> pa.Table:
-    """Rows in group order, then sample order."""
-    rows: list[dict[str, Any]] = []
-    for group in groups:
-        for sample in group.samples:
-            rows.append(
-                {
-                    "group_id": group.group_id,
-                    "position": group.prompt.position,
-                    "index": sample.index,
-                    "prompt_text": group.prompt.text,
-                    "answer": group.prompt.answer,
-                    "prompt_tokens": sample.prompt_tokens,
-                    "response_tokens": sample.response_tokens,
-                    "rollout_logprobs": sample.rollout_logprobs,
-                    "loss_mask": sample.loss_mask,
-                    "versions": json.dumps([asdict(span) for span in sample.versions]),
-                    "finish_reason": sample.finish_reason,
-                    "text": sample.text,
-                    "accuracy": sample.accuracy,
-                    "reward_error": sample.reward_error,
-                }
-            )
-    return pa.Table.from_pylist(rows, schema=SEGMENT_SCHEMA)
+    def rows(self, step: int) -> list[int]:
+        """The samples that ``step`` trains on: those of its part that have weight."""
+        part, weight = self.columns["update"], self.columns["loss_weight"]
+        mine = (part == step - self.first_step) & (weight != 0) & (self.columns["trained"] > 0)
+        return [int(i) for i in np.flatnonzero(mine)]
 
 
-def table_to_groups(table: pa.Table) -> list[Group]:
-    """Inverse of ``groups_to_table`` (log-probs come back in float32 precision)."""
+def sample_batch(group: Group, sample: Sample) -> pa.RecordBatch:
+    """One sample as a record batch of one row."""
+    values = {
+        "group_id": group.group_id,
+        "position": group.prompt.position,
+        "index": sample.index,
+        "prompt_text": group.prompt.text,
+        "answer": group.prompt.answer,
+        "prompt_tokens": sample.prompt_tokens,
+        **{c.name: getattr(sample, c.name) for c in columns("token", "sample")},
+        "versions": json.dumps([asdict(span) for span in sample.versions]),
+        "finish_reason": sample.finish_reason,
+        "text": sample.text,
+        "accuracy": sample.accuracy,
+        "reward_error": sample.reward_error,
+    }
+    return _one_row(values, SEGMENT_SCHEMA)
+
+
+def details_batch(sample_id: str, values: Mapping[str, Array | None]) -> pa.RecordBatch:
+    """The per-token decisions about one sample as a record batch of one row."""
+    return _one_row({"sample_id": sample_id, **values}, DETAILS_SCHEMA)
+
+
+_LISTS = ("prompt_tokens", *(c.name for c in columns("token", "sample")))
+
+
+def _one_row(values: Mapping[str, Any], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.record_batch(
+        [_cell(values.get(column.name), column.type) for column in schema], schema=schema
+    )
+
+
+def _cell(value: Any, kind: pa.DataType) -> pa.Array:
+    if value is None or not pa.types.is_list(kind):
+        return pa.array([value], kind)
+    entries = np.ascontiguousarray(value, dtype=kind.value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(pa.array([0, len(entries)], pa.int32()), entries, type=kind)
+
+
+def _lists(batch: pa.RecordBatch, names: Iterable[str]) -> dict[str, Any]:
+    """The entries of the one list of each column, without a copy; a column without one is left out."""
+    return {
+        name: batch.column(name).values.to_numpy()
+        for name in names
+        if batch.column(name).null_count == 0
+    }
+
+
+def batch_to_sample(batch: pa.RecordBatch) -> Sample:
+    """Inverse of ``sample_batch``."""
+    fields: dict[str, Any] = {
+        name: batch.column(name)[0].as_py()
+        for name in ("group_id", "index", "finish_reason", "text", "accuracy", "reward_error")
+    }
+    spans = json.loads(batch.column("versions")[0].as_py())
+    fields["versions"] = tuple(VersionSpan(**span) for span in spans)
+    return Sample(**fields, **_lists(batch, _LISTS))
+
+
+def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
+    """The groups of a segment, from all of its blocks."""
     groups: dict[str, Group] = {}
-    for row in table.to_pylist():
-        prompt = Prompt(row["position"], row["prompt_tokens"], row["answer"], row["prompt_text"])
-        group = groups.setdefault(row["group_id"], Group(prompt, []))
-        group.samples.append(row_to_sample(row))
+    for batch in batches:
+        sample = batch_to_sample(batch)
+        position, answer, text = (
+            batch.column(name)[0].as_py() for name in ("position", "answer", "prompt_text")
+        )
+        prompt = Prompt(position, sample.prompt_tokens, answer, text)
+        groups.setdefault(sample.group_id, Group(prompt, [])).samples.append(sample)
     return list(groups.values())
 
 
-def row_to_sample(row: dict[str, Any]) -> Sample:
-    return Sample(
-        group_id=row["group_id"],
-        index=row["index"],
-        prompt_tokens=row["prompt_tokens"],
-        response_tokens=row["response_tokens"],
-        rollout_logprobs=row["rollout_logprobs"],
-        loss_mask=row["loss_mask"],
-        versions=[VersionSpan(**span) for span in json.loads(row["versions"])],
-        finish_reason=row["finish_reason"],
-        text=row["text"],
-        accuracy=row["accuracy"],
-        reward_error=row["reward_error"],
-    )
-
-
-def to_train_sequence(sample: Sample, row: StepRow) -> TrainSequence:
-    """Join a journaled sample with what the step decided about it."""
-    n = len(sample.response_tokens)
-    for name in ("old_logprobs", "ref_logprobs", "correction"):
-        if len(getattr(row, name)) not in (0, n):
-            raise JournalError(
-                f"step row of {row.sample_id}: {len(getattr(row, name))} {name} for {n} response tokens; "
-                "the journal is damaged"
-            )
-    prompt = [0.0] * len(sample.prompt_tokens)
-    mask = sample.loss_mask
-    if row.correction:
-        mask = [m if c else 0 for m, c in zip(mask, row.correction, strict=True)]
+def train_sequence(
+    record: BatchRecord, row: int, sample: pa.RecordBatch, details: pa.RecordBatch | None
+) -> TrainSequence:
+    """A journaled sample with what its batch decided about it."""
+    lists = _lists(sample, _LISTS)
+    if details is not None:
+        lists |= _lists(details, [c.name for c in columns("token", "step")])
+    numbers = {name: values[row].item() for name, values in record.columns.items()}
     return TrainSequence(
-        sample_id=row.sample_id,
-        tokens=sample.prompt_tokens + sample.response_tokens,
-        loss_weight=row.loss_weight,
-        loss_mask=[0] * len(prompt) + mask,
-        advantage=row.advantage,
-        rollout_logprobs=prompt + sample.rollout_logprobs if sample.versions else [],
-        ref_logprobs=prompt + row.ref_logprobs if row.ref_logprobs else [],
-        correction=prompt + row.correction if row.correction else [],
+        record.sample_ids[row],
+        lists.pop("prompt_tokens"),
+        lists.pop("response_tokens"),
+        lists.pop("loss_mask"),
+        {**lists, **numbers},
     )
 
 
-def to_score_sequence(sample: Sample) -> TrainSequence:
-    """A journaled sample before its step is decided: every token of its mask is scored."""
-    prompt = len(sample.prompt_tokens)
+def score_sequence(batch: pa.RecordBatch) -> TrainSequence:
+    """A journaled sample before its batch is decided: every token of its mask is scored."""
+    sample = batch_to_sample(batch)
     return TrainSequence(
-        sample_id=sample.sample_id,
-        tokens=sample.prompt_tokens + sample.response_tokens,
-        loss_weight=1.0,
-        loss_mask=[0] * prompt + sample.loss_mask,
-        advantage=0.0,
+        sample.sample_id,
+        sample.prompt_tokens,
+        sample.response_tokens,
+        sample.loss_mask,
+        {"loss_weight": 1.0},
     )
 
 
-def step_to_table(record: StepRecord) -> pa.Table:
-    rows = [
-        {
-            "sample_id": row.sample_id,
-            "segment": row.ref.segment,
-            "row": row.ref.row,
-            "tokens": row.tokens,
-            "reward": row.reward,
-            "advantage": row.advantage,
-            "loss_weight": row.loss_weight,
-            "trained": row.trained,
-            "old_logprobs": row.old_logprobs,
-            "ref_logprobs": row.ref_logprobs,
-            "correction": row.correction,
-        }
-        for row in record.rows
-    ]
-    header = {
-        "step": record.step,
-        "attempt": record.attempt,
-        "cursor": record.cursor,
-        "weight_version": record.weight_version,
-        "segments": record.segments,
-        "metrics": record.metrics,
-        "entropy_coef": record.entropy_coef,
-        "entropy_state": record.entropy_state,
+def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[str, Array]:
+    """Every per-sequence column of source "step", [count]: what was decided, or the default."""
+    return {
+        c.name: np.asarray(values.get(c.name, [c.default] * count), dtype=c.dtype)
+        for c in COLUMNS
+        if c.per == "sequence" and c.source == "step"
     }
-    schema = STEP_SCHEMA.with_metadata({"step": json.dumps(header)})
-    return pa.Table.from_pylist(rows, schema=schema)
 
 
-def table_to_step(table: pa.Table) -> StepRecord:
-    header = json.loads(table.schema.metadata[b"step"])
-    rows = [
-        StepRow(
-            sample_id=row["sample_id"],
-            ref=SampleRef(row["segment"], row["row"]),
-            tokens=row["tokens"],
-            reward=row["reward"],
-            advantage=row["advantage"],
-            loss_weight=row["loss_weight"],
-            trained=row["trained"],
-            old_logprobs=row["old_logprobs"],
-            ref_logprobs=row["ref_logprobs"],
-            correction=row["correction"],
+def encode_record(record: BatchRecord) -> bytes:
+    """The file of a batch."""
+    header = {
+        name: getattr(record, name)
+        for name in (
+            "first_step",
+            "updates",
+            "attempt",
+            "cursor",
+            "weight_version",
+            "entropy_coef",
+            "entropy_state",
         )
-        for row in table.to_pylist()
-    ]
-    return StepRecord(rows=rows, **header)
+    }
+    header["metrics"] = dict(record.metrics)
+    table = pa.table(
+        [
+            pa.array(record.sample_ids, pa.string()),
+            pa.array(record.tokens, pa.int32()),
+            pa.array([asdict(block) for block in record.samples], _BLOCK),
+            pa.array([block and asdict(block) for block in record.details], _BLOCK),
+            *(pa.array(record.columns[c.name]) for c in columns("sequence", "step")),
+        ],
+        schema=BATCH_SCHEMA.with_metadata({"batch": json.dumps(header)}),
+    )
+    return encode_table(table)
 
 
-def write_scores(path: Path, logprobs: dict[str, list[float]]) -> str:
+def decode_record(path: Path, data: bytes) -> BatchRecord:
+    """Inverse of ``encode_record``. Raises JournalError naming ``path``."""
+    table = decode_table(path, data)
+    header = json.loads(table.schema.metadata[b"batch"])
+    return BatchRecord(
+        sample_ids=table.column("sample_id").to_pylist(),
+        tokens=table.column("tokens").to_numpy(),
+        samples=[Block(**block) for block in table.column("sample").to_pylist()],
+        details=[block and Block(**block) for block in table.column("details").to_pylist()],
+        columns={
+            c.name: table.column(c.name).to_numpy()
+            if c.name in table.column_names
+            else np.full(len(table), c.default, dtype=c.dtype)
+            for c in columns("sequence", "step")
+        },
+        **header,
+    )
+
+
+def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
     """Log-probs by sample id, as ``SCORE_SCHEMA``; returns the file's digest."""
-    columns = {"sample_id": list(logprobs), "logprobs": list(logprobs.values())}
-    data = encode_table(pa.Table.from_pydict(columns, schema=SCORE_SCHEMA))
+    ends = np.cumsum([0, *(len(values) for values in logprobs.values())])
+    entries = np.concatenate([np.zeros(0, np.float32), *logprobs.values()])
+    lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(entries, pa.float32()))
+    data = encode_table(pa.table([pa.array(list(logprobs), pa.string()), lists], SCORE_SCHEMA))
     write_durably(path, data)
-    return digest_of(data)
+    return digest(data)
 
 
-def read_scores(path: Path, digest: str) -> dict[str, list[float]]:
-    """Inverse of ``write_scores``; waits for a shared file system as ``read_file`` does."""
-    table = decode_table(path, read_file(path, digest))
-    return dict(zip(*(table.column(name).to_pylist() for name in SCORE_SCHEMA.names), strict=True))
+def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
+    """Inverse of ``write_scores``."""
+    table = decode_table(path, data).combine_chunks()
+    lists = table.column("logprobs").chunk(0)
+    ends, entries = lists.offsets.to_numpy(), lists.values.to_numpy()
+    names = table.column("sample_id").to_pylist()
+    return {n: entries[a:b] for n, a, b in zip(names, ends, ends[1:], strict=False)}
+
+
+def at_the_masked_tokens(scored: Floats, sample: Sample) -> Floats:
+    """Log-probs of the tokens of a loss mask at their places in the response, 0 elsewhere."""
+    placed = np.zeros(len(sample.response_tokens), dtype=np.float32)
+    placed[sample.loss_mask != 0] = scored
+    return placed
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -284,55 +316,4 @@ def decode_table(path: Path, data: bytes) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.BufferReader(data)).read_all()
     except pa.ArrowInvalid as error:
-        raise JournalError(
-            f"{path} is damaged ({error}). Restore it from a copy, or remove the run folder and start again."
-        ) from error
-
-
-def digest_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename, fsync of the folder: after return the file survives a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise JournalError(
-            f"cannot write {path}: {error.strerror}. Nothing committed is lost: "
-            "free space or mend the file system, then run the same command again."
-        ) from error
-
-
-def read_file(path: Path, digest: str | None = None, patience: float = 5.0) -> bytes:
-    """Whole file. ``digest``: SHA-256 it must have, or the beginning of it.
-
-    Waits up to ``patience`` seconds for a shared file system to show the file, with that content.
-    Raises JournalError when it stays missing or different.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        data = path.read_bytes() if path.exists() else None
-        if data is not None and (digest is None or digest_of(data).startswith(digest)):
-            return data
-        if time.monotonic() > deadline:
-            cause = (
-                "is missing"
-                if data is None
-                else f"does not have the digest {digest} it was announced with"
-            )
-            raise JournalError(
-                f"{path} {cause}. Restore it from a copy; the run cannot be resumed without it."
-            )
-        time.sleep(0.05)
+        raise JournalError(f"{path} is damaged ({error}). {RESTORE}") from error

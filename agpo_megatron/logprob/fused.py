@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.projection import Gradients, Head, Kernels, Shard
 
-TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
+RowLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(logprob [n], entropy [n], which rows they are) to the loss of each of these rows [n], differentiable."""
 
 
@@ -47,7 +47,7 @@ def selected_logprobs(
     temperature: float,
     chunk: int,
     softcap: float | None = None,
-    token_loss: TokenLoss | None = None,
+    token_loss: RowLoss | None = None,
     entropy_gradient: bool = False,
     kernels: Kernels = "auto",
 ) -> LogProbs:
@@ -105,7 +105,7 @@ def selected_logprobs(
 
 
 @torch.no_grad()
-def _without_gradient(head: Head, token_loss: TokenLoss | None) -> LogProbs:
+def _without_gradient(head: Head, token_loss: RowLoss | None) -> LogProbs:
     logprob, entropy = passes.values(passes.row_statistics(head))
     loss = None
     if token_loss is not None:
@@ -143,7 +143,7 @@ class _OnePass(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         shard: Shard,
-        token_loss: TokenLoss,
+        token_loss: RowLoss,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(hidden, weight, targets, shard)

@@ -1,1 +1,1 @@
-"""What a run shows of itself: metrics, live progress, curves, summary. Reads numbers, decides nothing."""
+"""Metrics, live progress, curves and summary of a run. Reads numbers, decides nothing."""

@@ -6,10 +6,15 @@ import json
 import logging
 import math
 import os
-import time
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from agpo_megatron.files import WriteError, write_all
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +68,7 @@ def metrics_path(run_dir: str | Path) -> Path:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Every recorded step, in file order; values that were not finite come back as NaN.
+    """Read every recorded step, in file order; values that were not finite come back as NaN.
 
     A last line without its newline was being written when the process died and does not count. Raises ValueError,
     naming file and line, where another line is damaged; returns [] where there is no file.
@@ -85,7 +90,7 @@ class MetricsWriter:
         recorded = self._recover()
         self._steps = {int(row["step"]) for row in recorded}
         self._file = self._path.open("ab", buffering=0)
-        self._board = _Board(Path(run_dir) / "tensorboard", recorded) if tensorboard else None
+        self._board = _open_board(Path(run_dir) / "tensorboard", recorded) if tensorboard else None
 
     def has(self, step: int) -> bool:
         return step in self._steps
@@ -93,9 +98,8 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, float]) -> bool:
         """Append one step; False, and nothing written, if that step is recorded already (a replay after a crash).
 
-        Durable when it returns. Raises ValueError on an unknown key, a missing step or a value that is no number,
-        OSError naming the file and the fix when it cannot be written (a full disk); the file then ends at the last
-        whole line.
+        Durable when it returns. Raises ValueError on an unknown key, a missing step or a value that is no number, and
+        WriteError on a full disk; the file then ends at the last whole line.
         """
         row = _checked(metrics)
         if row["step"] in self._steps:
@@ -103,18 +107,20 @@ class MetricsWriter:
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
-            while line:  # a disk that fills up takes a part first and says why at the next call
-                line = line[self._file.write(line) :]
+            write_all(self._file, line)
             os.fsync(self._file.fileno())
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)
-            raise OSError(
-                f"{self._path}: cannot record step {row['step']}: {error}; free space on that disk and start the "
-                "same command again: it continues"
-            ) from error
+            raise WriteError(self._path, error) from error
         self._steps.add(row["step"])
         if self._board:
-            self._board.add(row, time.time())
+            try:
+                _add(self._board, row)
+                self._board.flush()
+            except (
+                OSError
+            ) as error:  # metrics.jsonl has the step, and the next start rebuilds from it
+                _log.warning("TensorBoard file not written for step %s: %s", row["step"], error)
         return True
 
     def close(self) -> None:
@@ -167,46 +173,20 @@ def _checked(metrics: Mapping[str, float]) -> dict[str, Any]:
     return row
 
 
-class _Board:
-    """One TensorBoard event file, one event per step. TensorBoard is imported here only."""
+def _open_board(folder: Path, recorded: list[dict[str, float]]) -> SummaryWriter:
+    """Open a TensorBoard event file that holds the recorded steps and no other."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, recorded: list[dict[str, float]]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    shutil.rmtree(folder, ignore_errors=True)
+    # A TensorBoard that is watching forgets what it has read: no step shows twice.
+    board = SummaryWriter(folder, purge_step=0)
+    for row in recorded:
+        _add(board, row)
+    board.flush()
+    return board
 
-        self._event, self._summary = Event, Summary
-        earlier = list(folder.glob("events.out.tfevents.*")) if folder.exists() else []
-        # A suffix that no earlier file has: the writer's own name repeats within one second and process.
-        self._writer = EventFileWriter(
-            str(folder), filename_suffix=f".{time.time_ns()}", flush_secs=10
-        )
-        for row in recorded:
-            self._add(row, None)
-        self._writer.flush()
-        for file in earlier:
-            file.unlink()
 
-    def add(self, row: Mapping[str, Any], wall_time: float) -> None:
-        try:
-            self._add(row, wall_time)
-            self._writer.flush()
-        except OSError as error:  # metrics.jsonl has the step, and the next start rebuilds from it
-            _log.warning("TensorBoard file not written for step %s: %s", row["step"], error)
-
-    def close(self) -> None:
-        self._writer.close()
-
-    def _add(self, row: Mapping[str, Any], wall_time: float | None) -> None:
-        values = [
-            self._summary.Value(tag=key, simple_value=math.nan if value is None else value)
-            for key, value in row.items()
-            if key != "step"
-        ]
-        self._writer.add_event(
-            self._event(
-                step=int(row["step"]),
-                wall_time=wall_time if wall_time is not None else time.time(),
-                summary=self._summary(value=values),
-            )
-        )
+def _add(board: SummaryWriter, row: Mapping[str, Any]) -> None:
+    for key, value in row.items():
+        if key != "step":
+            board.add_scalar(key, math.nan if value is None else value, row["step"])

@@ -23,7 +23,7 @@ class Progress:
     """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
 
     ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
-    but a terminal a step is one line (of long runs, every so many steps) and phases are silent. A context manager.
+    but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. A context manager.
     """
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
@@ -49,11 +49,11 @@ class Progress:
         self.close()
 
     def phase(self, name: str) -> None:
-        """What the run is doing now ("rollout", "update", ...)."""
+        """Show what the run is doing now ("rollout", "update", ...)."""
         self._phase, self._since = name, time.monotonic()
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
+        """Show a finished step."""
         self._history.append(dict(metrics))
         if self._live:
             self._live.refresh()
@@ -124,7 +124,7 @@ class Progress:
 
 
 def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
-    """One step in one line, as a log shows it. Supervised steps have no answers, so nothing is said of them."""
+    """Format one step as a line of a log. Supervised steps have no answers, so nothing is said of them."""
     width = len(str(total_steps))
     get = metrics.get
     answers = (
@@ -143,7 +143,7 @@ def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """A trend in block characters, scaled to its own range; NaN is a space."""
+    """Draw a trend in block characters, scaled to its own range; NaN is a space."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from agpo_megatron.files import write_durably
 
 HELD_OUT_KEYS = ("accuracy", "tokens_mean", "tokens_correct_mean")
 
@@ -44,23 +45,19 @@ def write_summary(
         summary[key] = _jsonable(value)
     path = summary_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(summary, indent=2, allow_nan=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    text = json.dumps(summary, indent=2, allow_nan=False, default=str) + "\n"
+    write_durably(path, text.encode())
     return path
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The summary as written. Raises FileNotFoundError when the run has none yet."""
+    """Read the summary as it was written. Raises FileNotFoundError when the run has none yet."""
     summary: dict[str, Any] = json.loads(summary_path(run_dir).read_text(encoding="utf-8"))
     return summary
 
 
 def summary_table(summary: Mapping[str, Any], title: str = "held-out, greedy") -> Table:
-    """Before, after and change; accuracy in points, tokens in percent."""
+    """Build the table of before, after and change; accuracy in points, tokens in percent."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for head in ("before", "after", "change"):
@@ -92,7 +89,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become null, at any depth."""
+    """Replace NaN and infinity, which JSON does not know, by null, at any depth."""
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
-from agpo_megatron.algorithm.aggregation import AggregationMode, sequence_weights
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.algorithm.aggregation import sequence_weights
+from agpo_megatron.algorithm.settings import AggregationMode
+from agpo_megatron.samples import TrainSequence
 
 LENGTHS = (40, 7, 23, 1, 2, 16, 31, 12, 9, 26, 5)
 GROUP = 3
@@ -23,7 +25,7 @@ BUDGET = 32
 """Tokens per micro-batch when packing; the longest sequence exceeds it."""
 
 Split = Literal["one", "packed", "big"]
-Plan = list[list[list[TrainSequence]]]
+Cut = list[list[list[TrainSequence]]]
 """Micro-batches of each data-parallel replica: ``plan[replica][micro_batch]``."""
 
 
@@ -91,21 +93,26 @@ def train_sequences(
     """As the controller would send them: loss weights from the masks of the whole batch."""
     trained = [sum(s.loss_mask) if s.kept else 0 for s in batch]
     weights = sequence_weights(trained, trained, aggregation, norm_length)
-    return [
-        TrainSequence(
-            sample_id=s.sample_id,
-            tokens=s.tokens,
-            loss_weight=w,
-            loss_mask=s.loss_mask,
-            advantage=s.advantage,
-            old_logprobs=s.old_logprobs,
-            ref_logprobs=s.ref_logprobs,
-        )
-        for s, w in zip(batch, weights, strict=True)
-    ]
+    return [_train_sequence(s, w) for s, w in zip(batch, weights, strict=True)]
 
 
-def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Plan:
+def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
+    """Everything after the first token is the response: the mask says what trains."""
+    columns = {
+        name: np.array(values[1:], dtype=np.float32)
+        for name, values in (("old_logprobs", s.old_logprobs), ("ref_logprobs", s.ref_logprobs))
+        if values
+    }
+    return TrainSequence(
+        s.sample_id,
+        np.array(s.tokens[:1], dtype=np.int32),
+        np.array(s.tokens[1:], dtype=np.int32),
+        np.array(s.loss_mask[1:], dtype=np.uint8),
+        {"loss_weight": weight, "advantage": s.advantage, **columns},
+    )
+
+
+def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Cut:
     """Deal the sequences out to replicas in turn (groups come apart), then cut each share: "one" sequence per
     micro-batch, "packed" in order up to the budget, or one "big" micro-batch."""
     shares = [list(sequences[r::replicas]) for r in range(replicas)]
@@ -113,11 +120,11 @@ def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Plan
         return [[[s] for s in share] for share in shares]
     if how == "big":
         return [[share] for share in shares]
-    plan: Plan = []
+    plan: Cut = []
     for share in shares:
         packs: list[list[TrainSequence]] = [[]]
         for s in share:
-            if packs[-1] and sum(len(x.tokens) for x in packs[-1]) + len(s.tokens) > BUDGET:
+            if packs[-1] and sum(x.length for x in packs[-1]) + s.length > BUDGET:
                 packs.append([])
             packs[-1].append(s)
         plan.append(packs)

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.parity.batch import Plan
-from agpo_megatron.policy.objective import LossSettings
+from agpo_megatron.parity.batch import Cut
+from agpo_megatron.samples import Floats
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Case:
     hf_dir: str
     policy: PolicyConfig
     train: TrainConfig
-    plans: list[Plan]
+    plans: list[Cut]
     loss: LossSettings
     temperature: float = 1.0
     before: str = ""
@@ -40,7 +41,7 @@ class Case:
 
 
 @dataclass
-class Outcome:
+class CaseResult:
     """What a rank reports; tensors only from the rank that publishes its stage. ``stats``: one per step;
     ``scores``: log-probs and mean entropy by sample id; ``layers``: of each stage; ``random``: digest of the random
     states at each (stage, tensor, expert) position."""
@@ -48,13 +49,13 @@ class Outcome:
     stats: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    scores: dict[str, tuple[list[float], float]] = field(default_factory=dict)
+    scores: dict[str, tuple[Floats, float]] = field(default_factory=dict)
     layers: dict[int, list[int]] = field(default_factory=dict)
     random: dict[tuple[int, int, int], str] = field(default_factory=dict)
     step: int = -1
 
 
-def execute(rank: int, case: Case) -> Outcome:
+def execute(rank: int, case: Case) -> CaseResult:
     """Build the policy of ``case``, update it, take the groups down again."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -78,10 +79,10 @@ def execute(rank: int, case: Case) -> Outcome:
         parallel.shutdown()
 
 
-def _execute(policy: Any, case: Case) -> Outcome:
+def _execute(policy: Any, case: Case) -> CaseResult:
     from agpo_megatron.policy import checkpoint, weights
 
-    outcome = Outcome()
+    outcome = CaseResult()
     layout = policy.layout
     outcome.layers[layout.pp_rank] = weights.layer_numbers(policy.chunks)
     if case.before:
@@ -102,9 +103,9 @@ def _execute(policy: Any, case: Case) -> Outcome:
     return outcome
 
 
-def merged(outcomes: list[Outcome]) -> Outcome:
+def merged(outcomes: list[CaseResult]) -> CaseResult:
     """One outcome of all ranks: stages' tensors united. Raises ValueError when ranks report different statistics."""
-    whole = Outcome(stats=outcomes[0].stats, step=outcomes[0].step)
+    whole = CaseResult(stats=outcomes[0].stats, step=outcomes[0].step)
     for rank, outcome in enumerate(outcomes):
         if outcome.stats != whole.stats:
             raise ValueError(f"rank {rank} reports {outcome.stats}, rank 0 {whole.stats}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from agpo_megatron.config.schema import TrainConfig
-from agpo_megatron.parity.cases import Outcome
-from agpo_megatron.parity.reference import Truth, adamw_step
+from agpo_megatron.parity.cases import CaseResult
+from agpo_megatron.parity.reference import AdamW, Truth
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Deviation:
 
 
 def deviations(
-    found: Outcome,
+    found: CaseResult,
     truth: Truth,
     start: Mapping[str, Tensor],
     train: TrainConfig,
@@ -62,17 +63,9 @@ def deviations(
     Raises ValueError for tensors or samples that are missing or too many.
     """
     (stats,) = found.stats
-    stepped, norm = adamw_step(
-        start,
-        truth.gradients,
-        lr=train.lr,
-        weight_decay=train.weight_decay,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_eps,
-        grad_clip=train.grad_clip,
-    )
+    stepped, norm = optimizer(train).step(start, truth.gradients)
     moved = {n: w.double() - start[n] for n, w in found.weights.items()}
-    logprobs = {k: torch.tensor(lp[1:]) for k, (lp, _) in found.scores.items()}
+    logprobs = {k: torch.from_numpy(lp[1:]) for k, (lp, _) in found.scores.items()}
     entropies = {k: torch.tensor([h]) for k, (lp, h) in found.scores.items() if len(lp) > 1}
     return [
         _scalar("loss", stats["loss/unclipped"], truth.loss, limits.loss),
@@ -92,7 +85,54 @@ def deviations(
     ]
 
 
-def gradient_of_each_tensor(found: Outcome, truth: Truth, limits: Limits) -> list[Deviation]:
+def update_deviations(
+    found: CaseResult,
+    truths: Sequence[Truth],
+    start: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    limits: Limits,
+) -> list[Deviation]:
+    """Of several steps from the weights ``start`` to ``weights``: loss, mean ratio and gradient norm of each, the
+    gradient of the last, and the change of the parameters over all of them.
+
+    Deviations of one step move the weights of the next: limits are for each step alone, times their number.
+    """
+    count = len(truths)
+    each = []
+    for number, (metrics, truth) in enumerate(zip(found.stats, truths, strict=True), start=1):
+        at = f"update {number}"
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in truth.gradients.values()))
+        ratio = float(truth.ratios.mean())
+        each += [
+            _scalar(f"loss, {at}", metrics["loss/unclipped"], truth.loss, limits.loss * count),
+            _scalar(f"ratio, {at}", metrics["policy/ratio_mean"], ratio, limits.loss * count),
+            Deviation(
+                f"grad norm, {at}",
+                abs(metrics["grad_norm"] - norm) / norm,
+                limits.gradient * count,
+            ),
+        ]
+    moved = {n: w.double() - start[n] for n, w in found.weights.items()}
+    expected = {n: weights[n] - start[n] for n in start}
+    return [
+        *each,
+        worst("gradient", found.gradients, truths[-1].gradients, limits.gradient * count),
+        worst("weights", moved, expected, limits.step * count),
+    ]
+
+
+def optimizer(train: TrainConfig) -> AdamW:
+    """The reference's optimizer with the settings of ``train``."""
+    return AdamW(
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+        grad_clip=train.grad_clip,
+    )
+
+
+def gradient_of_each_tensor(found: CaseResult, truth: Truth, limits: Limits) -> list[Deviation]:
     """Worst first."""
     each = [
         worst("gradient", {n: found.gradients[n]}, {n: g}, limits.gradient)

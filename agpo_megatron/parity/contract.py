@@ -11,10 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from agpo_megatron.algorithm.settings import (
+    ClipSettings,
+    EntropySettings,
+    KlSettings,
+    LossSettings,
+)
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.parity import models
 from agpo_megatron.parity.batch import (
-    Plan,
+    Cut,
     Recorded,
     Split,
     off_policy,
@@ -22,18 +28,20 @@ from agpo_megatron.parity.batch import (
     split,
     train_sequences,
 )
-from agpo_megatron.parity.cases import Case, Outcome, execute, merged
+from agpo_megatron.parity.cases import Case, CaseResult, execute, merged
 from agpo_megatron.parity.comparison import (
     FP32,
     Deviation,
     Limits,
     deviations,
     gradient_of_each_tensor,
+    optimizer,
+    update_deviations,
 )
 from agpo_megatron.parity.ranks import Ranks
 from agpo_megatron.parity.reference import Objective, Truth, truth
-from agpo_megatron.policy.objective import LossSettings
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.parity.reference import updates as reference_updates
+from agpo_megatron.samples import TrainSequence
 
 
 def one_step(expected: Truth) -> TrainConfig:
@@ -48,15 +56,15 @@ RENEWED_AFTER = 25
 """Calls to one pool of ranks: of every layout a few gloo groups outlive their destruction, and each keeps three threads
 that wake for ever; after a hundred layouts these cost more than new processes do."""
 
-Cut = Callable[[list[TrainSequence], int], Plan]
-"""From the sequences and the number of replicas to a plan."""
+Cutter = Callable[[list[TrainSequence], int], Cut]
+"""From the sequences and the number of replicas to micro-batches."""
 
 
 @dataclass(frozen=True)
 class Compared:
     """One step: what was found, from the weights ``start`` with the optimizer ``train``, and the truth."""
 
-    found: Outcome
+    found: CaseResult
     truth: Truth
     start: dict[str, Tensor]
     train: TrainConfig
@@ -126,21 +134,51 @@ class Contract:
             self._truths[key] = batch, truth(weights, config, batch, objective)
         return self._truths[key]
 
+    def updates(
+        self,
+        model: Path,
+        policy: PolicyConfig,
+        objective: Objective,
+        parts: Sequence[Sequence[Recorded]],
+        train: TrainConfig,
+        how: Split = "packed",
+    ) -> Updates:
+        """One batch of several updates, its ``parts``: each one optimizer step, with old log-probs of the weights
+        before the first."""
+        config = json.loads((model / "config.json").read_text())
+        start = self._weights[model.name]
+        scored, truths, weights = reference_updates(
+            start, config, parts, objective, optimizer(train)
+        )
+        sequences = [
+            train_sequences(part, objective.aggregation, objective.norm_length) for part in scored
+        ]
+        found = self.run(
+            model,
+            policy,
+            [split(part, policy.data_parallel, how) for part in sequences],
+            loss_settings(objective),
+            train,
+            temperature=objective.temperature,
+            scores=False,
+        )
+        return Updates(found, truths, start, weights)
+
     def run(
         self,
         model: Path,
         policy: PolicyConfig,
-        plans: Sequence[Plan],
+        plans: Sequence[Cut],
         loss: LossSettings,
         train: TrainConfig,
         **more: Any,
-    ) -> Outcome:
+    ) -> CaseResult:
         """Any case in any layout. ``more``: further fields of ``Case``."""
         case = Case(str(model), policy, train, list(plans), loss, **more)
         world = policy.world_size
         return merged(self.ranks(world).run(world, execute, case))
 
-    def build(self, model: Path, policy: PolicyConfig, **more: Any) -> Outcome:
+    def build(self, model: Path, policy: PolicyConfig, **more: Any) -> CaseResult:
         """The policy as built (or loaded, ``before=``), not updated."""
         return self.run(model, policy, [], LossSettings(), TrainConfig(), **more)
 
@@ -149,7 +187,7 @@ class Contract:
         model: Path,
         policy: PolicyConfig,
         objective: Objective,
-        how: Split | Cut,
+        how: Split | Cutter,
         *,
         on_policy: bool = False,
         settings: Callable[[Truth], TrainConfig] = one_step,
@@ -173,16 +211,32 @@ class Contract:
         return Compared(found, expected, self._weights[model.name], train)
 
 
+@dataclass(frozen=True)
+class Updates:
+    """Several optimizer steps on one batch: what a layout found, the truth of each, and the weights at the end."""
+
+    found: CaseResult
+    truths: list[Truth]
+    start: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def deviations(self, limits: Limits = FP32) -> list[Deviation]:
+        """Of the loss, the mean ratio and the gradient norm of every step, and of the last gradient and the weights."""
+        return update_deviations(self.found, self.truths, self.start, self.weights, limits)
+
+
 def loss_settings(objective: Objective) -> LossSettings:
     """``objective`` in the policy's words."""
     return LossSettings(
         policy=objective.kind,
         clip_low=objective.clip[0],
         clip_high=objective.clip[1],
-        adaptive=objective.adaptive,
-        minimum=objective.minimum,
-        tau=objective.tau,
-        scope=objective.scope,
-        kl_coef=objective.kl,
-        entropy_coef=objective.entropy,
+        clip=ClipSettings(
+            kind=objective.adaptive,
+            min=objective.minimum,
+            tau=objective.tau,
+            scope=objective.scope,
+        ),
+        kl=KlSettings(coef=objective.kl),
+        entropy=EntropySettings(coef=objective.entropy),
     )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agpo_megatron.algorithm.aggregation import AggregationMode
+from agpo_megatron.algorithm.settings import AggregationMode
 from agpo_megatron.parity.batch import Recorded
 
 Weights = Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class Objective:
     ``norm_length``: of the aggregation seq_mean_token_sum_norm.
     """
 
-    kind: Literal["ppo", "nll"] = "ppo"
+    kind: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"] = "ppo"
     aggregation: AggregationMode = "token_mean"
     adaptive: Literal["none", "max0", "exp"] = "none"
     scope: Literal["batch", "group"] = "batch"
@@ -157,7 +157,7 @@ def log_probs(
 class Truth:
     """What every layout must reproduce. ``loss``: L before, ``value``: after the adaptive part. ``gradients``: of
     ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every
-    token but the first."""
+    token but the first. ``ratios``: of the trained tokens."""
 
     loss: float
     value: float
@@ -165,19 +165,45 @@ class Truth:
     entropy: float
     logprobs: dict[str, Tensor]
     entropies: dict[str, Tensor]
+    ratios: Tensor
 
 
-def token_losses(chosen: Tensor, sequence: Recorded, objective: Objective) -> Tensor:
-    """l of each token after the first, [n - 1]: -log p, or -min(r A, clip(r) A) with r = p / p_old."""
-    if objective.kind == "nll":
-        return -chosen
-    old = chosen.detach()
-    if sequence.old_logprobs:
-        old = torch.tensor(sequence.old_logprobs[1:], dtype=torch.float64)
-    ratio = (chosen - old).exp()
-    low, high = objective.clip
-    bounded = ratio.clamp(1 - low, 1 + high)
-    return -torch.minimum(ratio * sequence.advantage, bounded * sequence.advantage)
+def token_losses(
+    chosen: Tensor, old: Tensor, advantage: float, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """(l of each trained token of a sequence, to be differentiated; the value that L reports), [n] each.
+
+    By the definitions in docs/algorithm.md, section 3, with r = p / p_old of a token. L reports -min(r A, clip(r) A),
+    with the ratio of the sequence where the method has one, but -clip(r) A for cispo and -r A for sapo, whose l is not
+    the objective.
+    """
+    a, (low, high) = torch.as_tensor(advantage, dtype=torch.float64), objective.clip
+
+    def clipped(ratio: Tensor) -> Tensor:
+        return -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+
+    log_ratio = chosen - old
+    ratio = log_ratio.exp()
+    match objective.kind:
+        case "nll":
+            loss = -chosen
+        case "ppo":
+            loss = clipped(ratio)
+        case "gspo":
+            loss = clipped(log_ratio.mean().exp().expand_as(chosen))
+        case "gspo_token":
+            own = (chosen - chosen.detach()).exp()
+            loss = clipped(log_ratio.mean().exp().detach() * own)
+        case "cispo":
+            bounded = ratio.detach().clamp(1 - low, 1 + high)
+            return -bounded * a * chosen, -bounded * a
+        case "gmpo":
+            bounded = log_ratio.clamp(max=high) if a > 0 else log_ratio.clamp(min=-low)
+            loss = (-bounded.mean().exp() * a).expand_as(chosen)
+        case "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a, (-ratio * a).detach()
+    return loss, loss.detach()
 
 
 def aggregate(losses: Sequence[Tensor], objective: Objective) -> Tensor:
@@ -237,7 +263,8 @@ def truth(
     """Loss, gradient, log-probs and entropies of one step on ``batch``."""
     leaves = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
     losses: dict[str, list[Tensor]] = {}
-    others, trained_entropy = [], []
+    values: dict[str, list[Tensor]] = {}
+    others, trained_entropy, ratios = [], [], []
     logprobs, entropies = {}, {}
     for s in batch:
         chosen, entropy = log_probs(leaves, config, s.tokens, objective.temperature)
@@ -245,39 +272,85 @@ def truth(
         entropies[s.sample_id] = entropy.detach()
         mask = torch.tensor(s.loss_mask[1:], dtype=torch.bool)
         if s.kept and mask.any():
-            losses.setdefault(s.group_id, []).append(token_losses(chosen, s, objective)[mask])
+            old = chosen.detach()
+            if s.old_logprobs:
+                old = torch.tensor(s.old_logprobs[1:], dtype=torch.float64)
+            loss, value = token_losses(chosen[mask], old[mask], s.advantage, objective)
+            losses.setdefault(s.group_id, []).append(loss)
+            values.setdefault(s.group_id, []).append(value)
             others.append(other_terms(chosen, entropy, s, objective)[mask])
             trained_entropy.append(entropy.detach()[mask])
-    loss, value = adapted_loss(losses, objective)
-    (value + aggregate(others, objective)).backward()
+            log_ratio = (chosen.detach() - old)[mask]
+            if objective.kind in ("gspo", "gspo_token"):  # the ratio of the sequence
+                log_ratio = log_ratio.mean().expand_as(log_ratio)
+            ratios.append(log_ratio.exp())
+    _, to_differentiate = adapted_loss(losses, objective)
+    reported, value = adapted_loss(values, objective)
+    (to_differentiate + aggregate(others, objective)).backward()
     return Truth(
-        loss=loss.item(),
+        loss=reported.item(),
         value=value.item(),
         gradients={n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()},
         entropy=float(torch.cat(trained_entropy).mean()),
         logprobs=logprobs,
         entropies=entropies,
+        ratios=torch.cat(ratios),
     )
 
 
-def adamw_step(
+class AdamW:
+    """AdamW (arXiv:1711.05101) after clipping the global norm, from moments of 0; no decay on vectors."""
+
+    def __init__(
+        self,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        grad_clip: float,
+    ) -> None:
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.grad_clip = grad_clip
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self.steps = 0
+
+    def step(self, weights: Weights, gradients: Weights) -> tuple[dict[str, Tensor], float]:
+        """The weights after one more step, and the norm of the gradient before it is clipped."""
+        self.steps += 1
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
+        scale = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip else 1.0
+        stepped, (b1, b2) = {}, self.betas
+        for name, w in weights.items():
+            g, w = gradients[name] * scale, w.double()
+            m, v = self.moments.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            self.moments[name] = m, v
+            m_hat, v_hat = m / (1 - b1**self.steps), v / (1 - b2**self.steps)
+            decay = self.weight_decay if w.dim() > 1 else 0.0
+            stepped[name] = w * (1 - self.lr * decay) - self.lr * m_hat / (v_hat.sqrt() + self.eps)
+        return stepped, norm
+
+
+def updates(
     weights: Weights,
-    gradients: Weights,
-    *,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    grad_clip: float,
-) -> tuple[dict[str, Tensor], float]:
-    """The first AdamW step (arXiv:1711.05101) after clipping the global norm; no decay on vectors. Also the norm."""
-    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
-    scale = min(1.0, grad_clip / (norm + 1e-6)) if grad_clip else 1.0
-    stepped = {}
-    for name, w in weights.items():
-        g, w = gradients[name] * scale, w.double()
-        decay = weight_decay if w.dim() > 1 else 0.0
-        m, v = (1 - betas[0]) * g, (1 - betas[1]) * g * g
-        m_hat, v_hat = m / (1 - betas[0]), v / (1 - betas[1])
-        stepped[name] = w * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + eps)
-    return stepped, norm
+    config: Mapping[str, Any],
+    parts: Sequence[Sequence[Recorded]],
+    objective: Objective,
+    optimizer: AdamW,
+) -> tuple[list[list[Recorded]], list[Truth], dict[str, Tensor]]:
+    """Several optimizer steps on one batch, one for each of its ``parts``; all ratios start from the first weights.
+
+    Returns the parts with their old log-probs, the truth of each step, and the weights after the last.
+    """
+    scored, truths = [], []
+    current = {name: w.double() for name, w in weights.items()}
+    for part in parts:
+        old = {}
+        for s in part:
+            chosen, _ = log_probs(weights, config, s.tokens, objective.temperature)
+            old[s.sample_id] = [0.0, *chosen.tolist()]
+        scored.append([replace(s, old_logprobs=old[s.sample_id]) for s in part])
+        truths.append(truth(current, config, scored[-1], objective))
+        current, _ = optimizer.step(current, truths[-1].gradients)
+    return scored, truths, current

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from agpo_megatron.files import sync
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.marker import (
     FORMAT,
@@ -33,7 +34,6 @@ from agpo_megatron.policy.marker import (
     check_file,
     digest,
     read_marker,
-    sync,
     write_marker,
 )
 from agpo_megatron.policy.model import unwrap

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agpo_megatron.algorithm.loss import LossRows
 from agpo_megatron.policy.packing import PackedBatch
 
 
@@ -50,9 +51,9 @@ class Share:
     targets: Tensor
     exchange: Exchange | None = None
 
-    def own(self, batch: PackedBatch) -> PackedBatch:
-        """What ``batch`` says of this rank's rows."""
-        return batch if self.exchange is None else batch.part(self.exchange.own_rows)
+    def own(self, rows: LossRows) -> LossRows:
+        """What is said of this rank's rows."""
+        return rows if self.exchange is None else rows.part(self.exchange.own_rows)
 
     def whole(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """Log-prob and entropy of this rank's rows, [n], to those of all the pack's, [N], differentiable."""

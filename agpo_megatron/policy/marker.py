@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agpo_megatron.config.run_folder import CHECKPOINT_MARKER
-from agpo_megatron.conversion.building import sync
+from agpo_megatron.files import write_durably
 from agpo_megatron.policy import backend
 
 MARKER = CHECKPOINT_MARKER
@@ -41,11 +41,7 @@ def write_marker(
         "files": dict(files),
         **facts,
     }
-    temporary = folder / f".{MARKER}"
-    temporary.write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-    sync(temporary)
-    temporary.rename(folder / MARKER)
-    sync(folder)
+    write_durably(folder / MARKER, json.dumps(marker, indent=1).encode() + b"\n")
 
 
 def read_marker(folder: Path) -> dict[str, Any]:

@@ -10,26 +10,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from agpo_megatron.algorithm.loss import LossRows
 from agpo_megatron.config.schema import PolicyConfig
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import COLUMNS, Array, TrainSequence
 
 PAD_TOKEN = 0
-_PER_ROW = (
-    "targets",
-    "sequence",
-    "weights",
-    "correction",
-    "advantages",
-    "rollout_logprobs",
-    "has_rollout",
-    "old_logprobs",
-    "ref_logprobs",
-)
 
 
 @dataclass(frozen=True)
@@ -49,12 +39,8 @@ class PackedBatch:
     ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
     longest first, each with the padding that makes it divisible, the rest of the padding as trailing sequences of
     their own (``sum(lengths) == T``).
-    ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token;
-    ``sequence`` [N] int64 in [0, S): whose row it is. ``weights`` [N] fp32: w of L = sum w l; ``correction`` [N] fp32:
-    factor on its policy loss; ``advantages`` [N] fp32; ``rollout_logprobs`` [N] fp32 and ``has_rollout`` [N] bool,
-    false for sequences whose list of them is empty; ``old_logprobs``, ``ref_logprobs`` [N] fp32 or None (the current
-    policy is its own old policy; no reference).
-    ``gains`` [S] fp32 or None: factors on the policy loss of whole sequences, where the adaptive part is known.
+    ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token; ``loss``: what
+    the loss looks at, every column of ``COLUMNS`` that has a default.
     """
 
     tokens: Tensor
@@ -62,33 +48,24 @@ class PackedBatch:
     lengths: tuple[int, ...]
     rows: Tensor
     targets: Tensor
-    sequence: Tensor
-    weights: Tensor
-    correction: Tensor
-    advantages: Tensor
-    rollout_logprobs: Tensor
-    has_rollout: Tensor
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
+    loss: LossRows
     spans: tuple[RowSpan, ...]
-    gains: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch with its tensors on ``device``, but for ``rows``, which are read on the host."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "rows"
-        }
-        return replace(self, **moved)
 
-    def part(self, rows: slice | Tensor) -> PackedBatch:
-        """What the batch says of some of its rows, which is all that a loss looks at; ``rows`` and the rest stay."""
-        whole = {name: getattr(self, name) for name in _PER_ROW}
-        cut: dict[str, Any] = {n: None if x is None else x[rows] for n, x in whole.items()}
-        return replace(self, **cut)
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            tokens=there(self.tokens),
+            positions=there(self.positions),
+            targets=there(self.targets),
+            loss=self.loss.to(device),
+        )
 
 
 def pack_multiple(policy: PolicyConfig) -> int:
@@ -116,69 +93,58 @@ def pack(
 
     ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
     An empty list gives a filler: ``multiple`` padding tokens and no rows.
-    Raises ValueError naming the sample whose lists do not fit, and for an old or reference log-prob that is missing.
     """
     # Longest first: sequences of similar length are then neighbours, which the attention core batches as slices.
-    ordered = sorted(sequences, key=lambda s: -len(s.tokens))
-    for sequence in ordered:
-        _check(sequence)
-    lengths = [_round_up(len(s.tokens), each) for s in ordered]
-    tokens = list(
-        itertools.chain.from_iterable(
-            [*s.tokens, *[PAD_TOKEN] * (n - len(s.tokens))]
-            for s, n in zip(ordered, lengths, strict=True)
-        )
-    )
+    ordered = sorted(sequences, key=lambda s: -s.length)
+    lengths = [_round_up(s.length, each) for s in ordered]
     starts = list(itertools.accumulate(lengths, initial=0))
-    _pad(tokens, lengths, multiple, total)
-    chosen = [list(range(1, len(s.tokens))) if every_token else s.trained() for s in ordered]
-    rows = [first + t - 1 for first, kept in zip(starts, chosen, strict=False) for t in kept]
-    ends = list(itertools.accumulate((len(kept) for kept in chosen), initial=0))
-    counts = torch.tensor([len(kept) for kept in chosen], dtype=torch.int64)
-
-    def per_sequence(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
-
-    def per_token(name: str, missing: float) -> Tensor:
-        lists = [getattr(s, name) for s in ordered]
-        values = [
-            v[t] if v else missing for v, kept in zip(lists, chosen, strict=True) for t in kept
-        ]
-        return torch.tensor(values, dtype=torch.float32)
-
-    def optional(name: str) -> Tensor | None:
-        trained = [s for s, kept in zip(ordered, chosen, strict=True) if kept]
-        without = [s.sample_id for s in trained if not getattr(s, name)]
-        if len(without) == len(trained):
-            return None
-        if without:
-            raise ValueError(
-                f"sample {without[0]} has no {name}, others have; score the whole batch"
-            )
-        return per_token(name, 0.0)
-
+    lengths += _padding(sum(lengths), lengths, multiple, total)
+    tokens = np.full(sum(lengths), PAD_TOKEN, dtype=np.int64)
+    for start, s in zip(starts, ordered, strict=False):
+        tokens[start : start + s.length] = s.tokens
+    # Places of the predicted tokens in their sequences.
+    chosen = [
+        np.arange(1, s.length) if every_token else len(s.prompt_tokens) + s.trained()
+        for s in ordered
+    ]
+    rows = _joined([start + t - 1 for start, t in zip(starts, chosen, strict=False)], np.int64)
+    counts = [len(t) for t in chosen]
+    ends = list(itertools.accumulate(counts, initial=0))
+    sequence = np.repeat(np.arange(len(ordered)), counts)
     return PackedBatch(
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        positions=torch.cat([torch.arange(n) for n in lengths]),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(_joined([np.arange(n) for n in lengths], np.int64)),
         lengths=tuple(lengths),
-        rows=torch.tensor(rows, dtype=torch.int64),
-        targets=torch.tensor(
-            [s.tokens[t] for s, kept in zip(ordered, chosen, strict=True) for t in kept],
-            dtype=torch.int64,
-        ),
-        sequence=torch.arange(len(ordered)).repeat_interleave(counts),
-        weights=per_sequence([s.loss_weight for s in ordered]),
-        correction=per_token("correction", 1.0),
-        advantages=per_sequence([s.advantage for s in ordered]),
-        rollout_logprobs=per_token("rollout_logprobs", 0.0),
-        has_rollout=per_sequence([float(bool(s.rollout_logprobs)) for s in ordered]).bool(),
-        old_logprobs=None if every_token else optional("old_logprobs"),
-        ref_logprobs=None if every_token else optional("ref_logprobs"),
+        rows=torch.from_numpy(rows),
+        targets=torch.from_numpy(tokens[rows + 1]),
+        loss=LossRows(_row_columns(ordered, chosen), torch.from_numpy(sequence), len(ordered)),
         spans=tuple(
-            RowSpan(s.sample_id, start, stop, len(s.tokens))
+            RowSpan(s.sample_id, start, stop, s.length)
             for s, (start, stop) in zip(ordered, itertools.pairwise(ends), strict=True)
         ),
     )
+
+
+def _row_columns(sequences: Sequence[TrainSequence], chosen: Sequence[Array]) -> dict[str, Tensor]:
+    """Every column that has a default, [N] fp32, at the chosen places of each sequence; prompts have the default."""
+    packed = {}
+    for column in COLUMNS:
+        if column.default is None:
+            continue
+        parts = []
+        for s, places in zip(sequences, chosen, strict=True):
+            values = s.columns.get(column.name, column.default)
+            filled = np.full(len(places), column.default if np.ndim(values) else values, np.float32)
+            if np.ndim(values):
+                in_response = places >= len(s.prompt_tokens)
+                filled[in_response] = values[places[in_response] - len(s.prompt_tokens)]
+            parts.append(filled)
+        packed[column.name] = torch.from_numpy(_joined(parts, np.float32))
+    return packed
+
+
+def _joined(parts: Sequence[Array], dtype: type) -> Array:
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
 
 
 def pack_all(
@@ -197,7 +163,7 @@ def pack_all(
     work = [*micro_batches, *([[]] * (count - len(micro_batches)))]
     total = None
     if same_length:
-        sizes = [sum(_round_up(len(s.tokens), each) for s in batch) for batch in work]
+        sizes = [sum(_round_up(s.length, each) for s in batch) for batch in work]
         total = max(_round_up(size or 1, multiple) for size in sizes)
     return [
         pack(batch, multiple, each=each, every_token=every_token, total=total) for batch in work
@@ -208,26 +174,8 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _pad(tokens: list[int], lengths: list[int], multiple: int, total: int | None) -> None:
-    """Append padding tokens in place, as sequences no longer than the longest real one."""
-    pad = (total or _round_up(max(len(tokens), 1), multiple)) - len(tokens)
+def _padding(length: int, lengths: Sequence[int], multiple: int, total: int | None) -> list[int]:
+    """Lengths of the padding's sequences: none is longer than the longest real one."""
+    pad = (total or _round_up(max(length, 1), multiple)) - length
     longest = lengths[0] if lengths else pad
-    while pad > 0:
-        part = min(pad, longest)
-        tokens += [PAD_TOKEN] * part
-        lengths.append(part)
-        pad -= part
-
-
-def _check(s: TrainSequence) -> None:
-    n = len(s.tokens)
-    if n == 0:
-        raise ValueError(f"sample {s.sample_id} has no tokens; leave it out of the batch")
-    if len(s.loss_mask) != n:
-        raise ValueError(f"sample {s.sample_id}: {n} tokens but {len(s.loss_mask)} mask entries")
-    for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "correction"):
-        if len(getattr(s, name)) not in (0, n):
-            raise ValueError(
-                f"sample {s.sample_id}: {n} tokens but {len(getattr(s, name))} {name}; "
-                "all are aligned with the tokens"
-            )
+    return [min(longest, pad - done) for done in range(0, pad, longest)] if pad else []

@@ -5,38 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agpo_megatron.algorithm.gate import Gate, gate_of, on_policy_parts
+from agpo_megatron.algorithm.loss import SUMS, check_rows, loss_metrics, scored_parts
+from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
-from agpo_megatron.policy.objective import (
-    SUMS,
-    Gate,
-    LossSettings,
-    gate_of,
-    on_policy_parts,
-    scored_parts,
-)
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
 from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import Floats, TrainSequence, group_of
 
 logger = logging.getLogger(__name__)
 
 MicroBatches = Sequence[Sequence[TrainSequence]]
-WhenClipped = Literal["step", "skip_step"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Score:
     """``logprobs``: of each token given those before it, aligned with the tokens (entry 0 is 0.0) when every token was
     scored, else of the trained tokens in order; ``entropy``: mean over the scored positions, in nats."""
 
-    logprobs: list[float]
+    logprobs: Floats
     entropy: float
 
 
@@ -118,6 +112,8 @@ class Policy:
         process are then unusable.
         """
         batches = self._pack(micro_batches, every_token=False)
+        for batch in batches:
+            check_rows(loss, batch.loss)
         with self.backend.scope():
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
@@ -125,17 +121,13 @@ class Policy:
             gate = self._known_gate(micro_batches, batches, loss)
             if gate is not None:
                 if not any(gate.gains.values()) and not loss.has_other_terms:
-                    return self._skip(gate, lr, loss.when_clipped)
+                    return self._skip(gate, lr, loss.clip.when_clipped)
                 batches = [_with_gains(batch, gate) for batch in batches]
             results = step.run_training(self.chunks, self.layout, batches, self.head, loss)
             totals = self._reduce(results)
-            stats, gain = _loss_statistics(loss, totals, gate)
-            stats["grad_norm"] = self._step(gain, lr, loss.when_clipped)
-        return {
-            **stats,
-            "tokens/trained": totals["tokens"],
-            **_token_means(totals, ratios=loss.policy != "nll"),
-        }
+            metrics, gain = loss_metrics(loss, totals, gate)
+            metrics["grad_norm"] = self._step(gain, lr, loss.clip.when_clipped)
+        return metrics
 
     def _skip(self, gate: Gate, lr: float, when_clipped: WhenClipped) -> dict[str, float]:
         """A step whose gradient is known to be 0: neither forward nor backward."""
@@ -151,18 +143,19 @@ class Policy:
         self, micro_batches: MicroBatches, batches: Sequence[PackedBatch], loss: LossSettings
     ) -> Gate | None:
         """The adaptive part before backward, the same on every rank; None where it acts afterwards or not at all."""
-        if not loss.needs_the_step or loss.on == "total":
+        if not loss.gate_needs_the_step or loss.clip.on == "total":
             return None
         sequences = [s for batch in micro_batches for s in batch]
-        mine = on_policy_parts(sequences) if self.layout.speaks_for_replica else {}
-        shares = self._everyones(mine)
+        speaks = self.layout.speaks_for_replica
+        mine = on_policy_parts(sequences) if speaks and loss.old_logprobs == "score" else None
+        shares = self._everyones(mine if speaks else {})
         if any(share is None for share in shares):
-            if loss.scope == "batch" and not loss.has_other_terms:
+            if loss.clip.scope == "batch" and not loss.has_other_terms:
                 return None
             values = step.run_values(self.chunks, self.layout, batches, self.head, loss)
-            group_of = {s.sample_id: s.group_id for s in sequences}
-            speaks = self.layout.speaks_for_replica
-            shares = self._everyones(scored_parts(batches, values, group_of) if speaks else {})
+            groups = [[group_of(span.sample_id) for span in batch.spans] for batch in batches]
+            rows = [batch.loss for batch in batches]
+            shares = self._everyones(scored_parts(rows, values, groups) if speaks else {})
         return gate_of(loss, shares)
 
     def _everyones(self, value: Any) -> list[Any]:
@@ -218,11 +211,13 @@ class Policy:
                 for span in batch.spans:
                     part = slice(span.start, span.stop)
                     mean = float(entropy[part].mean()) if span.stop > span.start else 0.0
-                    local.append((span.sample_id, logprob[part].clone(), mean))
+                    found = logprob[part].float()
+                    padded = torch.cat([torch.zeros(1), found]) if every_token else found.clone()
+                    local.append((span.sample_id, padded, mean))
         gathered: list[Any] | None = [None] * self.layout.world if self.layout.rank == 0 else None
         dist.gather_object(local, gathered, dst=0, group=self.layout.control_group)
         return {
-            sample: Score([0.0, *logprobs.tolist()] if every_token else logprobs.tolist(), entropy)
+            sample: Score(logprobs.numpy(), entropy)
             for part in gathered or []
             for sample, logprobs, entropy in part
         }
@@ -295,44 +290,6 @@ class Policy:
 
 def _with_gains(batch: PackedBatch, gate: Gate) -> PackedBatch:
     """The pack with the gain of each sequence's group folded in."""
-    groups = [span.sample_id.rpartition(".")[0] for span in batch.spans]
+    groups = [group_of(span.sample_id) for span in batch.spans]
     gains = torch.tensor([gate.gains.get(group, 1.0) for group in groups], dtype=torch.float32)
-    return replace(batch, gains=gains)
-
-
-def _loss_statistics(
-    loss: LossSettings, totals: Mapping[str, float], gate: Gate | None
-) -> tuple[dict[str, float], float]:
-    """What a step reports of its loss, and the gain by which its gradient is still to be scaled."""
-    unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
-    if gate is not None:
-        unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
-    elif loss.needs_the_step:
-        if loss.on == "total":
-            unclipped += loss.kl_coef * totals["kl"]
-            unclipped -= loss.entropy_coef * totals["weighted_entropy"]
-        value = loss.phi.value(unclipped, totals["scale"])
-        mean_gain = still = loss.phi.gain(unclipped, totals["scale"])
-    elif loss.adaptive != "none":
-        value, mean_gain = totals["adapted"], totals["gain"] / max(totals["tokens"], 1.0)
-    stats = {"loss/policy": value, "loss/unclipped": unclipped}
-    if totals["tokens"]:
-        stats["loss/clip_gate"] = mean_gain
-        if loss.kl_coef > 0:
-            stats["loss/kl"] = totals["kl"]
-    return stats, still
-
-
-def _token_means(totals: Mapping[str, float], *, ratios: bool) -> dict[str, float]:
-    """Means over the trained tokens of a step and over those with a known rollout log-prob, if there are any."""
-    tokens, known = totals["tokens"], totals["rollout_tokens"]
-    means: dict[str, float] = {}
-    if tokens:
-        means["policy/entropy"] = totals["entropy"] / tokens
-    if tokens and ratios:
-        means["policy/ratio_mean"] = totals["ratio"] / tokens
-        means["policy/clip_frac"] = totals["clipped"] / tokens
-    if known:
-        means["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
-        means["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
-    return means
+    return replace(batch, loss=replace(batch.loss, gains=gains))

@@ -16,18 +16,14 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from agpo_megatron.algorithm.loss import micro_batch_loss, row_loss, sequence_values
+from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.logprob.projection import Kernels
 from agpo_megatron.logprob.rows import select_rows
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.attention import PackedSequences, transformer_engine_params
 from agpo_megatron.policy.context import Share, share_of
-from agpo_megatron.policy.objective import (
-    LossSettings,
-    micro_batch_loss,
-    sequence_values,
-    token_losses,
-)
 from agpo_megatron.policy.packing import PackedBatch
 from agpo_megatron.policy.parallel import Layout
 
@@ -158,7 +154,7 @@ class _Head:
         group = self.layout.tp_group if self.layout.tp > 1 else None
         one_pass = None
         if self.loss is not None and not self.values_only:
-            one_pass = token_losses(self.loss, share.own(batch))
+            one_pass = row_loss(self.loss, share.own(batch.loss))
         result = selected_logprobs(
             select_rows(
                 hidden_states.squeeze(1),
@@ -173,7 +169,7 @@ class _Head:
             temperature=self.head.temperature,
             chunk=self.head.chunk,
             token_loss=one_pass,
-            entropy_gradient=self.loss is not None and self.loss.entropy_coef > 0,
+            entropy_gradient=self.loss is not None and self.loss.entropy.coef > 0,
             kernels=self.head.kernels,
         )
         logprob, entropy = share.whole(result.logprob, result.entropy)
@@ -181,9 +177,9 @@ class _Head:
             self.stats = {"logprob": logprob, "entropy": entropy}
             return logprob.sum()
         if self.values_only:
-            self.stats = {"values": sequence_values(self.loss, logprob, batch)}
+            self.stats = {"values": sequence_values(self.loss, logprob, batch.loss)}
             return logprob.sum()
-        loss, self.stats = micro_batch_loss(self.loss, logprob, entropy, batch)
+        loss, self.stats = micro_batch_loss(self.loss, logprob, entropy, batch.loss)
         return loss if result.loss is None else result.loss
 
     def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -2,11 +2,12 @@
 
 ``.metadata`` is a pickle. It is taken apart by an unpickler that knows two dozen names and answers each with an inert
 record of this module: nothing of the file's choosing is imported or called, anything else is refused. The tensors are
-``torch.save`` records (stored_record.py).
+``torch.save`` records, whose descriptions ``torch.load`` reads as weights only (stored_record.py).
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from agpo_megatron.conversion.tables import Cut, Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
 from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
-from agpo_megatron.policy.stored_record import KnownOnly, read_record
+from agpo_megatron.policy.stored_record import read_record
 
 METADATA = ".metadata"
 
@@ -227,6 +228,16 @@ class _Inert:
         return self.state[name]
 
 
+class _KnownOnly(pickle.Unpickler):
+    """Answers the names of ``_KNOWN`` and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _KNOWN[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}") from None
+
+
 _CHECKPOINT = "torch.distributed.checkpoint."
 _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
@@ -252,7 +263,7 @@ def _tensors(folder: Path, files: dict[str, list[int]]) -> dict[str, StoredTenso
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            metadata = KnownOnly(file, _KNOWN).load()
+            metadata = _KnownOnly(file).load()
         records = {
             (index["fqn"], tuple(index.state["offset"])): info
             for index, info in metadata["storage_data"].items()

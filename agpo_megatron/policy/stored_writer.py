@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.utils.serialization import config as serialization
 
 from agpo_megatron.conversion.building import FileJob, MemoryGate, Pace, open_building
-from agpo_megatron.conversion.hf_writer import GATE_FLOOR, bytes_of, digest_of, write_all
+from agpo_megatron.conversion.hf_writer import GATE_FLOOR, bytes_of, digest_of
 from agpo_megatron.conversion.shape import DTYPES
 from agpo_megatron.conversion.tables import Cut, Rule
+from agpo_megatron.files import write_all
 from agpo_megatron.policy.marker import FORMAT, digest, write_marker
 from agpo_megatron.policy.stored import StorePlan, pieces_of
 

@@ -8,7 +8,7 @@ from agpo_megatron.config.schema import RewardConfig
 from agpo_megatron.reward.contract import Problem, Response
 from agpo_megatron.reward.pool import Part, PoolSettings
 from agpo_megatron.reward.pool import RewardPool as Pool
-from agpo_megatron.types import Group
+from agpo_megatron.samples import Group
 
 
 class RewardPool(Pool):

@@ -11,12 +11,15 @@ import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import aiohttp
+import msgspec
+import numpy as np
 from aiohttp.connector import AddrInfoType
 
-from agpo_megatron.types import VersionSpan
+from agpo_megatron.samples import Floats, Ints, VersionSpan
 from agpo_megatron.wait import waiting
 
 GONE_SECONDS = 30
@@ -75,14 +78,50 @@ class NonFiniteLogprob(ServerError):
         return False
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One response. ``logprobs`` has one finite float per token; ``finish_reason``: stop, length or abort."""
+class _Entry(msgspec.Struct, array_like=True, gc=False):
+    """Log-prob and token of ``output_token_logprobs``. JSON has no NaN: the server writes null."""
 
-    tokens: list[int]
-    logprobs: list[float]
+    logprob: float | None
+    token: int
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Finish(msgspec.Struct):
+    type: str = "unknown"
+
+
+class _Meta(msgspec.Struct):
+    output_token_logprobs: list[_Entry]
+    finish_reason: _Finish | None = None
+    weight_version: str = ""
+    weight_versions: list[_Span] = []
+
+
+class _Output(msgspec.Struct):
+    """What of an answer to ``/generate`` is read; the rest is skipped, not built."""
+
+    output_ids: list[int]
+    meta_info: _Meta
+
+
+_OUTPUTS = msgspec.json.Decoder(list[_Output] | _Output)
+_LOGPROB, _TOKEN = attrgetter("logprob"), attrgetter("token")
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One response of n tokens. ``tokens`` [n] int32; ``logprobs`` [n] float32, finite; ``finish_reason``: stop, length
+    or abort."""
+
+    tokens: Ints
+    logprobs: Floats
     finish_reason: str
-    versions: list[VersionSpan]
+    versions: tuple[VersionSpan, ...]
 
 
 @dataclass(frozen=True)
@@ -113,11 +152,11 @@ class ServerClient:
         self._timeout = timeout
 
     async def generate(
-        self, prompt_tokens: Sequence[int], sampling: Sampling, n: int = 1
+        self, prompt_tokens: Sequence[int] | Ints, sampling: Sampling, n: int = 1
     ) -> list[Generation]:
         """``n`` samples of one prompt, which is prefilled once."""
         body = {
-            "input_ids": list(prompt_tokens),
+            "input_ids": np.asarray(prompt_tokens).tolist(),
             "sampling_params": {
                 "n": n,
                 "max_new_tokens": sampling.max_new_tokens,
@@ -128,39 +167,44 @@ class ServerClient:
             },
             "return_logprob": True,
         }
-        answer = await self._call("/generate", body)
-        outputs = answer if isinstance(answer, list) else [answer]
+        answer = await self._request("/generate", body)
+        try:
+            parsed = _OUTPUTS.decode(answer)
+        except msgspec.MsgspecError as error:
+            raise ServerError(self.url, "/generate", 200, f"unexpected answer: {error}") from error
+        outputs = parsed if isinstance(parsed, list) else [parsed]
         if len(outputs) != n:
             raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
         return [self._generation(output) for output in outputs]
 
-    def _generation(self, output: Mapping[str, Any]) -> Generation:
-        meta, tokens = output["meta_info"], output["output_ids"]
-        entries = meta["output_token_logprobs"]
-        finish = (meta.get("finish_reason") or {}).get("type", "unknown")
-        spans = [
-            VersionSpan(s["version"], s["start"], s["end"]) for s in meta.get("weight_versions", [])
-        ]
+    def _generation(self, output: _Output) -> Generation:
+        meta, entries = output.meta_info, output.meta_info.output_token_logprobs
+        finish = (meta.finish_reason or _Finish()).type
+        spans = tuple(VersionSpan(s.version, s.start, s.end) for s in meta.weight_versions)
+        tokens = np.array(output.output_ids, dtype=np.int32)
         if finish not in ("stop", "length", "abort"):
             raise ServerError(self.url, "/generate", 200, f"unexpected finish_reason {finish!r}")
-        if finish != "abort":
-            if [entry[1] for entry in entries] != tokens:
-                raise ServerError(
-                    self.url, "/generate", 200, "log-probs are not of the output tokens"
-                )
-            for position, entry in enumerate(entries):
-                # JSON has no NaN: the server writes null.
-                if entry[0] is None or not math.isfinite(entry[0]):
-                    raise NonFiniteLogprob(self.url, position, entry[0], meta["weight_version"])
-            # Without them nobody could tell how stale the tokens are.
-            if not _covers(spans, len(tokens)):
-                raise ServerError(
-                    self.url,
-                    "/generate",
-                    200,
-                    f"weight_versions {meta.get('weight_versions')} do not cover {len(tokens)} tokens",
-                )
-        return Generation(tokens, [entry[0] for entry in entries], finish, spans)
+        if finish == "abort":
+            return Generation(tokens, np.zeros(0, np.float32), finish, spans)
+        if not np.array_equal(tokens, np.fromiter(map(_TOKEN, entries), np.int32, len(entries))):
+            raise ServerError(self.url, "/generate", 200, "log-probs are not of the output tokens")
+        try:
+            logprobs = np.fromiter(map(_LOGPROB, entries), np.float32, len(entries))
+        except TypeError:
+            nulls = [math.nan if e.logprob is None else e.logprob for e in entries]
+            logprobs = np.array(nulls, dtype=np.float32)
+        if (broken := np.flatnonzero(~np.isfinite(logprobs))).size:
+            first = int(broken[0])
+            raise NonFiniteLogprob(self.url, first, entries[first].logprob, meta.weight_version)
+        # Without them nobody could tell how stale the tokens are.
+        if not _covers(spans, len(tokens)):
+            raise ServerError(
+                self.url,
+                "/generate",
+                200,
+                f"weight_versions {spans} do not cover {len(tokens)} tokens",
+            )
+        return Generation(tokens, logprobs, finish, spans)
 
     async def score(
         self,
@@ -286,7 +330,17 @@ class ServerClient:
     async def _call(
         self, endpoint: str, body: Mapping[str, Any] | None, timeout: float | None = None
     ) -> Any:
-        """POST ``body`` (GET when None); the parsed JSON answer, or None when it is not JSON."""
+        """POST ``body`` (GET when None); the parsed JSON answer, or None when it is empty."""
+        data = await self._request(endpoint, body, timeout)
+        answer = msgspec.json.decode(data) if data else None
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise ServerError(self.url, endpoint, 400, str(answer.get("message")))
+        return answer
+
+    async def _request(
+        self, endpoint: str, body: Mapping[str, Any] | None, timeout: float | None = None
+    ) -> bytes:
+        """The bytes of a JSON answer; b"" of any other."""
         seconds = timeout or self._timeout
         method = "GET" if body is None else "POST"
         limit = aiohttp.ClientTimeout(total=seconds)
@@ -295,16 +349,13 @@ class ServerClient:
                 async with self._session.request(
                     method, self.url + endpoint, json=body, timeout=limit
                 ) as response:
-                    text = await response.text()
+                    answer = await response.read()
                     if response.status != 200:
-                        raise ServerError(self.url, endpoint, response.status, text[:1000])
-                    is_json = response.content_type == "application/json"
-                    answer = await response.json() if is_json and text else None
+                        text = answer[:1000].decode(errors="replace")
+                        raise ServerError(self.url, endpoint, response.status, text)
+                    return answer if response.content_type == "application/json" else b""
         except TimeoutError as error:
             message = f"nothing within {seconds:.0f} s"
             raise ServerError(self.url, endpoint, 0, message) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(self.url, endpoint, 0, repr(error)) from error
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise ServerError(self.url, endpoint, 400, str(answer.get("message")))
-        return answer

@@ -30,9 +30,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
 
+import numpy as np
+
 from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.rollout.client import Generation, Sampling, ServerClient, ServerError
-from agpo_megatron.types import Group, Prompt, Sample
+from agpo_megatron.samples import Group, Ints, Prompt, Sample
 from agpo_megatron.wait import WaitExpired, waiting, waiting_async
 
 log = logging.getLogger(__name__)
@@ -93,12 +95,12 @@ class RolloutPool:
         self,
         clients: Sequence[ServerClient],
         config: RolloutConfig,
-        decode: Callable[[list[int]], str] | None = None,
+        decode: Callable[[Ints], str] | None = None,
     ) -> None:
         self.servers = [Server(client) for client in clients]
         self.refresh: Callable[[Server], Awaitable[None]] | None = None
         self._config = config
-        self._decode = decode or (lambda tokens: "")
+        self._decode: Callable[[Ints], str] = decode or (lambda tokens: "")
         self._changed = asyncio.Condition()
         self._open = True
         self._none_ready_since = time.monotonic()
@@ -163,7 +165,7 @@ class RolloutPool:
                 prompt_tokens=prompt.tokens,
                 response_tokens=output.tokens,
                 rollout_logprobs=output.logprobs,
-                loss_mask=[1] * len(output.tokens),
+                loss_mask=np.ones(len(output.tokens), np.uint8),
                 versions=output.versions,
                 finish_reason=output.finish_reason,
                 text=self._decode(output.tokens),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from agpo_megatron.types import WeightVersion
+from agpo_megatron.samples import WeightVersion
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from dataclasses import dataclass, replace
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerError
 from agpo_megatron.rollout.pool import RolloutPool, Server, State
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.groups import UpdateGroups
 from agpo_megatron.sync.messages import PublishReport, TrainerPublishing
 from agpo_megatron.sync.transfer import Transfer
-from agpo_megatron.types import WeightVersion
 from agpo_megatron.wait import waiting_async
 
 log = logging.getLogger(__name__)

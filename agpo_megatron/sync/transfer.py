@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from agpo_megatron.rollout.client import ServerError
 from agpo_megatron.rollout.pool import RolloutPool, Server
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport
-from agpo_megatron.types import WeightVersion
 
 log = logging.getLogger(__name__)
 CALL_SHARE = 1 / 3

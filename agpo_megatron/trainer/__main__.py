@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config import Config, load_config
 from agpo_megatron.policy import backend
 from agpo_megatron.trainer.channel import Channel, ControllerLost
@@ -79,7 +80,8 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
     )
     if mode != "sft" and config.algorithm.loss.kl.coef > 0:
         policy.keep_reference()  # before any checkpoint is loaded: the run's initial weights
-    TrainerService(policy, PolicyPublisher(policy, config), channel, initial).run()
+    loss = LossSettings(policy="nll") if mode == "sft" else config.algorithm.loss
+    TrainerService(policy, PolicyPublisher(policy, config), channel, initial, loss).run()
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ class Channel:
                 time.sleep(0.2)
 
     def next_command(self, attempt: int, after: int) -> Command | None:
-        """The command after number ``after`` of ``attempt``, or the first of a newer one; None when the long poll ended
-        without one."""
+        """Wait for the command after number ``after`` of ``attempt``, or the first of a newer one; None when the
+        long poll ended without one."""
         response = self._request("GET", f"/command?attempt={attempt}&after={after}", timeout=60)
         return None if response.status_code == 204 else Command(**response.json())
 
@@ -67,7 +67,7 @@ class Channel:
         self._request("POST", "/result", timeout=60, json=body)
 
     def report_failure(self, command: str, error: str) -> None:
-        """Best effort: the exit code tells the supervisor in any case."""
+        """Report an error to the controller if it can be reached: the exit code tells the supervisor in any case."""
         try:
             body: dict[str, Any] = {"rank": self.rank, "command": command, "error": error}
             self._session.post(self._url + "/failure", json=body, timeout=5)

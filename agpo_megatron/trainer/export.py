@@ -1,10 +1,10 @@
-"""The policy as one Hugging Face folder, whatever the layout: every stage streams to rank 0, which writes."""
+"""Exports the policy as one Hugging Face folder, whatever the layout: every stage streams to rank 0, which writes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,8 @@ from torch import Tensor
 
 from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
-from agpo_megatron.conversion.shape import dtype_name
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
-
-END = b"{}"
 
 
 def export_hf(policy: Policy, folder: Path, initial_weights: Path) -> None:
@@ -42,36 +39,26 @@ def export_hf(policy: Policy, folder: Path, initial_weights: Path) -> None:
         return
     for name, tensor in tensors:
         if layout.publishes:
-            header = {"name": name, "shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
-            send_bytes(layout, json.dumps(header).encode())
+            header = (name, tuple(tensor.shape), tensor.dtype)
+            dist.send_object_list([header], 0, group=layout.control_group)
             dist.send(tensor.contiguous().cpu(), 0, group=layout.control_group)
     if layout.publishes:
-        send_bytes(layout, END)
+        dist.send_object_list([None], 0, group=layout.control_group)
 
 
 def source_of(layout: Layout, stage: int) -> int:
-    """Global rank of a stage's TP0, CP0, DP0 (rank order: tp-cp-ep-dp-pp)."""
+    """Compute the global rank of a stage's TP0, CP0, DP0 (rank order: tp-cp-ep-dp-pp)."""
     return stage * (layout.world // layout.pp)
 
 
-def send_bytes(layout: Layout, data: bytes) -> None:
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.send(torch.tensor([len(data)]), 0, group=layout.control_group)
-    dist.send(buffer, 0, group=layout.control_group)
-
-
-def receive_bytes(layout: Layout, source: int) -> bytes:
-    size = torch.zeros(1, dtype=torch.int64)
-    dist.recv(size, source, group=layout.control_group)
-    buffer = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(buffer, source, group=layout.control_group)
-    return buffer.numpy().tobytes()
-
-
 def receive(layout: Layout, source: int) -> Iterator[tuple[str, Tensor]]:
-    """What ``source`` sends, one tensor at a time, until its end mark."""
-    while (data := receive_bytes(layout, source)) != END:
-        header = json.loads(data)
-        tensor = torch.empty(header["shape"], dtype=getattr(torch, header["dtype"]))
+    """Receive what ``source`` sends, one tensor at a time, until it sends None in place of a header."""
+    while True:
+        header: list[Any] = [None]
+        dist.recv_object_list(header, source, group=layout.control_group)
+        if header[0] is None:
+            return
+        name, shape, dtype = header[0]
+        tensor = torch.empty(shape, dtype=dtype)
         dist.recv(tensor, source, group=layout.control_group)
-        yield header["name"], tensor
+        yield name, tensor

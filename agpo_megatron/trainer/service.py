@@ -10,20 +10,21 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agpo_megatron.journal import JournalReader, SampleRef
-from agpo_megatron.journal.records import to_score_sequence, write_scores
+import numpy as np
+
+from agpo_megatron.algorithm.settings import LossSettings
+from agpo_megatron.journal import BatchRecord, Block, JournalReader
+from agpo_megatron.journal.records import write_scores
 from agpo_megatron.policy import checkpoint as policy_checkpoint
-from agpo_megatron.policy.objective import LossSettings
 from agpo_megatron.policy.policy import Policy
+from agpo_megatron.samples import TrainSequence
 from agpo_megatron.trainer.channel import Channel, Command
 from agpo_megatron.trainer.control_group import ControlGroup
 from agpo_megatron.trainer.export import export_hf
 from agpo_megatron.trainer.publishing import PolicyPublisher
-from agpo_megatron.types import TrainSequence
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
@@ -33,15 +34,20 @@ class TrainerService:
     """Carries out the controller's commands until ``stop``."""
 
     def __init__(
-        self, policy: Policy, publisher: PolicyPublisher, channel: Channel, initial_weights: Path
+        self,
+        policy: Policy,
+        publisher: PolicyPublisher,
+        channel: Channel,
+        initial_weights: Path,
+        loss: LossSettings,
     ) -> None:
-        self._policy, self._channel = policy, channel
+        self._policy, self._channel, self._loss = policy, channel, loss
         self._publisher = publisher
         self._step = 0
         self._last_update: dict[str, Any] = {}
         self._control = ControlGroup(policy.layout.control_group)
         self._initial_weights = initial_weights
-        self._readers: dict[str, JournalReader] = {}
+        self._record: tuple[str, BatchRecord] | None = None
         self._handlers: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load,
             "update": self.update,
@@ -107,10 +113,9 @@ class TrainerService:
         record: str,
         step: int,
         plan: list[list[list[int]]],
-        loss: dict[str, Any],
         lr: float,
     ) -> dict[str, Any]:
-        """One optimizer step on the committed record; ``plan[dp_rank][micro_batch]`` names its rows.
+        """One optimizer step on its part of the committed batch ``record``; ``plan[dp_rank][micro_batch]`` names rows.
 
         Raises ValueError when the policy is not at the step before.
         """
@@ -118,16 +123,18 @@ class TrainerService:
             raise ValueError(
                 f"step {step} was asked for, the weights are those of step {self._step}"
             )
-        reader, settings = self._reader(journal), LossSettings(**loss)
-        rows_of_step = reader.read_record(record)
-        batches = [
-            reader.sequences(rows_of_step, rows) for rows in plan[self._policy.layout.dp_rank]
-        ]
-        if settings.old_logprobs == "rollout":
-            batches = [[replace(s, old_logprobs=s.rollout_logprobs) for s in b] for b in batches]
-        stats: dict[str, Any] = self._policy.update(batches, loss=settings, lr=lr)
-        self._step, self._last_update = step, stats
-        return stats
+        reader = JournalReader(Path(journal))
+        if self._record is None or self._record[0] != record:
+            self._record = record, reader.record(record)
+        batch = self._record[1]
+        mine = plan[self._policy.layout.dp_rank]
+        sequences = iter(reader.sequences(batch, [row for rows in mine for row in rows]))
+        loss = self._loss.with_entropy(batch.entropy_coef)
+        metrics: dict[str, Any] = self._policy.update(
+            [[next(sequences) for _ in rows] for rows in mine], loss=loss, lr=lr
+        )
+        self._step, self._last_update = step, metrics
+        return metrics
 
     def score_samples(
         self,
@@ -137,15 +144,12 @@ class TrainerService:
         weights: str,
         path: str,
     ) -> dict[str, Any]:
-        """Log-probs of journaled samples, [segment, row, digest] each, under the current (``policy``) or the
+        """Log-probs of journaled samples, [file, offset, length, digest] each, under the current (``policy``) or the
         ``reference`` weights; rank 0 writes them to ``path`` and answers their mean entropy and the file's digest."""
-        reader = self._reader(journal)
-
-        def sequence(number: int) -> TrainSequence:
-            segment, row, digest = samples[number]
-            return to_score_sequence(reader.sample(SampleRef(segment, row), digest))
-
-        batches = [[sequence(i) for i in rows] for rows in plan[self._policy.layout.dp_rank]]
+        mine = plan[self._policy.layout.dp_rank]
+        blocks = [Block(*samples[row]) for rows in mine for row in rows]
+        sequences = iter(JournalReader(Path(journal)).score_sequences(blocks))
+        batches = [[next(sequences) for _ in rows] for rows in mine]
         other = self._policy.reference_weights() if weights == "reference" else nullcontext()
         with other:
             scores = self._policy.score(batches, every_token=False)
@@ -161,10 +165,15 @@ class TrainerService:
 
     def score(self, tokens: list[int], temperature: float) -> dict[str, Any]:
         """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
-        sequence = TrainSequence("probe", tokens, 1.0, [1] * len(tokens), 1.0)
+        sequence = TrainSequence(
+            "probe",
+            np.zeros(0, np.int32),
+            np.asarray(tokens, np.int32),
+            np.ones(len(tokens), np.uint8),
+        )
         batches = [[sequence]] if self._policy.layout.dp_rank == 0 else []
         scores = self._policy.score(batches, temperature=temperature)
-        logprobs = scores["probe"].logprobs if "probe" in scores else None
+        logprobs = scores["probe"].logprobs.tolist() if "probe" in scores else None
         return {"step": self._step, "logprobs": logprobs}
 
     def publish_send(self, **request: Any) -> dict[str, Any]:
@@ -179,8 +188,3 @@ class TrainerService:
         """The policy as a Hugging Face checkpoint, with the tokenizer of the initial weights."""
         export_hf(self._policy, Path(path), self._initial_weights)
         return {}
-
-    def _reader(self, journal: str) -> JournalReader:
-        if journal not in self._readers:
-            self._readers[journal] = JournalReader(Path(journal))
-        return self._readers[journal]

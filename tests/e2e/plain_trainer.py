@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import TensorSpec
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport, group_name
 from agpo_megatron.sync.source import WeightSource, bucketed
-from agpo_megatron.types import WeightVersion
 
 BUCKET_BYTES = 100_000
 

@@ -54,7 +54,7 @@ def assert_same_greedy_output(folder: Path, log: Path, prompts: list[list[int]])
         for prompt in prompts:
             sampling = Sampling(NEW_TOKENS, 0.0, ignore_eos=True)
             (output,) = ask(server, lambda c, p=prompt, s=sampling: c.generate(p, s))  # type: ignore[misc]
-            assert output.tokens == greedy(model, prompt)
+            assert output.tokens.tolist() == greedy(model, prompt)
         (found,) = ask(server, lambda c: c.checksums(60))
     expected = ServerChecksums()
     source = HfCheckpoint(folder)

@@ -10,17 +10,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import aiohttp
+import made
 import pytest
 from live_server import LiveServer, server_config, tiny_llama
 from plain_trainer import PlainTrainer, changed, logprobs
 
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool, State
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.protocol import Publisher, PublishError
-from agpo_megatron.types import Prompt, WeightVersion
 
 log = logging.getLogger(__name__)
-PROMPT = Prompt(3, [1, 5, 9, 33, 12, 60, 7], "")
+PROMPT = made.prompt(3, [1, 5, 9, 33, 12, 60, 7], "")
 
 
 @dataclass
@@ -76,7 +77,7 @@ def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> N
             log.warning("publish: %s", {k: round(v, 3) for k, v in second.seconds.items()})
 
             (sample,) = (await b.pool.generate_greedy(PROMPT)).samples
-            expected = logprobs(b.trainer.model, PROMPT.tokens + sample.response_tokens)
+            expected = logprobs(b.trainer.model, [*PROMPT.tokens, *sample.response_tokens])
             assert sample.rollout_logprobs == pytest.approx(
                 expected[len(PROMPT.tokens) - 1 :], abs=1e-4
             )

@@ -8,6 +8,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+import made
 import pytest
 from live_server import LiveServer, server_config
 from plain_trainer import logprobs
@@ -17,7 +18,6 @@ from agpo_megatron.rollout.checksum import ServerChecksums
 from agpo_megatron.rollout.client import Sampling, ServerClient, ServerError
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import refuse_port_in_use
-from agpo_megatron.types import Prompt
 
 PROMPT = [1, 5, 9, 33, 12, 60, 7]
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def test_sampled_logprobs_are_those_of_transformers(
     for output in outputs:
         assert output.finish_reason == "length"
         assert len(output.tokens) == 24
-        expected = logprobs(reference, PROMPT + output.tokens, temperature)[len(PROMPT) - 1 :]
+        expected = logprobs(reference, [*PROMPT, *output.tokens], temperature)[len(PROMPT) - 1 :]
         assert output.logprobs == pytest.approx(expected, abs=1e-4)
         assert [(s.start, s.end) for s in output.versions] == [(0, 24)]
 
@@ -67,7 +67,7 @@ def test_many_prompts_of_different_lengths_at_once(
     async def all_at_once(client: ServerClient) -> list[list[int]]:
         sampling = Sampling(20, 0.0, ignore_eos=True)
         outputs = await asyncio.gather(*(client.generate(p, sampling) for p in prompts))
-        return [o[0].tokens for o in outputs]
+        return [o[0].tokens.tolist() for o in outputs]
 
     for prompt, tokens in zip(prompts, with_client(live_server, all_at_once), strict=True):
         expected = logprobs(reference, prompt + tokens)
@@ -118,7 +118,7 @@ def test_pool_generates_groups_and_aborted_ones_again(live_server: LiveServer) -
             await pool.wait_alive(seconds=60)
             (server,) = pool.servers
             await pool.mark_ready(server, "1.0.x")
-            prompt = Prompt(7, PROMPT, "42")
+            prompt = made.prompt(7, PROMPT, "42")
             groups = [asyncio.create_task(pool.generate_group(prompt)) for _ in range(3)]
             while not server.in_flight:
                 await asyncio.sleep(0.01)

@@ -14,7 +14,7 @@ from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.run import Evaluation
+from agpo_megatron.controller.evaluation import Evaluation
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import read_summary
 
@@ -58,9 +58,9 @@ def check_run(run_dir: Path) -> None:
     first, last = (Evaluation.read(folder.evaluation(step)) for step in (0, STEPS))
     model = AutoModelForCausalLM.from_pretrained(folder.exported_model, dtype=torch.float32)
     for sample in last.samples:
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
         logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
-        assert logits.argmax(-1).tolist() == sample.response_tokens
+        assert logits.argmax(-1).tolist() == sample.response_tokens.tolist()
         logprobs = logits.log_softmax(-1).gather(1, tokens[0, len(sample.prompt_tokens) :, None])[
             :, 0
         ]

@@ -11,7 +11,7 @@ from conversion_models import ALL
 from torch import Tensor
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import TrainSequence
 
 EXPERTS = ("mixtral", "qwen3_moe")
 LLAMA3 = {
@@ -85,7 +85,7 @@ def execute(
             result.from_hf = {n: t.clone() for n, t in built.named_hf_tensors()}
             if policy.dtype == "fp32":
                 mine = batch[layout.dp_rank :: layout.dp]
-                result.logprobs = {k: s.logprobs for k, s in built.score([mine]).items()}
+                result.logprobs = {k: s.logprobs.tolist() for k, s in built.score([mine]).items()}
                 if layout.tp * layout.pp == 1:
                     result.logits = logits(built, mine)
             for chunk in built.chunks:

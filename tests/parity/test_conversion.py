@@ -93,11 +93,11 @@ def assert_logits(model: Any, found: cases.Found, name: str, replicas: int) -> N
     order = [s for replica in range(replicas) for s in BATCH[replica::replicas]]
     for i, s in enumerate(order):
         with torch.no_grad():
-            table = model(torch.tensor([s.tokens])).logits[0]
+            table = model(torch.tensor(s.tokens)[None]).logits[0]
         if found.logits:
             assert (found.logits[i] - table).abs().max() < LOGITS, (name, s.sample_id)
         table = table.double().log_softmax(-1)
-        expected = [0.0, *(table[t - 1, s.tokens[t]].item() for t in range(1, len(s.tokens)))]
+        expected = [0.0, *(table[t - 1, s.tokens[t]].item() for t in range(1, s.length))]
         assert found.logprobs[s.sample_id] == pytest.approx(expected, abs=LOGITS), (
             name,
             s.sample_id,

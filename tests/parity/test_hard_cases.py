@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
+import made
 import pytest
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.controller.batching import plan_micro_batches
+from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.publishing import stage_layers
 from agpo_megatron.parity import models
-from agpo_megatron.parity.batch import BUDGET, Plan
+from agpo_megatron.parity.batch import BUDGET, Cut
 from agpo_megatron.parity.comparison import BF16, EXPERTS, FP32, Limits, failures
-from agpo_megatron.parity.contract import Contract, Cut, loss_settings, one_step
+from agpo_megatron.parity.contract import Contract, Cutter, one_step
 from agpo_megatron.parity.reference import Objective, Truth
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import TrainSequence
 
 INTERLEAVED = {"pipeline_parallel": 2, "virtual_pipeline": 2}
 SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -24,7 +24,7 @@ SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
 def check(
     contract: Contract,
     axes: dict[str, Any],
-    cut: Cut,
+    cut: Cutter,
     *,
     experts: bool = False,
     **more: Any,
@@ -41,10 +41,10 @@ def check(
     assert list(failures(step.deviations(limits))) == []
 
 
-def all_on_the_first(work: list[TrainSequence], replicas: int) -> Plan:
+def all_on_the_first(work: list[TrainSequence], replicas: int) -> Cut:
     """Three micro-batches, in one of them nothing trains; the other replicas have none."""
-    masked = [s for s in work if not s.trained()]
-    rest = [s for s in work if s.trained()]
+    masked = [s for s in work if not len(s.trained())]
+    rest = [s for s in work if len(s.trained())]
     return [[rest[:4], masked, rest[4:]], *([] for _ in range(replicas - 1))]
 
 
@@ -63,8 +63,8 @@ def test_a_replica_without_work(contract: Contract, axes: dict[str, Any], expert
     check(contract, axes, all_on_the_first, experts=experts)
 
 
-def in_pieces(pieces: int) -> Cut:
-    def cut(work: list[TrainSequence], replicas: int) -> Plan:
+def in_pieces(pieces: int) -> Cutter:
+    def cut(work: list[TrainSequence], replicas: int) -> Cut:
         """Uneven counts: ``pieces`` micro-batches on the first replica, fewer on each further one."""
         shares = [work[r::replicas] for r in range(replicas)]
         counts = [max(1, pieces - r) for r in range(replicas)]
@@ -93,14 +93,14 @@ def test_micro_batches_that_pp_does_not_divide(
 def test_the_controllers_plan(contract: Contract) -> None:
     """One sequence is longer than the budget; the last micro-batches are fillers."""
 
-    def cut(work: list[TrainSequence], replicas: int) -> Plan:
+    def cut(work: list[TrainSequence], replicas: int) -> Cut:
         plan = plan_micro_batches(
-            [len(s.tokens) for s in work],
+            [s.length for s in work],
             data_parallel=replicas,
             token_budget=BUDGET,
             multiple_of=2,
         )
-        assert max(len(s.tokens) for s in work) > BUDGET
+        assert max(s.length for s in work) > BUDGET
         return [[[work[i] for i in micro] for micro in share] for share in plan]
 
     check(contract, {"data_parallel": 2, **INTERLEAVED}, cut)
@@ -188,12 +188,12 @@ def test_a_closed_gate_leaves_the_weights_alone(contract: Contract) -> None:
     model = contract.model("dense-untied-4", models.LLAMA3)
     objective = Objective(adaptive="max0", minimum=100.0)
     _, truth = contract.truth(model, objective)
-    up, down = ([TrainSequence("g0.0", [1, 2, 3], 1.0, [0, 1, 1], a)] for a in (-150.0, 101.0))
+    up, down = ([made.sequence("g0.0", [1, 2, 3], 1.0, [0, 1, 1], a)] for a in (-150.0, 101.0))
     found = contract.run(
         model,
         PolicyConfig(dtype="fp32", data_parallel=2),
         [[[up], [down]]],
-        replace(loss_settings(objective), when_clipped="skip_step"),
+        made.loss(adaptive="max0", minimum=100.0, when_clipped="skip_step"),
         one_step(truth),
         scores=False,
     )

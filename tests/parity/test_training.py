@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.parity import models
-from agpo_megatron.parity.batch import Plan, recorded, split, train_sequences
-from agpo_megatron.parity.cases import Outcome
+from agpo_megatron.parity.batch import Cut, recorded, split, train_sequences
+from agpo_megatron.parity.cases import CaseResult
 from agpo_megatron.parity.comparison import worst
 from agpo_megatron.parity.contract import Contract
 from agpo_megatron.parity.ranks import RankFailed
-from agpo_megatron.policy.objective import LossSettings
 
 TRAIN = TrainConfig(lr=1e-3, adam_eps=1e-5, grad_clip=1.0, weight_decay=0.01)
 """With AdamW's usual eps of 1e-8 rounding of the smallest gradients grows to whole steps."""
@@ -27,7 +27,7 @@ def policy_of(axes: dict[str, Any]) -> PolicyConfig:
     return PolicyConfig(**{"dtype": "fp32", "logprob_chunk": 32, **axes})
 
 
-def plans(steps: int, replicas: int) -> list[Plan]:
+def plans(steps: int, replicas: int) -> list[Cut]:
     """Another batch of five sequences for each step."""
     batches = [recorded([24, 3, 17, 9, 12], vocab=67, seed=step) for step in range(steps)]
     return [split(train_sequences(b, "token_mean", 1), replicas, "packed") for b in batches]
@@ -35,7 +35,7 @@ def plans(steps: int, replicas: int) -> list[Plan]:
 
 def train(
     contract: Contract, model: Path, axes: dict[str, Any], steps: slice, **more: Any
-) -> Outcome:
+) -> CaseResult:
     policy = policy_of(axes)
     chosen = plans(steps.stop, policy.data_parallel)[steps]
     more = {"scores": False, **more}

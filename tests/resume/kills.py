@@ -18,14 +18,13 @@ import psutil
 from agpo_megatron.cluster.node import MACHINE
 from agpo_megatron.cluster.start_folder import latest_start, starts
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.journal import JournalReader
-from agpo_megatron.journal.reader import valid_files
+from agpo_megatron.journal import BatchRecord, JournalReader
 from agpo_megatron.observe.metrics import read_metrics
-from agpo_megatron.types import WeightVersion
+from agpo_megatron.samples import WeightVersion
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ended:
     exit_code: int
     output: str
 
@@ -43,15 +42,15 @@ def command(config: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def finish(config: Path, run_dir: Path, *more: str, timeout: float = 240) -> Outcome:
+def finish(config: Path, run_dir: Path, *more: str, timeout: float = 240) -> Ended:
     """Run the command to its end."""
     result = subprocess.run(
         command(config, run_dir, *more), capture_output=True, text=True, timeout=timeout
     )
-    return Outcome(result.returncode, result.stdout + result.stderr)
+    return Ended(result.returncode, result.stdout + result.stderr)
 
 
-def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float = 240) -> Outcome:
+def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float = 240) -> Ended:
     """Start the run; SIGKILL each role as soon as the controller enters its phase ("update step 2"); wait for the end.
 
     Asserts that no process of the run is left.
@@ -75,7 +74,7 @@ def kill_at(config: Path, run_dir: Path, *kills: tuple[str, str], timeout: float
     output, _ = run.communicate(timeout=timeout)
     _, alive = psutil.wait_procs(descendants, timeout=15)
     assert not alive, f"left behind: {[' '.join(p.cmdline()[:6]) for p in alive]}"
-    return Outcome(run.returncode, output)
+    return Ended(run.returncode, output)
 
 
 def controller_log(run_dir: Path) -> str:
@@ -94,23 +93,22 @@ def running_processes(folder: RunFolder) -> dict[str, int]:
 
 
 def check_nothing_lost_or_repeated(
-    run_dir: Path, steps: int, prompts: int, group_size: int
+    run_dir: Path, steps: int, prompts: int, group_size: int, updates: int = 1
 ) -> None:
-    """Every step once, every prompt once and in order, every sample journaled once, all from the step's own weights."""
+    """Every step once, every prompt once and in order, every sample journaled once, all from the weights that its batch
+    starts from."""
     folder = RunFolder(run_dir)
     assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, steps + 1))
     reader = JournalReader(folder.journal)
-    assert reader.steps() == list(range(1, steps + 1))
     trained: list[str] = []
-    for step in range(1, steps + 1):
-        record = reader.record(step)
-        assert record.cursor == step * prompts
-        assert WeightVersion.parse(record.weight_version).step == step - 1
-        trained += [row.sample_id for row in record.rows]
-        for row in record.rows:
-            sample = reader.segment(row.ref.segment).slice(row.ref.row, 1).to_pylist()[0]
-            spans = json.loads(sample["versions"])
-            assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
+    for number, first in enumerate(range(1, steps + 1, updates), start=1):
+        record = batches(reader)[number - 1]
+        assert list(record.steps) == list(range(first, first + updates))
+        assert record.cursor == number * prompts
+        assert WeightVersion.parse(record.weight_version).step == first - 1
+        trained += record.sample_ids
+        for sample in reader.samples(record.samples):
+            assert {WeightVersion.parse(s.version).step for s in sample.versions} == {first - 1}
     assert trained == [f"g{p:09d}.{i}" for p in range(steps * prompts) for i in range(group_size)]
     assert journaled(folder) == Counter(trained), "a sample was generated again, or never trained"
 
@@ -119,28 +117,33 @@ def journaled(folder: RunFolder) -> Counter[str]:
     """How often each sample is in the journal."""
     reader = JournalReader(folder.journal)
     return Counter(
-        f"{row['group_id']}.{row['index']}"
-        for name in valid_files(folder.journal)[0]
-        for row in reader.segment(name).select(["group_id", "index"]).to_pylist()
+        sample.sample_id
+        for segment in reader.segments()
+        for journaled in reader.groups(segment)
+        for sample in journaled.group.samples
     )
+
+
+def batches(reader: JournalReader) -> list[BatchRecord]:
+    """The records of all batches, in order."""
+    return [reader.record(name.name) for name in reader.batches()]
 
 
 def check_dynamic_sampling(run_dir: Path, steps: int, prompts: int, group_size: int) -> None:
     """Every prompt up to the last cursor was generated once, under the weights of the step that used or replaced it;
-    each step is full, and takes silent groups only after its last round."""
+    each step is full, and takes uniform groups only after its last round."""
     folder = RunFolder(run_dir)
     metrics = read_metrics(run_dir)
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     reader, cursor, replaced = JournalReader(folder.journal), 0, 0.0
     for step, row in enumerate(metrics, start=1):
-        record = reader.record(step)
-        taken = {r.sample_id.partition(".")[0] for r in record.rows}
-        assert len(taken) == prompts and len(record.rows) == prompts * group_size
+        record = batches(reader)[step - 1]
+        taken = {name.partition(".")[0] for name in record.sample_ids}
+        assert len(taken) == prompts and len(record.sample_ids) == prompts * group_size
         assert {int(g[1:]) for g in taken} <= set(range(cursor, record.cursor))
         assert record.cursor - cursor == prompts + row["sampling/discarded_groups"]
-        for r in record.rows:
-            spans = json.loads(reader.segment(r.ref.segment)["versions"][r.ref.row].as_py())
-            assert {WeightVersion.parse(span["version"]).step for span in spans} == {step - 1}
+        for sample in reader.samples(record.samples):
+            assert {WeightVersion.parse(s.version).step for s in sample.versions} == {step - 1}
         cursor, replaced = record.cursor, replaced + row["sampling/discarded_groups"]
     assert replaced > 0, "the case must replace groups"
     every = [f"g{p:09d}.{i}" for p in range(cursor) for i in range(group_size)]

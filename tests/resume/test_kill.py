@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from kills import (
+    batches,
     check_dynamic_sampling,
     check_nothing_lost_or_repeated,
     controller_log,
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.journal import JournalReader
+from agpo_megatron.observe.metrics import read_metrics
 
 STEPS, PROMPTS, GROUP = 4, 4, 4
 SERVER = "rollout server 0"
@@ -31,7 +34,7 @@ def export_bytes(run_dir: Path) -> bytes:
 def kill_and_continue(
     tmp_path: Path,
     starts: list[list[tuple[str, str]]],
-    check: Callable[[Path, int, int, int], None] = check_nothing_lost_or_repeated,
+    check: Callable[..., None] = check_nothing_lost_or_repeated,
     **changes: object,
 ) -> None:
     """Kill what each start names, role by phase; then let the run come to its end, and judge it."""
@@ -117,13 +120,26 @@ def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> 
         },
     )
     reader = JournalReader(RunFolder(tmp_path / "run").journal)
-    record = reader.record(STEPS)
+    record = batches(reader)[-1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    for row in record.rows[:3]:
-        sample = reader.sample(row.ref, record.segments[row.ref.segment])
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    for s in reader.sequences(record, [0, 1, 2]):
+        tokens = torch.tensor(s.tokens, dtype=torch.int64)[None]
         with torch.no_grad():
-            table = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1].log_softmax(-1)
-        expected = table.gather(1, tokens[0, len(sample.prompt_tokens) :, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(row.ref_logprobs), expected, atol=1e-3, rtol=0)
-        assert row.old_logprobs != row.ref_logprobs and len(row.correction) == len(expected)
+            table = model(tokens).logits[0, len(s.prompt_tokens) - 1 : -1].log_softmax(-1)
+        expected = table.gather(1, tokens[0, len(s.prompt_tokens) :, None])[:, 0]
+        ref, old = s.columns["ref_logprobs"], s.columns["old_logprobs"]
+        torch.testing.assert_close(torch.tensor(ref), expected, atol=1e-3, rtol=0)
+        assert (ref != old).any() and len(s.columns["correction"]) == len(expected)
+    ratios = [row["policy/ratio_mean"] for row in read_metrics(tmp_path / "run")]
+    assert ratios == pytest.approx([1.0] * STEPS, abs=1e-5), "scored and trained log-probs agree"
+    assert any(ratio != 1.0 for ratio in ratios), "they are two computations"
+
+
+def test_several_updates_of_a_batch_killed_between_them(tmp_path: Path) -> None:
+    """The batch and the log-probs that its ratios start from are durable before its first update."""
+    kill_and_continue(
+        tmp_path,
+        [[("trainer rank 1", "update step 3"), ("controller", "update step 4")]],
+        partial(check_nothing_lost_or_repeated, updates=4),
+        **{"train.updates_per_batch": 4, "train.lr": 3e-3, "run.checkpoint_every": 1},
+    )

@@ -27,7 +27,7 @@ def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two trainer nodes with a rank each, one node with a server, one spare; USR1 comes 2 to 3 minutes into a start."""
     settings = {
         "train.steps": 5000,
-        "train.prompts_per_step": 4,
+        "train.prompts_per_batch": 4,
         "rollout.group_size": 4,
         "run.checkpoint_every": 1000,
         "cluster.trainer_nodes": 2,

@@ -29,7 +29,7 @@ def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two trainer nodes with a rank each (TP 2 across them), one node with a server; a fourth is spare."""
     settings = {
         "train.steps": STEPS,
-        "train.prompts_per_step": PROMPTS,
+        "train.prompts_per_batch": PROMPTS,
         "rollout.group_size": GROUP,
         "run.checkpoint_every": 1000,
         "cluster.trainer_nodes": 2,

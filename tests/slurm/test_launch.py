@@ -126,7 +126,7 @@ def test_a_heterogeneous_job_on_separate_networks_survives_the_loss_of_a_servers
         folder,
         **{
             "train.steps": STEPS,
-            "train.prompts_per_step": PROMPTS,
+            "train.prompts_per_batch": PROMPTS,
             "rollout.group_size": GROUP,
             "rollout.servers": 2,
             "policy.tensor_parallel": 1,

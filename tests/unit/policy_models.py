@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from made import sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.policy import backend
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import TrainSequence
 
 # Before any test imports a module of the policy that imports megatron.
 backend.activate("cpu")
@@ -89,7 +90,7 @@ def sequences(lengths: list[int], weight: float = 0.05, seed: int = 0) -> list[T
     for i, n in enumerate(lengths):
         prompt = max(1, n // 3)
         made.append(
-            TrainSequence(
+            sequence(
                 f"s{i}",
                 torch.randint(0, SMALL["vocab_size"], (n,), generator=generator).tolist(),
                 weight,

@@ -12,22 +12,33 @@ from hypothesis import strategies as st
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.correction import rollout_correction
-from agpo_megatron.algorithm.policy_loss import (
+from agpo_megatron.algorithm.kl import kl_estimate, next_entropy_coefficient
+from agpo_megatron.algorithm.loss import (
     POLICY_LOSSES,
-    Bounds,
-    Rows,
+    LossRows,
+    Ratios,
     cispo,
     gmpo,
     gspo,
     gspo_token,
-    negative_log_likelihood,
+    nll,
     ppo,
     sapo,
 )
-from agpo_megatron.algorithm.regularization import kl_estimate, next_entropy_coefficient
+from agpo_megatron.algorithm.settings import LossSettings
 
 fast = settings(max_examples=60, deadline=None)
 RHO = [0.5, 0.9, 1, 1.25, 1.5, 4]
+
+
+def bounds_of(low, high, dual=None):
+    """Of the ratio; also such as a configuration would refuse."""
+    changes = {"clip_low": low, "clip_high": high, "dual_clip": dual}
+    return LossSettings().model_copy(update=changes)
+
+
+def ratios_of(logprob, old, advantage, sequence, sequences):
+    return Ratios(logprob, old, LossRows({"advantage": advantage}, sequence, sequences))
 
 
 def rows(log_ratios, advantage, lengths=None, dtype=torch.float64):
@@ -37,7 +48,7 @@ def rows(log_ratios, advantage, lengths=None, dtype=torch.float64):
     a = torch.as_tensor(advantage, dtype=dtype).expand(len(ratio))
     old = torch.full_like(ratio, -2.0)
     index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return Rows((old + ratio).requires_grad_(), old, a, index, len(lengths))
+    return ratios_of((old + ratio).requires_grad_(), old, a, index, len(lengths))
 
 
 def logs(ratios):
@@ -50,12 +61,17 @@ def logs(ratios):
 @pytest.mark.parametrize(
     "advantage, bounds, expected, clipped",
     [
-        (1, Bounds(0.2, 0.28), [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0, 0, 0, 0, 1, 1]),
-        (1, Bounds(0.2, 0.2), [-0.5, -0.9, -1, -1.2, -1.2, -1.2], [0, 0, 0, 1, 1, 1]),
-        (-1, Bounds(0.2, 0.28), [0.8, 0.9, 1, 1.25, 1.5, 4], [1, 0, 0, 0, 0, 0]),
-        (-1, Bounds(0.2, 0.28, dual=3.0), [0.8, 0.9, 1, 1.25, 1.5, 3], [1, 0, 0, 0, 0, 1]),
-        (1, Bounds(0.2, 0.28, dual=3.0), [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0] * 4 + [1] * 2),
-        (0, Bounds(0.2, 0.28, dual=3.0), [0] * 6, [0] * 6),
+        (1, bounds_of(0.2, 0.28), [-0.5, -0.9, -1, -1.25, -1.28, -1.28], [0, 0, 0, 0, 1, 1]),
+        (1, bounds_of(0.2, 0.2), [-0.5, -0.9, -1, -1.2, -1.2, -1.2], [0, 0, 0, 1, 1, 1]),
+        (-1, bounds_of(0.2, 0.28), [0.8, 0.9, 1, 1.25, 1.5, 4], [1, 0, 0, 0, 0, 0]),
+        (-1, bounds_of(0.2, 0.28, dual=3.0), [0.8, 0.9, 1, 1.25, 1.5, 3], [1, 0, 0, 0, 0, 1]),
+        (
+            1,
+            bounds_of(0.2, 0.28, dual=3.0),
+            [-0.5, -0.9, -1, -1.25, -1.28, -1.28],
+            [0] * 4 + [1] * 2,
+        ),
+        (0, bounds_of(0.2, 0.28, dual=3.0), [0] * 6, [0] * 6),
     ],
 )
 def test_ppo_worked_example(advantage, bounds, expected, clipped):
@@ -71,7 +87,9 @@ def test_ppo_worked_example(advantage, bounds, expected, clipped):
 
 
 def test_off_policy_example():
-    got = ppo(rows(logs([1.1, 1.3, 0.9, 1.5, 0.7, 1.2]), [1.0] * 4 + [-1.0] * 2), Bounds(0.2, 0.28))
+    got = ppo(
+        rows(logs([1.1, 1.3, 0.9, 1.5, 0.7, 1.2]), [1.0] * 4 + [-1.0] * 2), bounds_of(0.2, 0.28)
+    )
     assert got.loss.tolist() == pytest.approx([-1.1, -1.28, -0.9, -1.28, 0.8, 1.2], abs=1e-9)
     w = sequence_weights([4, 2], [4, 2], "token_mean")
     weights = torch.tensor([w[0]] * 4 + [w[1]] * 2, dtype=torch.float64)
@@ -84,16 +102,16 @@ MIX = [0.1, -0.2, 0.3, 0.0]
 
 
 def test_gspo_worked_example():
-    got = gspo(rows(MIX, 1.0), Bounds(0.2, 0.2))
+    got = gspo(rows(MIX, 1.0), bounds_of(0.2, 0.2))
     assert got.ratio.tolist() == pytest.approx([1.051271] * 4, abs=6e-7)
     assert got.loss.tolist() == pytest.approx([-1.051271] * 4, abs=6e-7)
-    clipped = gspo(rows(MIX, 1.0), Bounds(3e-4, 4e-4))
+    clipped = gspo(rows(MIX, 1.0), bounds_of(3e-4, 4e-4))
     assert clipped.loss.tolist() == pytest.approx([-1.0004] * 4) and clipped.is_clipped.all()
 
 
 def test_gspo_takes_each_sequence_by_itself():
     batch = rows([0.3, 0.1, -0.4], 1.0, [2, 1])
-    got = gspo(batch, Bounds(0.9, 0.9))
+    got = gspo(batch, bounds_of(0.9, 0.9))
     assert got.ratio.log().tolist() == pytest.approx([0.2, 0.2, -0.4])
     (got.loss[:2].sum() / 2).backward()
     assert batch.logprob.grad.tolist() == pytest.approx([-0.5 * math.exp(0.2)] * 2 + [0])
@@ -101,7 +119,7 @@ def test_gspo_takes_each_sequence_by_itself():
 
 def test_gspo_token_has_gspos_value_and_each_tokens_gradient():
     batch = rows(MIX, [1.0, 1.0, -2.0, 0.5])
-    got = gspo_token(batch, Bounds(0.9, 0.9))
+    got = gspo_token(batch, bounds_of(0.9, 0.9))
     s = math.exp(0.05)
     assert got.loss.tolist() == pytest.approx([-s, -s, 2 * s, -0.5 * s])
     got.loss.sum().backward()
@@ -110,18 +128,18 @@ def test_gspo_token_has_gspos_value_and_each_tokens_gradient():
 
 def test_gmpo_worked_example():
     def ratio(advantage, epsilon):
-        return -gmpo(rows(MIX, advantage), Bounds(epsilon, epsilon)).loss[0].item() / advantage
+        return -gmpo(rows(MIX, advantage), bounds_of(epsilon, epsilon)).loss[0].item() / advantage
 
     assert ratio(1.0, 0.4) == pytest.approx(1.051271, abs=6e-7)
     assert ratio(1.0, 0.15) == pytest.approx(1.012578, abs=6e-7)
     assert ratio(-1.0, 0.15) == pytest.approx(1.064494, abs=6e-7)
     # each sign has its own bound: 0.3 is cut to 0.15 for A > 0, -0.2 to -0.15 for A < 0
-    for bounds, kept in ((Bounds(9.0, 0.15), 1.012578), (Bounds(0.15, 9.0), 1.051271)):
+    for bounds, kept in ((bounds_of(9.0, 0.15), 1.012578), (bounds_of(0.15, 9.0), 1.051271)):
         assert -gmpo(rows(MIX, 1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
-    for bounds, kept in ((Bounds(0.15, 9.0), 1.064494), (Bounds(9.0, 0.15), 1.051271)):
+    for bounds, kept in ((bounds_of(0.15, 9.0), 1.064494), (bounds_of(9.0, 0.15), 1.051271)):
         assert gmpo(rows(MIX, -1.0), bounds).loss[0].item() == pytest.approx(kept, abs=6e-7)
-    assert gmpo(rows(MIX, 1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 0, 1, 0]
-    assert gmpo(rows(MIX, -1.0), Bounds(0.15, 0.15)).is_clipped.tolist() == [0, 1, 0, 0]
+    assert gmpo(rows(MIX, 1.0), bounds_of(0.15, 0.15)).is_clipped.tolist() == [0, 0, 1, 0]
+    assert gmpo(rows(MIX, -1.0), bounds_of(0.15, 0.15)).is_clipped.tolist() == [0, 1, 0, 0]
 
 
 def test_sapo_worked_example():
@@ -131,12 +149,12 @@ def test_sapo_worked_example():
         (-1.0, [0.934140, 0.997249, 1, 0.975598, 0.768110]),
     ):
         batch = rows(logs(rho), advantage)
-        got = sapo(batch, Bounds(0.2, 0.2))
+        got = sapo(batch, bounds_of(0.2, 0.2))
         got.loss.sum().backward()
         expected = [-advantage * w * r for w, r in zip(weight, rho, strict=True)]
         assert batch.logprob.grad.tolist() == pytest.approx(expected, abs=2e-6)
         assert got.surrogate.tolist() == pytest.approx([-advantage * r for r in rho])
-    gate = sapo(rows(logs(rho), 1.0), Bounds(0.2, 0.2)).loss
+    gate = sapo(rows(logs(rho), 1.0), bounds_of(0.2, 0.2)).loss
     expected = [-1.510163, -1.900083, -2, -2.297770, -2.924234]
     assert gate.tolist() == pytest.approx(expected, abs=6e-7)
 
@@ -144,7 +162,7 @@ def test_sapo_worked_example():
 def test_cispo_worked_example():
     rho = [0.5, 0.9, 1, 1.28, 3]
     batch = rows(logs(rho), [1.0, 1.0, -2.0, 1.0, 1.0])
-    got = cispo(batch, Bounds(1.0, 0.28))
+    got = cispo(batch, bounds_of(1.0, 0.28))
     capped = [0.5, 0.9, 1, 1.28, 1.28]
     assert got.surrogate.tolist() == pytest.approx([-0.5, -0.9, 2, -1.28, -1.28])
     got.loss.sum().backward()
@@ -152,11 +170,11 @@ def test_cispo_worked_example():
     assert batch.logprob.grad.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", POLICY_LOSSES)
+@pytest.mark.parametrize("name", sorted(set(POLICY_LOSSES) - {"nll"}))
 def test_on_policy_all_losses_have_the_same_gradient(name):
     a = torch.tensor([0.7, 0.7, -1.3, 2.0, 2.0, 0.0], dtype=torch.float64)
     batch = rows([0.0] * 6, a, [2, 1, 2, 1])
-    got = POLICY_LOSSES[name](batch, Bounds(0.2, 0.28))
+    got = POLICY_LOSSES[name](batch, bounds_of(0.2, 0.28))
     got.loss.sum().backward()
     assert batch.logprob.grad.tolist() == pytest.approx((-a).tolist(), abs=1e-12)
     assert got.surrogate.tolist() == pytest.approx((-a).tolist(), abs=1e-12)
@@ -166,8 +184,8 @@ def test_on_policy_all_losses_have_the_same_gradient(name):
 def test_ppo_on_policy_is_exact_in_fp32():
     logprob = torch.tensor([-0.3, -7.0, -0.0, -1.5], requires_grad=True)
     a = torch.tensor([0.7, -1.3, 0.0, 2.0])
-    batch = Rows(logprob, logprob.detach(), a, torch.zeros(4, dtype=torch.int64), 1)
-    got = ppo(batch, Bounds(0.2, 0.28))
+    batch = ratios_of(logprob, logprob.detach(), a, torch.zeros(4, dtype=torch.int64), 1)
+    got = ppo(batch, bounds_of(0.2, 0.28))
     got.loss.sum().backward()
     assert torch.equal(logprob.grad, -a) and torch.equal(got.loss, -a)
     assert not got.is_clipped.any() and torch.equal(got.ratio, torch.ones(4))
@@ -179,7 +197,7 @@ def test_gradients_are_those_of_finite_differences(name):
     ratios = [0.3, -0.5, 0.02, -0.03, 0.7, -0.9, 0.11, -0.25, 1.3]
     batch = rows(ratios, [1.0, 1.0, 1.0, -0.8, -0.8, -0.8, -0.8, 0.0, -2.0], [3, 4, 1, 1])
     weights = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
-    bounds = Bounds(0.2, 0.28, dual=3.0 if name == "ppo" else None)
+    bounds = bounds_of(0.2, 0.28, dual=3.0 if name == "ppo" else None)
 
     def value(logprob):
         if name == "cispo":  # its ratio is a constant of the step
@@ -190,7 +208,7 @@ def test_gradients_are_those_of_finite_differences(name):
             own = s * (logprob - batch.logprob.detach()).exp()
             low, high = -own * batch.advantage, -own.clamp(0.8, 1.28) * batch.advantage
             return (weights * torch.maximum(low, high)).sum()
-        moved = Rows(logprob, batch.old_logprob, batch.advantage, batch.sequence, 4)
+        moved = ratios_of(logprob, batch.old_logprob, batch.advantage, batch.rows.sequence, 4)
         return (weights * POLICY_LOSSES[name](moved, bounds).loss).sum()
 
     (weights * POLICY_LOSSES[name](batch, bounds).loss).sum().backward()
@@ -207,15 +225,15 @@ def test_an_absurd_ratio_and_an_empty_pack_stay_finite(name):
     logprob = torch.tensor([0.0, 0.0, -300.0], requires_grad=True)
     old = torch.tensor([-300.0, -300.0, 0.0])
     index = torch.tensor([0, 1, 2])
-    batch = Rows(logprob, old, torch.tensor([0.0, -1.0, 1.0]), index, 3)
-    got = POLICY_LOSSES[name](batch, Bounds(0.2, 0.28))
+    batch = ratios_of(logprob, old, torch.tensor([0.0, -1.0, 1.0]), index, 3)
+    got = POLICY_LOSSES[name](batch, bounds_of(0.2, 0.28))
     got.loss.sum().backward()
     for tensor in (got.loss, got.surrogate, got.ratio, logprob.grad):
         assert torch.isfinite(tensor).all()
     assert got.loss[0] == 0
     empty = torch.zeros(0, requires_grad=True)
-    nothing = Rows(empty, empty.detach(), empty.detach(), torch.zeros(0, dtype=torch.int64), 0)
-    total = POLICY_LOSSES[name](nothing, Bounds(0.2, 0.28)).loss.sum()
+    nothing = ratios_of(empty, empty.detach(), empty.detach(), torch.zeros(0, dtype=torch.int64), 0)
+    total = POLICY_LOSSES[name](nothing, bounds_of(0.2, 0.28)).loss.sum()
     total.backward()
     assert total == 0
 
@@ -231,7 +249,7 @@ def test_an_absurd_ratio_and_an_empty_pack_stay_finite(name):
     st.data(),
 )
 def test_fp32_agrees_with_fp64_and_order_does_not_matter(tokens, name, data):
-    bounds = Bounds(0.2, 0.28)
+    bounds = bounds_of(0.2, 0.28)
     lengths = [1] * len(tokens)
     ratios, a = [r for r, _ in tokens], [x for _, x in tokens]
     wide = POLICY_LOSSES[name](rows(ratios, a, lengths), bounds).loss
@@ -244,7 +262,9 @@ def test_fp32_agrees_with_fp64_and_order_does_not_matter(tokens, name, data):
 
 
 def test_negative_log_likelihood():
-    assert negative_log_likelihood(torch.tensor([-1.5, -0.25])).tolist() == [1.5, 0.25]
+    batch = rows([0.5, 1.75], [1.0, -9.0])
+    got = nll(batch, LossSettings())
+    assert got.loss.tolist() == [1.5, 0.25] and got.ratio.tolist() == [1.0, 1.0]
 
 
 # --- KL and entropy -------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agpo_megatron.algorithm.adaptive_loss import Adaptive
 from agpo_megatron.algorithm.advantage import (
     is_zero_variance,
     length_advantage_covariance,
     step_advantages,
 )
 from agpo_megatron.algorithm.aggregation import on_policy_loss, sequence_weights
+from agpo_megatron.algorithm.gate import Adaptive
 
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 fast = settings(max_examples=60, deadline=None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agpo_megatron import cli
 from agpo_megatron.config import Config, ConfigError, check_config, check_inputs, load_config
 
 SHAPE = {
@@ -135,6 +136,9 @@ def test_a_damaged_model_config_is_named(tmp_path: Path) -> None:
         ("algorithm={preset: gspo, loss: {dual_clip: 3.0}}", "gspo has no such bound"),
         ("algorithm.loss.clip={on: total, scope: group}", "on total with scope group"),
         ("algorithm.loss={old_logprobs: rollout, correction: {kind: tis}}", "choose one"),
+        ("algorithm.loss.policy=nll", "imitates whatever was sampled"),
+        ("train={updates_per_batch: 3, steps: 6}", "does not divide prompts_per_batch 16"),
+        ("train={updates_per_batch: 4, steps: 6}", "does not divide steps 6"),
         ("algorithm.loss.correction={kind: icepop, level: sequence}", "masks single tokens"),
         ("algorithm.loss.correction={kind: mis, low: 2.0}", "low 2 is not below high 2"),
         ("algorithm.loss.kl={importance: true, place: reward}", "set importance false"),
@@ -150,9 +154,42 @@ def test_contradictions_are_refused(tmp_path: Path, override: str, message: str)
     assert message in found[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "idle"),
+    [
+        ([], "loss.clip_low, loss.clip_high"),
+        (
+            ["algorithm.preset=cispo"],
+            "loss.policy cispo (its gradient is that of ppo), loss.clip_low",
+        ),
+        (["algorithm.preset=sapo"], "are loss.policy sapo (its gradient is that of ppo)"),
+        (
+            ["algorithm.loss={dual_clip: 3.0, kl: {importance: true}}"],
+            "dual_clip, loss.kl.importance",
+        ),
+        (["train.updates_per_batch=4"], ""),
+        (["algorithm.loss.old_logprobs=rollout"], ""),
+    ],
+)
+def test_check_says_what_a_ratio_of_one_leaves_without_effect(
+    tmp_path: Path, overrides: list[str], idle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: d}\n")
+    sets = [word for text in overrides for word in ("--set", text)]
+    assert cli.main(["check", str(path), *sets]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+    assert (idle in notes[0]) if idle else notes == []
+
+
 def test_fp8_on_a_cpu_is_refused_whatever_is_installed(tmp_path: Path) -> None:
     found = problems(tmp_path, "policy.fp8.recipe=mxfp8", "cluster.device=cpu")
     assert "recipe mxfp8 runs on a GPU only" in found[0]
+
+
+def test_evaluations_fall_on_the_ends_of_batches(tmp_path: Path) -> None:
+    found = problems(tmp_path, "train.updates_per_batch=4", "eval.every=6")
+    assert any("eval: every 6 is not a multiple of train.updates_per_batch 4" in p for p in found)
 
 
 def test_a_server_must_hold_one_sample(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agpo_megatron.algorithm.presets import PRESETS, preset_keys
 from agpo_megatron.config import Config, ConfigError, check_config, load_config, resolve_config
 from agpo_megatron.config.loading import leaves
-from agpo_megatron.config.presets import PRESETS, preset_keys
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.yaml_core import parse_yaml, yaml_line
 

@@ -6,21 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from agpo_megatron.config.key_tables import configuration_reference
 from agpo_megatron.config.keys import schema_keys
-from agpo_megatron.config.reference import configuration_reference
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_committed_reference_is_up_to_date() -> None:
     assert COMMITTED.read_text(encoding="utf-8") == configuration_reference(), (
-        "run: python -m agpo_megatron.config.reference docs/configuration.md"
+        "run: python -m agpo_megatron.config.key_tables docs/configuration.md"
     )
 
 
-def test_there_are_fewer_than_120_keys_and_each_is_documented() -> None:
+def test_there_are_at_most_160_keys_and_each_is_documented() -> None:
     keys = [key for key in schema_keys() if not key.is_section]
-    assert len(keys) < 120
+    assert len(keys) <= 160
     assert [key.name for key in schema_keys() if not key.doc] == []
     page = configuration_reference()
     assert [key.name for key in keys if f"| `{key.name}` |" not in page] == []
@@ -46,6 +46,6 @@ def test_types_and_limits_are_shown() -> None:
 
 def test_the_generator_writes_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    command = [sys.executable, "-m", "agpo_megatron.config.reference", str(page)]
+    command = [sys.executable, "-m", "agpo_megatron.config.key_tables", str(page)]
     subprocess.run(command, check=True, timeout=60, cwd=COMMITTED.parents[1])
     assert page.read_text(encoding="utf-8") == configuration_reference()

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conversion_models import LLAMA, random_weights
+from conversion_models import LLAMA, QWEN2, random_weights
 from transformers import AutoTokenizer
 
 from agpo_megatron.conversion.errors import ConversionError
@@ -43,7 +43,7 @@ def llama_cpp_order(weight, heads):
     return out
 
 
-def write_gguf(path, weights, arch="llama", quantise=(), extra=(), tokenizer=False, settings=()):
+def write_gguf(path, weights, arch="llama", quantise=(), extra=(), tokenizer=True, settings=()):
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(2)
     writer.add_context_length(64)
@@ -66,22 +66,22 @@ def write_gguf(path, weights, arch="llama", quantise=(), extra=(), tokenizer=Fal
         writer.add_eos_token_id(0)
         writer.add_pad_token_id(0)
     for name, tensor in weights.items():
-        stem = name.removesuffix(".weight")
+        stem, kind = name.rsplit(".", 1)
         if stem in TOP:
             target = TOP[stem]
         else:
             layer, part = stem.removeprefix("model.layers.").split(".", 1)
             target = f"blk.{layer}.{LAYER[part]}"
-            if part == "self_attn.q_proj":
+            if arch == "llama" and part == "self_attn.q_proj":
                 tensor = llama_cpp_order(tensor, 4)
-            if part == "self_attn.k_proj":
+            if arch == "llama" and part == "self_attn.k_proj":
                 tensor = llama_cpp_order(tensor, 2)
         array = tensor.numpy()
         if target.split(".")[-1] in quantise:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{target}.weight", gguf.quantize(array, kind), raw_dtype=kind)
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{target}.{kind}", gguf.quantize(array, q8), raw_dtype=q8)
         else:
-            writer.add_tensor(f"{target}.weight", array)
+            writer.add_tensor(f"{target}.{kind}", array)
     for name, array in extra:
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -99,7 +99,7 @@ def weights():
 def test_tensors_and_config_come_out_as_they_went_in(tmp_path, weights, tied):
     if tied:
         weights.pop("lm_head.weight")
-    write_gguf(tmp_path / "m.gguf", weights, tokenizer=True)
+    write_gguf(tmp_path / "m.gguf", weights)
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     checkpoint = HfCheckpoint(tmp_path / "out")
     shape = checkpoint.weight_map().shape
@@ -127,7 +127,17 @@ def test_quantised_tensors_are_dequantised(tmp_path, weights):
         # Q8_0: blocks of 32 of a row share a scale of max/127; then bf16 keeps 8 bits.
         error = (checkpoint.load(name).float() - tensor).abs().max()
         assert error <= tensor.abs().max() * (0.5 / 127 + 2**-8), name
-    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_other_families_of_the_tables_come_out_as_they_went_in(tmp_path):
+    weights = random_weights({**CONFIG, **{k: QWEN2[k] for k in ("architectures", "model_type")}})
+    write_gguf(tmp_path / "m.gguf", weights, arch="qwen2")
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    checkpoint = HfCheckpoint(tmp_path / "out")
+    assert checkpoint.weight_map().shape.qkv_bias
+    assert set(checkpoint.specs) == set(weights)
+    for name, tensor in weights.items():
+        assert torch.equal(checkpoint.load(name), tensor.to(torch.bfloat16)), name
 
 
 def test_llama3_rope_scaling_is_recovered_from_the_stored_divisors(tmp_path, weights):
@@ -155,16 +165,17 @@ def test_llama3_rope_scaling_is_recovered_from_the_stored_divisors(tmp_path, wei
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "qwen2"}, "GGUF architecture 'qwen2' is not supported"),
-        ({"settings": [("add_expert_count", 4)]}, "mixture-of-experts"),
-        ({"settings": [("add_rope_dimension_count", 8)]}, "rotates 8 of 16 dimensions"),
+        ({"arch": "plamo"}, "plamo is not supported"),
+        ({"arch": "gpt2"}, "'GPT2LMHeadModel' of config.json is not supported"),
+        ({"settings": [("add_rope_dimension_count", 8)]}, r"q_proj.weight has shape \[64, 64\]"),
+        ({"tokenizer": False}, "holds no tokenizer"),
         (
             {"settings": [("add_rope_scaling_type", gguf.RopeScalingType.YARN)]},
             "rope scaling 'yarn' is not supported",
         ),
         (
             {"extra": [("blk.0.attn_q.bias", np.zeros(64, np.float32))]},
-            r"tensors \['blk\.0\.attn_q\.bias'\] have no rule",
+            "1 of its tensors have no place in LlamaForCausalLM",
         ),
     ],
 )
@@ -186,6 +197,6 @@ def test_missing_tensors_and_damaged_files_are_refused(tmp_path, weights):
         convert_gguf(tmp_path / "gone", tmp_path / "out")
     weights.pop("model.layers.1.self_attn.k_proj.weight")
     write_gguf(tmp_path / "less.gguf", weights)
-    with pytest.raises(ConversionError, match=r"\['blk\.1\.attn_k\.weight'\] are missing"):
+    with pytest.raises(ConversionError, match=r"lacks model\.layers\.1\.self_attn\.k_proj\.weight"):
         convert_gguf(tmp_path / "less.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

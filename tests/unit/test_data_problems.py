@@ -73,7 +73,7 @@ def test_a_worked_solution_ends_with_eos_and_has_loss_on_the_response_only(tmp_p
     (sample,) = group.samples
     assert tokenizer.convert_ids_to_tokens(sample.prompt_tokens) == ["<bos>", *"1+2="]
     assert tokenizer.convert_ids_to_tokens(sample.response_tokens) == [" #### ", "3", "<eos>"]
-    assert sample.loss_mask == [1, 1, 1]
+    assert sample.loss_mask.tolist() == [1, 1, 1]
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import made
 import pytest
 from test_journal import make_group
 
 from agpo_megatron.config import load_config
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.loop import Collected, Rollouts, collect
+from agpo_megatron.controller.evaluation import Rollouts
+from agpo_megatron.controller.live import Collected, collect
 from agpo_megatron.controller.run import Recipe, Run
 from agpo_megatron.journal import Journal
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.types import Group, Prompt
+from agpo_megatron.samples import Group, Prompt
 
 SIZE = 4
 
@@ -34,7 +37,7 @@ class Pool:
         group = make_group(prompt.position)
         if prompt.position % 2 == 0:
             return group
-        samples = [s.__class__(**{**vars(s), "accuracy": 0.0}) for s in group.samples]
+        samples = [replace(s, accuracy=0.0) for s in group.samples]
         return Group(group.prompt, samples)
 
 
@@ -42,7 +45,7 @@ def run_in(folder: Path, *overrides: str) -> tuple[Run, Pool, Rollouts]:
     path = folder / "c.yaml"
     path.write_text("model: {path: m}\ndata: {path: d}\n")
     config = load_config(
-        path, ["algorithm.preset=dapo", f"train.prompts_per_step={SIZE}", *overrides], str(folder)
+        path, ["algorithm.preset=dapo", f"train.prompts_per_batch={SIZE}", *overrides], str(folder)
     )
     with Progress(1, "test") as progress:
         run = Run(
@@ -52,7 +55,7 @@ def run_in(folder: Path, *overrides: str) -> tuple[Run, Pool, Rollouts]:
             SimpleNamespace(),  # type: ignore[arg-type]
             MetricsWriter(folder, tensorboard=False),
             progress,
-            Recipe({}, 1.0, 0, 1),
+            Recipe(1.0, 0, 1),
             64,
         )
     pool: Any = Pool()
@@ -61,20 +64,20 @@ def run_in(folder: Path, *overrides: str) -> tuple[Run, Pool, Rollouts]:
         return group
 
     rewards: Any = SimpleNamespace(score_group=as_is, take_busy_seconds=lambda: 0.5)
-    stream: Any = SimpleNamespace(prompt_at=lambda p: Prompt(p, [1, 2, 3 + p], str(p)))
+    stream: Any = SimpleNamespace(prompt_at=lambda p: made.prompt(p, [1, 2, 3 + p], str(p)))
     return run, pool, Rollouts(pool, rewards, stream, [])
 
 
 def collected(run: Run, rollouts: Rollouts, cursor: int) -> Collected:
     pending = run.journal.pending_groups()
-    return asyncio.run(collect(run, rollouts, 1, cursor, pending, {}))
+    return asyncio.run(collect(run, rollouts, cursor, pending, {}))
 
 
 def positions(groups: list[Any]) -> list[int]:
     return [j.group.prompt.position for j in groups]
 
 
-def test_silent_groups_are_replaced_by_those_of_the_next_prompts(tmp_path: Path) -> None:
+def test_uniform_groups_are_replaced_by_those_of_the_next_prompts(tmp_path: Path) -> None:
     run, pool, rollouts = run_in(tmp_path)
     got = collected(run, rollouts, 0)
     # rounds: 0-3 keeps 0, 2; 4-5 keeps 4; 6 keeps 6
@@ -87,7 +90,7 @@ def test_silent_groups_are_replaced_by_those_of_the_next_prompts(tmp_path: Path)
 def test_the_rounds_are_bounded_and_the_step_is_full_all_the_same(tmp_path: Path) -> None:
     run, _, rollouts = run_in(tmp_path, "algorithm.advantage.resample_rounds=2")
     got = collected(run, rollouts, 0)
-    assert positions(got.groups) == [0, 2, 4, 1], "the earliest silent group fills the step"
+    assert positions(got.groups) == [0, 2, 4, 1], "the earliest uniform group fills the step"
     assert positions(got.discarded) == [3, 5]
     assert (got.cursor, got.rounds) == (6, 2)
 

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import made
+import numpy as np
+import pyarrow as pa
 import pytest
 
-from agpo_megatron.journal import Journal, JournalError, JournalReader, StepRecord, StepRow
-from agpo_megatron.types import Group, Prompt, Sample, VersionSpan
+from agpo_megatron.files import WriteError
+from agpo_megatron.journal import (
+    BatchRecord,
+    Journal,
+    JournaledGroup,
+    JournalError,
+    JournalReader,
+)
+from agpo_megatron.journal.reader import SegmentName
+from agpo_megatron.journal.records import sequence_columns
+from agpo_megatron.samples import Group, VersionSpan
 
 
 def make_group(position: int, size: int = 3) -> Group:
-    prompt = Prompt(position, [1, 2, 3 + position], str(position), f"what is {position}?")
+    prompt = made.prompt(position, [1, 2, 3 + position], str(position))
     samples = [
-        Sample(
-            group_id=prompt.group_id,
-            index=i,
-            prompt_tokens=prompt.tokens,
-            response_tokens=list(range(10, 12 + i)),
-            rollout_logprobs=[-0.5 * (k + 1) for k in range(2 + i)],
-            loss_mask=[1] * (2 + i),
-            versions=[VersionSpan("0.1.abc", 0, 2 + i)],
-            finish_reason="stop",
+        made.sample(
+            prompt,
+            i,
+            2 + i,
+            response_tokens=np.arange(10, 12 + i, dtype=np.int32),
+            rollout_logprobs=np.arange(-1, -3 - i, -1, dtype=np.float32) / 2,
+            versions=(VersionSpan("0.1.abc", 0, 2 + i),),
             text=f"answer {i}",
             accuracy=float(i % 2),
         )
@@ -33,60 +44,131 @@ def make_group(position: int, size: int = 3) -> Group:
     return Group(prompt, samples)
 
 
-def make_step(step: int, journaled: list, version: str = "0.1.abc") -> StepRecord:
-    rows = [
-        StepRow(
-            s.sample_id,
-            ref,
-            len(s.prompt_tokens) + len(s.response_tokens),
-            1.0,
-            0.5,
-            0.25,
-            len(s.loss_mask),
-            ref_logprobs=[-1.5] * len(s.loss_mask),
-            correction=[0.0] + [0.5] * (len(s.loss_mask) - 1),
-        )
-        for j in journaled
-        for s, ref in zip(j.group.samples, j.refs, strict=True)
-    ]
-    segments = {ref.segment: j.digest for j in journaled for ref in j.refs}
-    cursor = 1 + max(j.group.prompt.position for j in journaled)
-    return StepRecord(step, 0, cursor, version, segments, rows, {"reward/mean": 0.5})
+def make_batch(
+    first_step: int, journaled: list[JournaledGroup], version: str = "0.1.abc", updates: int = 1
+) -> tuple[BatchRecord, dict[str, list[Any]]]:
+    """A batch and its per-token decisions: the first token of each response has correction 0; of the first sample
+    nothing is known."""
+    samples = [s for j in journaled for s in j.group.samples]
+    decided = {
+        "loss_weight": [0.25] * len(samples),
+        "advantage": [0.5] * len(samples),
+        "trained": [len(s.response_tokens) for s in samples],
+        "update": [i * updates // len(samples) for i in range(len(samples))],
+    }
+    record = BatchRecord(
+        first_step=first_step,
+        updates=updates,
+        attempt=0,
+        cursor=1 + max(j.group.prompt.position for j in journaled),
+        weight_version=version,
+        sample_ids=[s.sample_id for s in samples],
+        tokens=np.array([s.length for s in samples], np.int32),
+        samples=[block for j in journaled for block in j.blocks],
+        details=[],
+        columns=sequence_columns(decided, len(samples)),
+        metrics={"reward/mean": 0.5},
+        entropy_coef=0.25,
+        entropy_state=0.125,
+    )
+    counts = [len(s.response_tokens) for s in samples]
+    factors = [np.array([0.0] + [0.5] * (n - 1), np.float32) for n in counts]
+    refs = [np.full(n, -1.5, np.float32) for n in counts]
+    olds = [np.full(n, -1.25, np.float32) for n in counts]
+    return record, {
+        "correction": [None, *factors[1:]],
+        "ref_logprobs": [None, *refs[1:]],
+        "old_logprobs": [None, *olds[1:]],
+    }
 
 
-def test_round_trip_of_groups_and_steps(tmp_path: Path) -> None:
+def commit(journal: Journal, *args: Any, **more: Any) -> str:
+    return journal.commit(*make_batch(*args, **more))[1]
+
+
+def content(value: Any) -> Any:
+    """What a noun holds, arrays as lists with their type: equal content, equal value."""
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.tolist()
+    if is_dataclass(value):
+        return {f.name: content(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {name: content(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [content(part) for part in value]
+    return value
+
+
+def pending(journal: Journal) -> dict[int, Any]:
+    return {p: content(j) for p, j in journal.pending_groups().items()}
+
+
+def steps(reader: JournalReader) -> list[int]:
+    """First steps of the committed batches."""
+    return [batch.first_step for batch in reader.batches()]
+
+
+def test_round_trip_of_groups_and_batches(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journaled = journal.append([make_group(0), make_group(1)])
-    assert [j.group for j in journaled] == [make_group(0), make_group(1)]
-    committed = make_step(1, journaled)
-    name = journal.commit_step(committed)
+    record, name = journal.commit(*make_batch(5, journaled, updates=2))
     reader = JournalReader(tmp_path)
-    assert reader.step_names() == {1: name}
-    assert reader.steps() == [1]
-    assert reader.record(1) == committed
-    sequences = reader.sequences(committed, [4, 0])
-    assert [s.sample_id for s in sequences] == ["g000000001.1", "g000000000.0"]
-    assert sequences[0].tokens == [1, 2, 4, 10, 11, 12]
-    assert sequences[0].loss_weight == 0.25
-    assert sequences[0].loss_mask == [0, 0, 0, 0, 1, 1], "a token of correction 0 does not train"
-    assert sequences[0].trained() == [4, 5]
-    assert sequences[0].correction == [0, 0, 0, 0.0, 0.5, 0.5]
-    assert sequences[0].ref_logprobs == [0, 0, 0, -1.5, -1.5, -1.5]
-    assert sequences[0].old_logprobs == []
-    assert sequences[0].rollout_logprobs == [0, 0, 0, -0.5, -1.0, -1.5]
-    assert sequences[0].advantage == 0.5
+    assert [(b.name, b.first_step, b.last_step) for b in reader.batches()] == [(name, 5, 6)]
+    assert reader.batch_of(6).name == name
+    found = reader.record(name)
+    assert content(found) == content(record)
+    assert found.steps == range(5, 7)
+    assert (found.rows(5), found.rows(6)) == ([0, 1, 2], [3, 4, 5])
+    samples = reader.samples(found.samples)
+    whole = [s for j in journaled for s in j.group.samples]
+    assert content(samples) == content(whole) and samples[4].sample_id == "g000000001.1"
+    later, first = reader.sequences(found, [4, 0])
+    assert [later.sample_id, first.sample_id] == ["g000000001.1", "g000000000.0"]
+    assert later.tokens.tolist() == [1, 2, 4, 10, 11, 12]
+    assert later.scalar("loss_weight") == 0.25 and later.scalar("advantage") == 0.5
+    assert later.trained().tolist() == [1, 2], "a token of correction 0 does not train"
+    assert later.columns["correction"].tolist() == [0.0, 0.5, 0.5]
+    assert later.columns["ref_logprobs"].tolist() == [-1.5] * 3
+    assert later.columns["old_logprobs"].tolist() == [-1.25] * 3, "the ratio starts from them"
+    assert later.columns["rollout_logprobs"].tolist() == [-0.5, -1.0, -1.5]
+    assert first.trained().tolist() == [0, 1] and "old_logprobs" not in first.columns
+
+
+def test_a_reader_takes_the_bytes_of_its_own_samples_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+    record, _ = journal.commit(*make_batch(1, journal.append([make_group(p) for p in range(20)])))
+    read: list[tuple[int, int]] = []
+    plain = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: read.append((at, n)) or plain(fd, n, at))
+    JournalReader(tmp_path).sequences(record, [7, 31])
+    blocks = [record.samples[7], record.samples[31], record.details[7], record.details[31]]
+    wanted = {(b.offset, b.length) for b in blocks if b}
+    assert wanted <= set(read)
+    schemas = [(at, n) for at, n in read if (at, n) not in wanted]
+    assert len(schemas) == 2 and {at for at, _ in schemas} == {8}
+
+
+def test_files_are_plain_arrow_files(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    name = commit(journal, 1, journal.append([make_group(0), make_group(1)]))
+    (segment,) = (tmp_path / "samples").iterdir()
+    table = pa.ipc.open_file(segment).read_all()
+    assert table.column("text").to_pylist() == ["answer 0", "answer 1", "answer 2"] * 2
+    assert table.column("response_tokens")[1].as_py() == [10, 11, 12]
+    batch = pa.ipc.open_file(tmp_path / "batches" / name).read_all()
+    assert batch.column("advantage").to_pylist() == [0.5] * 6
 
 
 def test_finished_groups_survive_the_writer_and_are_pending(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     a, b = first.append([make_group(0), make_group(1)])
     (c,) = first.append([make_group(2)])
-    first.commit_step(make_step(1, [a]))
+    commit(first, 1, [a])
     second = Journal(tmp_path)
     assert second.attempt == first.attempt + 1
-    pending = second.pending_groups()
-    assert sorted(pending) == [1, 2]
-    assert pending[1] == b and pending[2] == c
+    assert pending(second) == {1: content(b), 2: content(c)}
 
 
 def test_what_a_superseded_writer_still_writes_is_ignored(tmp_path: Path) -> None:
@@ -94,38 +176,41 @@ def test_what_a_superseded_writer_still_writes_is_ignored(tmp_path: Path) -> Non
     (kept,) = old.append([make_group(0)])
     new = Journal(tmp_path)
     late = old.append([make_group(1)])
-    old.commit_step(make_step(1, late))
-    assert new.pending_groups() == {0: kept}
-    assert JournalReader(tmp_path).steps() == []
+    commit(old, 1, late)
+    assert pending(new) == {0: content(kept)}
+    assert steps(JournalReader(tmp_path)) == []
     third = Journal(tmp_path)
-    assert third.pending_groups() == {0: kept} and third.reader.steps() == []
+    assert pending(third) == {0: content(kept)} and steps(third.reader) == []
 
 
 def test_the_same_step_of_a_later_attempt_does_not_collide(tmp_path: Path) -> None:
     old = Journal(tmp_path)
     groups = old.append([make_group(0)])
     new = Journal(tmp_path)
-    new.commit_step(make_step(1, new.append([make_group(0, size=2)]), "new"))
-    old.commit_step(make_step(1, groups, "old"))
-    assert JournalReader(tmp_path).record(1).weight_version == "new"
+    commit(new, 1, new.append([make_group(0, size=2)]), "new")
+    commit(old, 1, groups, "old")
+    (batch,) = JournalReader(tmp_path).batches()
+    assert JournalReader(tmp_path).record(batch.name).weight_version == "new"
 
 
 def test_a_half_written_file_is_not_a_step(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    name = f".step-00000001-a{journal.attempt:06d}-0123456789abcdef.arrow.99.tmp"
-    (tmp_path / "steps" / name).write_bytes(b"half")
-    assert Journal(tmp_path).reader.steps() == []
+    name = f".batch-00000001-00000001-a{journal.attempt:06d}-0123456789abcdef.arrow.99.tmp"
+    (tmp_path / "batches" / name).write_bytes(b"half")
+    assert steps(Journal(tmp_path).reader) == []
 
 
 def test_damage_is_refused_with_the_file_name(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journaled = journal.append([make_group(0)])
-    record = make_step(1, journaled)
-    step = tmp_path / "steps" / journal.commit_step(record)
-    segment = tmp_path / "samples" / journaled[0].refs[0].segment
-    for path in (segment, step):
+    record, name = journal.commit(*make_batch(1, journaled))
+    batch = tmp_path / "batches" / name
+    (details,) = (tmp_path / "batches").glob("details-*")
+    segment = tmp_path / "samples" / record.samples[1].file
+    block = record.samples[1]
+    for path, place in ((segment, block), (details, record.details[1]), (batch, None)):
         whole = path.read_bytes()
-        for damage in (flip_a_bit(whole), None):
+        for damage in (flip_a_bit(whole, place.offset + place.length // 2 if place else 99), None):
             reader = JournalReader(tmp_path)
             reader.read_patience = 0.0
             if damage is None:
@@ -133,13 +218,17 @@ def test_damage_is_refused_with_the_file_name(tmp_path: Path) -> None:
             else:
                 path.write_bytes(damage)
             with pytest.raises(JournalError, match=path.name):
-                reader.sequences(record) if path is segment else reader.read_record(step.name)
+                reader.sequences(record, [1]) if place else reader.record(name)
+            if path is segment:
+                assert damage is None or reader.sequences(record, [0]), "others are whole"
+                with pytest.raises(JournalError, match=path.name):
+                    reader.groups(SegmentName.parse(path.name))
         path.write_bytes(whole)
 
 
-def flip_a_bit(data: bytes) -> bytes:
+def flip_a_bit(data: bytes, at: int) -> bytes:
     changed = bytearray(data)
-    changed[len(changed) // 2] ^= 1
+    changed[at] ^= 1
     return bytes(changed)
 
 
@@ -147,14 +236,16 @@ def test_prune_keeps_what_later_steps_and_pending_groups_need(tmp_path: Path) ->
     journal = Journal(tmp_path)
     a, b = journal.append([make_group(0), make_group(1)])
     c, d = journal.append([make_group(2), make_group(3)])
-    journal.commit_step(make_step(1, [a]))
-    journal.commit_step(make_step(2, [b]))
-    journal.commit_step(make_step(3, [c]))
+    commit(journal, 1, [a])
+    commit(journal, 2, [b])
+    commit(journal, 3, [c])
     assert journal.prune(before_step=3) == 3  # two steps, and the segment only they used
-    assert JournalReader(tmp_path).steps() == [3]
+    assert steps(JournalReader(tmp_path)) == [3]
     again = Journal(tmp_path)
-    assert again.reader.steps() == [3] and again.pending_groups() == {3: d}
-    assert again.reader.sequences(again.reader.record(3))
+    assert steps(again.reader) == [3] and pending(again) == {3: content(d)}
+    record = again.reader.record(again.reader.batches()[0].name)
+    assert again.reader.sequences(record, [0, 1, 2])
+    assert len(list((tmp_path / "batches").iterdir())) == 2  # the batch and its details
     with pytest.raises(JournalError, match="superseded"):
         journal.prune(before_step=4)
 
@@ -163,11 +254,11 @@ def test_prune_keeps_pending_groups_that_share_a_segment_with_old_steps(tmp_path
     journal = Journal(tmp_path)
     a, ahead = journal.append([make_group(0), make_group(5)])
     (b,) = journal.append([make_group(1)])
-    journal.commit_step(make_step(1, [a]))
-    journal.commit_step(make_step(2, [b]))
+    commit(journal, 1, [a])
+    commit(journal, 2, [b])
     journal.prune(before_step=3)
-    assert Journal(tmp_path).pending_groups() == {5: ahead}
-    assert Journal(tmp_path).reader.steps() == [2]  # the newest stays: its cursor is needed
+    assert pending(Journal(tmp_path)) == {5: content(ahead)}
+    assert steps(Journal(tmp_path).reader) == [2]  # the newest stays: its cursor is needed
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> None:
@@ -181,21 +272,23 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path) -> Non
     try:
         journal = Journal(mounted / "journal")
         first = journal.append([make_group(0)])
-        with pytest.raises(JournalError, match="(?s)cannot write .*No space left.*free space"):
+        with pytest.raises(WriteError, match="(?s)cannot write .*No space left.*free space"):
             journal.append([make_group(i, size=40) for i in range(1, 40)])
         again = Journal(mounted / "journal")
-        assert again.pending_groups() == {0: first[0]}
+        assert pending(again) == {0: content(first[0])}
         assert not list((mounted / "journal" / "samples").glob(".*"))
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
 
 
-def test_log_probs_are_float32_from_the_first_use_on(tmp_path: Path) -> None:
-    """What a live step trains on and what a replay reads must be the same bits."""
+def test_what_is_trained_on_live_is_what_a_replay_reads(tmp_path: Path) -> None:
+    """Bit for bit, also what is no number."""
     group = make_group(0, size=1)
-    sample = replace(group.samples[0], rollout_logprobs=[-0.1, -0.2])
+    values = np.array([-0.1, float("nan")], np.float32)
+    sample = replace(group.samples[0], rollout_logprobs=values)
     journal = Journal(tmp_path)
     (live,) = journal.append([Group(group.prompt, [sample])])
-    os.sync()
-    assert live == Journal(tmp_path).pending_groups()[0]
-    assert live.group.samples[0].rollout_logprobs != [-0.1, -0.2]
+    read = Journal(tmp_path).pending_groups()[0]
+    assert read.blocks == live.blocks
+    found = read.group.samples[0].rollout_logprobs
+    assert found.dtype == np.float32 and found.tobytes() == values.tobytes()

@@ -147,7 +147,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_with_one_message_and_whole_lines(small_disk: Path) -> None:
     writer = MetricsWriter(small_disk, tensorboard=False)
     recorded = 0
-    with pytest.raises(OSError, match=r"(?s)cannot record step .*No space left.*free space"):
+    with pytest.raises(
+        OSError, match=r"(?s)cannot write .*metrics\.jsonl: No space left.*free space"
+    ):
         for step in range(1, 1000):
             writer.write(dict.fromkeys(METRIC_KEYS, 0.123456789) | {"step": step})
             recorded = step

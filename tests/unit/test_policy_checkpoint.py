@@ -9,9 +9,9 @@ from typing import Any
 import policy_models
 import pytest
 import torch
+from made import loss
 
 from agpo_megatron.config.schema import PolicyConfig
-from agpo_megatron.policy.objective import LossSettings
 
 BATCH = policy_models.sequences([20, 9, 14])
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def step(policy: Any) -> dict[str, float]:
-    stats: dict[str, float] = policy.update([BATCH], loss=LossSettings("nll"), lr=1e-3)
+    stats: dict[str, float] = policy.update([BATCH], loss=loss(policy="nll"), lr=1e-3)
     return stats
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from made import sequence
 
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.policy import backend
@@ -22,7 +23,7 @@ from agpo_megatron.policy.packing import (  # noqa: E402
     pack_multiple,
     sequence_multiple,
 )
-from agpo_megatron.types import TrainSequence  # noqa: E402
+from agpo_megatron.samples import TrainSequence  # noqa: E402
 
 
 def group(ranks: int, rank: int) -> Any:
@@ -33,7 +34,7 @@ def group(ranks: int, rank: int) -> Any:
 def sequences(*lengths: int) -> list[TrainSequence]:
     tokens = iter(range(1, 1000))
     return [
-        TrainSequence(f"g.{i}", [next(tokens) for _ in range(n)], 0.5, [0] + [1] * (n - 1), 1.0)
+        sequence(f"g.{i}", [next(tokens) for _ in range(n)], 0.5, [0] + [1] * (n - 1), 1.0)
         for i, n in enumerate(lengths)
     ]
 
@@ -110,6 +111,5 @@ def test_rows_stay_on_the_host_whatever_device_the_batch_is_on() -> None:
     share = share_of(batch, group(2, 1))
     assert share.rows.device.type == "cpu"
     assert share.tokens.device.type == share.targets.device.type == "meta"
-    own = share.own(batch)
-    assert own.rows is batch.rows
-    assert own.weights.device.type == "meta" and own.weights.shape == share.targets.shape
+    weights = share.own(batch.loss).columns["loss_weight"]
+    assert weights.device.type == "meta" and weights.shape == share.targets.shape

@@ -7,9 +7,9 @@ from pathlib import Path
 import policy_models
 import pytest
 import torch
+from made import loss
 
 from agpo_megatron.config.schema import PolicyConfig
-from agpo_megatron.policy.objective import LossSettings
 
 LENGTHS = [5, 60, 17, 1, 9, 33, 2, 16]
 
@@ -25,7 +25,7 @@ def test_scores_equal_transformers(kind: str, temperature: float, tmp_path: Path
     assert scores.keys() == {s.sample_id for s in batch}
     for s in batch:
         with torch.no_grad():
-            table = model(torch.tensor([s.tokens])).logits[0, :-1].double() / temperature
+            table = model(torch.tensor(s.tokens)[None]).logits[0, :-1].double() / temperature
         table = table.log_softmax(-1)
         expected = [0.0] + [table[t - 1, s.tokens[t]].item() for t in range(1, len(s.tokens))]
         assert scores[s.sample_id].logprobs == pytest.approx(expected, abs=1e-5)
@@ -54,7 +54,7 @@ def test_the_optimizers_own_copy_is_the_checkpoints(tmp_path: Path) -> None:
     folder = policy_models.save(model, tmp_path / "hf")
     batch = policy_models.sequences([12, 8])
     with policy_models.one_rank(folder, PolicyConfig(dtype="bf16")) as policy:
-        policy.update([batch], loss=LossSettings("nll"), lr=1e-8)
+        policy.update([batch], loss=loss(policy="nll"), lr=1e-8)
         found = {name: tensor.clone() for name, tensor in policy.named_hf_tensors()}
     for name, expected in model.state_dict().items():
         assert torch.allclose(found[name].float(), expected, rtol=1e-2, atol=1e-4), name
@@ -66,6 +66,6 @@ def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
     results = []
     for dtype in ("fp32", "bf16"):
         with policy_models.one_rank(folder, PolicyConfig(dtype=dtype)) as policy:
-            results.append(policy.update([batch], loss=LossSettings("nll"), lr=1e-4))
+            results.append(policy.update([batch], loss=loss(policy="nll"), lr=1e-4))
     assert results[1]["loss/policy"] == pytest.approx(results[0]["loss/policy"], rel=2e-2)
     assert results[1]["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=5e-2)

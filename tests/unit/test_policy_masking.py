@@ -10,11 +10,11 @@ from typing import Any
 import policy_models
 import pytest
 import torch
+from made import loss, sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agpo_megatron.controller.batching import plan_micro_batches
-from agpo_megatron.policy.objective import LossSettings
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.controller.micro_batches import plan_micro_batches
+from agpo_megatron.samples import TrainSequence
 
 GROUPS, GROUP, TOKENS, VOCAB = 8, 4, 64, 8192
 
@@ -31,17 +31,17 @@ def step_of(masked: bool) -> list[TrainSequence]:
         advantage = 0.0 if constant else (1.0 if i % 2 else -1.0)
         mask = [0] * 8 + [1] * (TOKENS - 8)
         name = f"g{i // GROUP}.{i % GROUP}"
-        sequences.append(TrainSequence(name, tokens, weight, mask, advantage))
+        sequences.append(sequence(name, tokens, weight, mask, advantage))
     return sequences
 
 
 def timed_update(policy: Any, sequences: Sequence[TrainSequence]) -> tuple[float, torch.Tensor]:
     """(CPU seconds, gradient) of one step on the sequences that have weight, as the controller plans it."""
-    work = [s for s in sequences if s.loss_weight]
-    plan = plan_micro_batches([len(s.tokens) for s in work], data_parallel=1, token_budget=256)
+    work = [s for s in sequences if s.scalar("loss_weight")]
+    plan = plan_micro_batches([s.length for s in work], data_parallel=1, token_budget=256)
     batches = [[work[i] for i in batch] for batch in plan[0]]
     start = time.process_time()
-    policy.update(batches, loss=LossSettings(), lr=0.0)
+    policy.update(batches, loss=loss(), lr=0.0)
     seconds = time.process_time() - start
     gradient = torch.cat([p.main_grad.flatten() for c in policy.chunks for p in c.parameters()])
     return seconds, gradient.clone()

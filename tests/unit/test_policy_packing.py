@@ -1,20 +1,25 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from itertools import pairwise
+from typing import Any
 
+import made
+import numpy as np
 import pytest
 import torch
 
+from agpo_megatron.algorithm.loss import check_rows
+from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all, pack_multiple
-from agpo_megatron.types import TrainSequence
+from agpo_megatron.samples import COLUMNS, TrainSequence
 
 
 def sequence(
     name: str, tokens: list[int], mask: list[int], weight: float = 0.5, **more: object
 ) -> TrainSequence:
-    return TrainSequence(name, tokens, weight, mask, advantage=2.0, **more)  # type: ignore[arg-type]
+    return made.sequence(name, tokens, weight, mask, advantage=2.0, **more)
 
 
 SHORT = sequence("a", [7, 8, 9], [0, 1, 1], 0.25, rollout_logprobs=[0, -1.0, -2.0])
@@ -30,12 +35,13 @@ def test_rows_are_the_positions_before_weighted_tokens() -> None:
     assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.rows.tolist() == [1, 3, 5, 6]
     assert batch.targets.tolist() == [3, 5, 8, 9]
-    assert batch.weights.tolist() == [0.5, 0.5, 0.25, 0.25]
-    assert batch.sequence.tolist() == [0, 0, 1, 1]
-    assert batch.correction.tolist() == [1.0] * 4
-    assert batch.advantages.tolist() == [2.0] * 4
-    assert batch.has_rollout.tolist() == [False, False, True, True]
-    assert batch.rollout_logprobs.tolist() == [0, 0, -1, -2]
+    columns = batch.loss.columns
+    assert columns["loss_weight"].tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert batch.loss.sequence.tolist() == [0, 0, 1, 1]
+    assert columns["correction"].tolist() == [1.0] * 4
+    assert columns["advantage"].tolist() == [2.0] * 4
+    assert columns["rollout_logprobs"].isnan().tolist() == [True, True, False, False]
+    assert columns["rollout_logprobs"][2:].tolist() == [-1, -2]
     assert [(s.sample_id, s.start, s.stop) for s in batch.spans] == [("b", 0, 2), ("a", 2, 4)]
 
 
@@ -65,7 +71,7 @@ def test_what_fp8_matmuls_need(recipe: str, tp: int, multiple: int) -> None:
 def test_a_filler_trains_nothing() -> None:
     filler = pack([], 16)
     assert len(filler.tokens) == 16
-    assert len(filler.rows) == len(filler.weights) == 0
+    assert len(filler.rows) == len(filler.loss.sequence) == 0
     assert filler.rows.dtype == filler.targets.dtype == torch.int64
 
 
@@ -80,36 +86,58 @@ def test_logprobs_and_corrections_follow_their_tokens() -> None:
     scored = {"a": [0.0, -0.5, -0.6], "b": [0, -1, -2, -3, -4]}
     batch = pack(
         [
-            replace(
+            made.changed(
                 s, old_logprobs=scored[s.sample_id], correction=[-x for x in scored[s.sample_id]]
             )
             for s in (SHORT, LONG)
         ],
         16,
     )
-    assert batch.old_logprobs is not None
-    assert batch.old_logprobs.tolist() == pytest.approx([-2, -4, -0.5, -0.6])
-    assert batch.correction.tolist() == pytest.approx([2, 4, 0.5, 0.6])
-    assert pack([SHORT], 16).old_logprobs is None
+    assert batch.loss.columns["old_logprobs"].tolist() == pytest.approx([-2, -4, -0.5, -0.6])
+    assert batch.loss.columns["correction"].tolist() == pytest.approx([2, 4, 0.5, 0.6])
+
+
+def test_every_column_with_a_default_is_packed() -> None:
+    """And what a sequence lacks has the default, prompts too when all tokens are scored."""
+    batch = pack([SHORT, LONG], 16, every_token=True)
+    packed = {c.name: c.default for c in COLUMNS if c.default is not None}
+    assert batch.loss.columns.keys() == packed.keys()
+    given = {"advantage", "loss_weight", "rollout_logprobs"}
+    for name in packed.keys() - given:
+        values = batch.loss.columns[name]
+        assert torch.equal(values.isnan(), torch.full((6,), math.isnan(packed[name])))
+        assert math.isnan(packed[name]) or values.tolist() == [packed[name]] * 6
+    prompted = TrainSequence(
+        "c",
+        np.array([1, 2, 3], np.int32),
+        np.array([4, 5], np.int32),
+        np.ones(2, np.uint8),
+        {"old_logprobs": np.array([-1, -2], np.float32)},
+    )
+    old = pack([prompted], 1, every_token=True).loss.columns["old_logprobs"]
+    assert old.isnan().tolist() == [True, True, False, False] and old[2:].tolist() == [-1, -2]
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("values", "words"),
     [
-        (sequence("c", [], []), "c has no tokens"),
-        (sequence("c", [1, 2], [0]), "2 tokens but 1 mask entries"),
-        (sequence("c", [1, 2], [0, 1], rollout_logprobs=[0.0]), "1 rollout_logprobs"),
+        ({"loss_mask": np.ones(1)}, "2 response tokens but 1 loss_mask"),
+        ({"columns": {"rollout_logprobs": np.ones(1)}}, "2 response tokens but 1 rollout_logprobs"),
+        ({"columns": {"rolout": 1.0}}, r"\['rolout'\] is not in samples.COLUMNS"),
+        ({"prompt_tokens": [], "response_tokens": [], "loss_mask": []}, "c has no tokens"),
     ],
 )
-def test_lists_that_do_not_fit_are_named(broken: TrainSequence, words: str) -> None:
+def test_arrays_that_do_not_fit_are_named(values: dict[str, Any], words: str) -> None:
+    fits = {"prompt_tokens": [1], "response_tokens": [2, 3], "loss_mask": [1, 1]}
     with pytest.raises(ValueError, match=words):
-        pack([broken], 16)
+        TrainSequence(sample_id="c", **{**fits, **values})
 
 
-def test_a_missing_old_logprob_is_named() -> None:
-    with pytest.raises(ValueError, match="b has no old_logprobs, others have"):
-        pack([replace(SHORT, old_logprobs=[0.0, -0.5, -0.6]), LONG], 16)
+def test_a_missing_old_logprob_is_refused() -> None:
+    rows = pack([made.changed(SHORT, old_logprobs=[0.0, -0.5, -0.6]), LONG], 16).loss
+    with pytest.raises(ValueError, match="no old_logprobs, others have"):
+        check_rows(LossSettings(), rows)
 
 
 def test_a_sequence_without_weight_has_no_rows() -> None:
-    assert len(pack([replace(LONG, loss_weight=0.0)], 16).rows) == 0
+    assert len(pack([made.changed(LONG, loss_weight=0.0)], 16).rows) == 0

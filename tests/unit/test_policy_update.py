@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import policy_models
 import pytest
 import torch
+from made import changed, loss, sequence
 
 from agpo_megatron.config.schema import TrainConfig
-from agpo_megatron.policy.objective import LossSettings
-from agpo_megatron.types import TrainSequence
 
-PPO = LossSettings()
-CLIP = LossSettings(adaptive="max0")
+PPO = loss()
+CLIP = loss(adaptive="max0")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,9 @@ def test_on_policy_statistics(folder: Path) -> None:
     with policy_models.one_rank(folder) as policy:
         stats = policy.update([batch[:2], batch[2:]], loss=PPO, lr=1e-4)
         scores = policy.score([batch])
-    expected = -sum(s.loss_weight * len(s.trained()) * s.advantage for s in batch)
+    expected = -sum(
+        s.scalar("loss_weight") * len(s.trained()) * s.scalar("advantage") for s in batch
+    )
     assert stats["loss/policy"] == stats["loss/unclipped"] == pytest.approx(expected, abs=1e-6)
     assert stats["policy/ratio_mean"] == 1.0
     assert stats["policy/clip_frac"] == 0.0
@@ -47,7 +47,7 @@ def test_old_logprobs_give_ratios_and_clipping(folder: Path) -> None:
     batch = policy_models.sequences([20, 9])
     with policy_models.one_rank(folder) as policy:
         current = {k: s.logprobs for k, s in policy.score([batch]).items()}
-        shifted = [replace(s, old_logprobs=[x - 0.4 for x in current[s.sample_id]]) for s in batch]
+        shifted = [changed(s, old_logprobs=[x - 0.4 for x in current[s.sample_id]]) for s in batch]
         stats = policy.update([shifted], loss=PPO, lr=1e-4)
     ratio = 2.718281828**0.4
     counts = [len(s.trained()) for s in batch]
@@ -62,8 +62,8 @@ def test_rollout_difference_counts_known_tokens_only(folder: Path) -> None:
     with policy_models.one_rank(folder) as policy:
         batch = policy_models.sequences([12, 6])
         exact = policy.score([batch])
-        shifted = [x + 0.25 for x in exact["s0"].logprobs[:-1]] + [exact["s0"].logprobs[-1] - 2.0]
-        known = replace(batch[0], rollout_logprobs=shifted)
+        shifted = [*(exact["s0"].logprobs[:-1] + 0.25), exact["s0"].logprobs[-1] - 2.0]
+        known = changed(batch[0], rollout_logprobs=shifted)
         stats = policy.update([[known, batch[1]]], loss=PPO, lr=1e-4)
     n = len(known.trained())
     assert stats["rollout/logprob_abs_diff_max"] == pytest.approx(2.0, abs=1e-4)
@@ -79,14 +79,14 @@ RATIO = {"policy/ratio_mean", "policy/clip_frac"}
 def test_what_was_not_measured_is_not_reported(folder: Path) -> None:
     """Without known rollout log-probs there is no difference to them; supervised tuning has no ratio."""
     batch = policy_models.sequences([12, 6])
-    known = replace(batch[0], rollout_logprobs=[-1.0] * 12)
+    known = changed(batch[0], rollout_logprobs=[-1.0] * 12)
     with policy_models.one_rank(folder) as policy:
         found = {
-            (loss, len(first.rollout_logprobs) > 0): policy.update(
-                [[first], [batch[1]]], loss=LossSettings(loss), lr=1e-4
+            (settings.policy, "rollout_logprobs" in first.columns): policy.update(
+                [[first], [batch[1]]], loss=settings, lr=1e-4
             ).keys()
             & (ROLLOUT | RATIO)
-            for loss in ("nll", "ppo")
+            for settings in (loss(policy="nll"), PPO)
             for first in (batch[0], known)
         }
     assert found == {
@@ -102,14 +102,14 @@ def test_a_closed_gate(folder: Path, when: str) -> None:
     """Negative loss: the gradient is 0. ``skip_step`` leaves the weights alone; ``step`` still decays and, with
     momentum, still moves (reference: AdamW on a zero gradient)."""
     up, down = policy_models.sequences([10, 14])
-    up = replace(up, advantage=-1.0)
-    down = replace(down, advantage=1.0)
+    up = changed(up, advantage=-1.0)
+    down = changed(down, advantage=1.0)
     train = TrainConfig(adam_eps=1e-5, grad_clip=0.0, weight_decay=0.1)
     with policy_models.one_rank(folder, train=train) as policy:
-        opened = policy.update([[up]], loss=replace(CLIP, when_clipped=when), lr=1e-3)
+        opened = policy.update([[up]], loss=loss(adaptive="max0", when_clipped=when), lr=1e-3)
         assert opened["loss/clip_gate"] == 1.0
         before = weights(policy)
-        closed = policy.update([[down]], loss=replace(CLIP, when_clipped=when), lr=1e-3)
+        closed = policy.update([[down]], loss=loss(adaptive="max0", when_clipped=when), lr=1e-3)
         after = weights(policy)
     assert closed["loss/unclipped"] < 0
     assert (closed["loss/policy"], closed["loss/clip_gate"], closed["grad_norm"]) == (0, 0, 0)
@@ -122,7 +122,7 @@ def test_the_gate_closes_at_its_bound_and_not_above(folder: Path) -> None:
     bound = 0.05 * 0.5 * len(batch[0].trained())
     with policy_models.one_rank(folder) as policy:
         for minimum, gate in ((bound - 1e-3, 1.0), (bound + 1e-3, 0.0)):
-            stats = policy.update([batch], loss=replace(CLIP, minimum=minimum), lr=1e-9)
+            stats = policy.update([batch], loss=loss(adaptive="max0", minimum=minimum), lr=1e-9)
             assert stats["loss/clip_gate"] == gate
             assert stats["loss/policy"] == pytest.approx(max(bound, minimum), abs=1e-6)
 
@@ -133,12 +133,11 @@ def test_a_tie_is_told_at_the_scale_of_the_loss(folder: Path, sign: float) -> No
     the bound is reported. A sum of tiny terms, well below, is no tie."""
     up, down = policy_models.sequences([30, 30], weight=80.0)
     rounding = sign * 2e-7
-    up, down = replace(up, advantage=-1.0 - rounding), replace(down, advantage=1.0)
-    tiny = replace(up, loss_weight=1e-9)
-    loss = LossSettings(adaptive="max0")
+    up, down = changed(up, advantage=-1.0 - rounding), changed(down, advantage=1.0)
+    tiny = changed(up, loss_weight=1e-9)
     with policy_models.one_rank(folder) as policy:
-        tied = policy.update([[up], [down]], loss=loss, lr=1e-9)
-        opened = policy.update([[tiny]], loss=loss, lr=1e-9)
+        tied = policy.update([[up], [down]], loss=CLIP, lr=1e-9)
+        opened = policy.update([[tiny]], loss=CLIP, lr=1e-9)
     assert 1e-4 < sign * tied["loss/unclipped"] < 2e-3
     assert tied["loss/clip_gate"] == tied["loss/policy"] == 0.0
     assert opened["loss/clip_gate"] == 1.0
@@ -151,7 +150,7 @@ def test_a_tie_is_told_at_the_scale_of_the_loss(folder: Path, sign: float) -> No
 
 def test_decay_spares_norms(folder: Path) -> None:
     """A step without any gradient: matrices shrink by lr x decay, vectors stay."""
-    silent = [TrainSequence("s", [1, 2, 3], 1.0, [0, 0, 0], 1.0)]
+    silent = [sequence("s", [1, 2, 3], 1.0, [0, 0, 0], 1.0)]
     train = TrainConfig(weight_decay=0.5, grad_clip=1.0)
     with policy_models.one_rank(folder, train=train) as policy:
         before = weights(policy)
@@ -165,7 +164,7 @@ def test_decay_spares_norms(folder: Path) -> None:
 
 def test_a_loss_that_is_not_finite_is_refused(folder: Path) -> None:
     batch = policy_models.sequences([10])
-    broken = [replace(batch[0], advantage=float("nan"))]
+    broken = [changed(batch[0], advantage=float("nan"))]
     with policy_models.one_rank(folder) as policy:
         with pytest.raises(ValueError, match="policy loss is nan"):
             policy.update([broken], loss=CLIP, lr=1e-3)

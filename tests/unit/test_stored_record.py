@@ -44,6 +44,7 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 BASE = torch.arange(60.0).reshape(3, 4, 5)
+LARGE = torch.arange(5000.0)
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_writing_does_not_change_the_file(tmp_path: Path) -> None:
 
 
 def rewritten(change: Any) -> bytes:
-    """A record of ``BASE`` whose entries went through ``change``, (name, bytes) to bytes."""
+    """A record of ``LARGE`` whose entries went through ``change``, (name, bytes) to bytes."""
     record, out = io.BytesIO(), io.BytesIO()
-    torch.save(BASE, record)
+    torch.save(LARGE, record)
     with zipfile.ZipFile(record) as source, zipfile.ZipFile(out, "w") as target:
         for entry in source.infolist():
             target.writestr(entry.filename, change(entry.filename, source.read(entry)))
@@ -86,50 +87,32 @@ class Evil:
 
 
 def evil(name: str, content: bytes) -> bytes:
-    return pickle.dumps(Evil()) if name.endswith("data.pkl") else content
+    return pickle.dumps(Evil(), protocol=2) if name.endswith("data.pkl") else content
 
 
 def short(name: str, content: bytes) -> bytes:
-    return content[:-4] if name.endswith("data/0") else content
-
-
-def foreign(name: str, content: bytes) -> bytes:
-    return b"big" if name.endswith("byteorder") else content
+    return content[:4] if name.endswith("data/0") else content
 
 
 def no_tensor(name: str, content: bytes) -> bytes:
-    return pickle.dumps({"a": 1}) if name.endswith("data.pkl") else content
+    return pickle.dumps({"a": 1}, protocol=2) if name.endswith("data.pkl") else content
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (evil, "it refers to pathlib"),
-        (short, "out of bounds"),
-        (foreign, "big-endian"),
+        (evil, "more than tensors"),
+        (short, "reach beyond the record"),
         (no_tensor, "dict is no tensor"),
     ],
 )
 def test_hostile_and_damaged_records_are_refused(tmp_path: Path, change: Any, message: str) -> None:
-    assert same(read_record(*raw(tmp_path, rewritten(lambda _, content: content))), BASE)
+    assert same(read_record(*raw(tmp_path, rewritten(lambda _, content: content))), LARGE)
     with pytest.raises(Exception, match=message):
         read_record(*raw(tmp_path, rewritten(change)))
 
 
-def test_compressed_values_are_refused(tmp_path: Path) -> None:
-    record, out = io.BytesIO(), io.BytesIO()
-    torch.save(BASE, record)
-    with (
-        zipfile.ZipFile(record) as source,
-        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-    with pytest.raises(ValueError, match="is compressed"):
-        read_record(*raw(tmp_path, out.getvalue()))
-
-
 def test_a_record_cut_short_is_refused(tmp_path: Path) -> None:
     path, start, length = stored(tmp_path, BASE)
-    with pytest.raises(zipfile.BadZipFile):
+    with pytest.raises(RuntimeError, match="central directory"):
         read_record(path, start, length - 30)

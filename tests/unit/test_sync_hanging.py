@@ -9,8 +9,8 @@ import pytest
 from test_sync_protocol import NAMES, publishing, received
 
 from agpo_megatron.rollout.pool import State
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.protocol import PublishError
-from agpo_megatron.types import WeightVersion
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import aiohttp
+import made
 import pytest
 from fake_sglang import FakeServer
 
@@ -15,9 +16,9 @@ from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool, State
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher, PublishError, differing, majority
-from agpo_megatron.types import Prompt, WeightVersion
 
 PLAN = [
     [[TensorSpec("a", (2,), "float32")], [TensorSpec("b", (3,), "float32")]],
@@ -186,7 +187,7 @@ def test_a_server_that_dies_is_left_behind_and_the_other_serves() -> None:
             result = await publisher.publish(WeightVersion(1, 1))
             assert result.servers == [good.url]
             assert [s.state for s in pool.servers] == [State.READY, State.DEAD]
-            group = await pool.generate_group(Prompt(0, [1], ""))
+            group = await pool.generate_group(made.prompt(0, [1], ""))
             assert len(group.samples) == 8
 
     asyncio.run(run())
@@ -292,7 +293,7 @@ def test_a_server_that_misses_a_publish_receives_it_before_it_serves() -> None:
             async with asyncio.timeout(30):
                 while pool.servers[1].state is not State.READY:
                     await asyncio.sleep(0.05)
-                    group = await pool.generate_group(Prompt(0, [1], ""))
+                    group = await pool.generate_group(made.prompt(0, [1], ""))
                     served += [s.versions[0].version for s in group.samples]
             assert set(served) == {str(second.version)}
             assert away.version == str(second.version)
@@ -381,7 +382,7 @@ def test_nothing_is_dispatched_during_a_publish_and_all_is_afterwards() -> None:
             publish = asyncio.create_task(publisher.publish(WeightVersion(1, 1)))
             while "update_weight_version" not in dict(fake.controls):
                 await asyncio.sleep(0.005)
-            group = asyncio.create_task(pool.generate_group(Prompt(0, [1], "")))
+            group = asyncio.create_task(pool.generate_group(made.prompt(0, [1], "")))
             await asyncio.sleep(0.05)
             assert [r["sampling_params"]["max_new_tokens"] for r in fake.requests] == [
                 0

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import made
 import pytest
 import torch
 from fake_sglang import FakeServer
@@ -19,9 +20,9 @@ from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.publishing import make_publisher, probe_tokens, probe_tolerance
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import StageReport
 from agpo_megatron.trainer.publishing import PolicyPublisher
-from agpo_megatron.types import Prompt, WeightVersion
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 70,
@@ -58,7 +59,7 @@ class Trainers:
         return [{"stage": None, "step": 3}, source]
 
 
-PROMPTS = [Prompt(i, list(range(8)), "7") for i in range(4)]
+PROMPTS = [made.prompt(i, list(range(8)), "7") for i in range(4)]
 
 
 def test_the_servers_precision_is_published_within_nested_deadlines(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_tolerance_is_that_of_the_coarser_end(policy: str, server: str, toleranc
 
 
 def test_the_probe_is_the_beginning_of_the_tasks_own_text() -> None:
-    prompts = [Prompt(i, [i, i + 100], "7") for i in range(50)]
+    prompts = [made.prompt(i, [i, i + 100], "7") for i in range(50)]
     tokens = probe_tokens(iter(prompts))
     assert tokens[:4] == [0, 100, 1, 101]
     assert len(tokens) == 32

@@ -7,7 +7,7 @@ import asyncio
 from test_sync_protocol import publishing
 
 from agpo_megatron.rollout.pool import PROBE_SECONDS
-from agpo_megatron.types import WeightVersion
+from agpo_megatron.samples import WeightVersion
 
 
 def test_a_connection_that_breaks_in_a_publish_costs_seconds_not_the_run() -> None:

@@ -1,7 +1,7 @@
 """What the controller computes of a step before training, for 8,192 samples in groups of 16 with 16k-token responses.
 
 ``algorithm``: length rewards, advantages, masks, loss weights, the on-policy loss and its gate, from verdicts and token
-counts. ``build_step``: the same as the training loop runs it, from samples with their token lists to the step record
+counts. ``decide``: the same as the training loop runs it, from samples with their arrays to the columns of the batch
 with its metrics; it also counts the tokens of each sample's loss mask. One core.
 """
 
@@ -11,21 +11,20 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable
-from typing import cast
 
-from agpo_megatron.algorithm.adaptive_loss import Adaptive
+import numpy as np
+
 from agpo_megatron.algorithm.advantage import (
     is_zero_variance,
     length_advantage_covariance,
     step_advantages,
 )
 from agpo_megatron.algorithm.aggregation import on_policy_loss, sequence_weights
+from agpo_megatron.algorithm.gate import Adaptive
 from agpo_megatron.algorithm.length_reward import agpo_length_bonus
-from agpo_megatron.config.schema import AlgorithmConfig, RewardConfig
-from agpo_megatron.controller.batching import StepRequest, build_step
-from agpo_megatron.journal.records import SampleRef
-from agpo_megatron.journal.writer import JournaledGroup
-from agpo_megatron.types import Group, Prompt, Sample, VersionSpan, WeightVersion
+from agpo_megatron.algorithm.settings import AlgorithmSettings
+from agpo_megatron.algorithm.step import StepRequest, decide
+from agpo_megatron.samples import Group, Prompt, Sample, VersionSpan
 
 SAMPLES, GROUP, TOKENS = 8192, 16, 16384
 LIMIT_SECONDS = 0.5
@@ -41,7 +40,7 @@ def verdicts_and_lengths() -> Step:
     return correct, lengths
 
 
-def decide(correct: list[list[bool]], lengths: list[list[int]]) -> float:
+def arithmetic(correct: list[list[bool]], lengths: list[list[int]]) -> float:
     """The algorithm room alone; returns phi of the step's on-policy loss."""
     raw = [[float(c) for c in group] for group in correct]
     bonus = [agpo_length_bonus(c, n, 0.1) for c, n in zip(correct, lengths, strict=True)]
@@ -65,27 +64,27 @@ def decide(correct: list[list[bool]], lengths: list[list[int]]) -> float:
     return Adaptive("max0").value(on_policy_loss(weights, trained, flat))
 
 
-def journaled(correct: list[list[bool]], lengths: list[list[int]]) -> list[JournaledGroup]:
-    """The same step as the loop holds it; of tokens and log-probs only the number matters here."""
+def groups_of(correct: list[list[bool]], lengths: list[list[int]]) -> list[Group]:
+    """The same batch as the controller holds it; of tokens and log-probs only the number matters here."""
+    zeros, ones = np.zeros(TOKENS, np.float32), np.ones(TOKENS, np.uint8)
     groups = []
     for position, (verdicts, counts) in enumerate(zip(correct, lengths, strict=True)):
-        prompt = Prompt(position, [1, 2, 3], "")
+        prompt = Prompt(position, np.arange(3, dtype=np.int32), "")
         samples = [
             Sample(
-                prompt.group_id,
-                i,
-                prompt.tokens,
-                cast("list[int]", range(n)),
-                cast("list[float]", range(n)),
-                [1] * n,
-                [VersionSpan("0.1.", 0, n)],
-                "stop",
+                group_id=prompt.group_id,
+                index=i,
+                prompt_tokens=prompt.tokens,
+                response_tokens=zeros[:n].astype(np.int32),
+                loss_mask=ones[:n],
+                rollout_logprobs=zeros[:n],
+                versions=(VersionSpan("0.1.", 0, n),),
+                finish_reason="stop",
                 accuracy=float(right),
             )
             for i, (right, n) in enumerate(zip(verdicts, counts, strict=True))
         ]
-        refs = [SampleRef(f"segment-{position}", i) for i in range(GROUP)]
-        groups.append(JournaledGroup(Group(prompt, samples), refs, "digest"))
+        groups.append(Group(prompt, samples))
     return groups
 
 
@@ -106,18 +105,18 @@ def measured(work: Callable[[], object]) -> tuple[float, int]:
 def main() -> int:
     step = verdicts_and_lengths()
     print(f"{SAMPLES} samples in groups of {GROUP}, responses of {TOKENS // 2} to {TOKENS} tokens")
-    seconds = report("algorithm", lambda: decide(*step))
-    groups = journaled(*step)
+    seconds = report("algorithm", lambda: arithmetic(*step))
+    groups = groups_of(*step)
     request = StepRequest(
-        step=1,
-        attempt=1,
-        cursor=len(groups),
-        version=WeightVersion(0, 1),
-        algorithm=AlgorithmConfig(),
-        reward=RewardConfig(),
+        algorithm=AlgorithmSettings(),
+        first_step=1,
+        updates=1,
+        seed=0,
+        correct=1.0,
+        wrong=0.0,
         max_response_tokens=TOKENS,
     )
-    report("build_step", lambda: build_step(groups, request))
+    report("decide", lambda: decide(groups, request))
     print(f"limit of algorithm: {LIMIT_SECONDS} s")
     return 0 if seconds < LIMIT_SECONDS else 1
 

@@ -1,4 +1,4 @@
-"""Memory and speed of tools/convert_hf_checkpoint.py on a model made for the purpose (Llama, 1.1 B parameters, bf16).
+"""Measures memory and speed of tools/convert_hf_checkpoint.py on a made-up model (Llama, 1.1 B parameters, bf16).
 
     bench.py convert [--dir DIR] [--rounds 3]
 
@@ -137,7 +137,7 @@ def _run(words: Sequence[object]) -> dict[str, float]:
 
 
 def _make(folder: Path) -> tuple[int, int]:
-    """Random weights; returns the bytes of all tensors and of the largest."""
+    """Write random weights; returns the bytes of all tensors and of the largest."""
     noise = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def values(spec: TensorSpec) -> dict[str, list[torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""What log-probs, their entropy and the gradients of a PPO loss cost, against the usual ways to compute them.
+"""Measures log-probs, their entropy and the gradients of a PPO loss, against the usual ways to compute them.
 
 ``python tools/bench.py logprob --rows 4096 --vocab 151936 --hidden 256 --kept 1.0 0.5``
 
@@ -64,13 +64,13 @@ class Problem:
     group: dist.ProcessGroup | None
 
     def ppo(self, logprob: Tensor, rows: slice) -> Tensor:
-        """Clipped loss of each row, weighted 1 / T."""
+        """Compute the clipped loss of each row, weighted 1 / T."""
         ratio = (logprob - self.old_logprob[rows]).exp()
         advantage = self.advantage[rows] / len(self.targets)
         return torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.28) * advantage)
 
     def first(self, rows: int) -> Problem:
-        """The first rows alone."""
+        """Cut the problem to its first rows."""
         cut = (self.targets[:rows], self.old_logprob[:rows], self.advantage[:rows])
         hidden = self.hidden[:rows].detach().requires_grad_()
         return Problem(hidden, self.weight, *cut, self.vocab, self.group)
@@ -196,7 +196,7 @@ class Matmuls:
 
 
 def cases_of(options: argparse.Namespace) -> list[tuple[str, float]]:
-    """(variant, kept fraction)."""
+    """List the (variant, kept fraction) pairs to measure."""
     cases: list[tuple[str, float]] = []
     for name in options.variants:
         if options.tp > 1 and name.startswith("plain"):
@@ -215,7 +215,7 @@ def runner(problem: Problem, name: str, kept: float, chunk: int) -> Callable[[],
 
 
 def time_cases(options: argparse.Namespace, problem: Problem) -> list[list[tuple[float, float]]]:
-    """(seconds, CPU seconds over threads) of each case, in each turn."""
+    """Measure (seconds, CPU seconds over threads) of each case, in each turn."""
     small = problem.first(max(options.rows // 16, 1))
     cases = cases_of(options)
     for name, kept in cases:
@@ -235,7 +235,7 @@ def time_cases(options: argparse.Namespace, problem: Problem) -> list[list[tuple
 
 
 def peak_of(options: argparse.Namespace, problem: Problem) -> float:
-    """Megabytes that the one case of ``options`` needs beyond inputs and results."""
+    """Measure the megabytes that the one case of ``options`` needs beyond inputs and results."""
     ((name, kept),) = cases_of(options)
     runner(problem.first(1), name, 1.0, options.chunk)()
     run = runner(problem, name, kept, options.chunk)
@@ -250,7 +250,7 @@ def peak_of(options: argparse.Namespace, problem: Problem) -> float:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes, of this process."""
+    """Read a memory field of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -272,7 +272,7 @@ def rank_main(rank: int, options: argparse.Namespace, folder: str, what: str) ->
 
 
 def measure(options: argparse.Namespace, what: str) -> list[Any]:
-    """What each rank measured, in processes of their own."""
+    """Collect what each rank measured, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(rank_main, args=(options, folder, what), nprocs=options.tp)
         files = [Path(folder, f"{what}.{rank}.json") for rank in range(options.tp)]
@@ -308,7 +308,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Each measure, over that of the best other way, and times over the matmuls'."""
+    """Format each measure, over that of the best other way, and times over the matmuls'."""
     columns = [c for c in rows[-1] if c not in ("variant", "kept") and "turns" not in c]
     lines = [f"{'variant':18}{'kept':>6}" + "".join(f"{c:>12}" for c in columns)]
     for row in rows:

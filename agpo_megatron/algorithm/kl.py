@@ -1,19 +1,19 @@
-"""The terms beside the policy loss: KL to a reference policy, and the entropy bonus.
+"""The terms beside the policy loss: KL to a reference policy, and the coefficient of the entropy bonus.
 
 objective = phi(L_policy) + beta sum w k - c_H sum w H          (clip.on: policy)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from .policy_loss import LOG_RATIO_LIMIT
+from agpo_megatron.algorithm.settings import KlEstimator
+from agpo_megatron.samples import Floats
 
-KlEstimator = Literal["k1", "k2", "k3"]
+LOG_RATIO_LIMIT = 20.0
+"""Far outside any trust region, exp still finite: no token turns the step into NaN by 0 * inf."""
 
 
 def kl_estimate(
@@ -49,12 +49,10 @@ def kl_estimate(
     return (logprob - old_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp() * k
 
 
-def kl_sum(
-    logprobs: Sequence[float], ref_logprobs: Sequence[float], estimator: KlEstimator
-) -> float:
+def kl_sum(logprobs: Floats, ref_logprobs: Floats, estimator: KlEstimator) -> float:
     """Sum of the estimate over the tokens of one response: what a KL penalty in the reward subtracts, times beta."""
-    both = torch.tensor([logprobs, ref_logprobs], dtype=torch.float64)
-    return float(kl_estimate(both[0], both[1], estimator).sum())
+    own, ref = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (logprobs, ref_logprobs))
+    return float(kl_estimate(own, ref, estimator).sum())
 
 
 def next_entropy_coefficient(

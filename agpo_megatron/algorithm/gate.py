@@ -1,4 +1,4 @@
-"""The adaptive part of AGPO's loss: a non-linear phi on the aggregated policy loss L.
+"""The gate: the adaptive part of AGPO's loss, a non-linear phi on the aggregated policy loss L.
 
     L' = phi(L),    grad L' = phi'(L) grad L
 
@@ -23,7 +23,8 @@ answers are the wrong ones. With seq_mean_token_mean the same value is identical
 would act on rounding noise.
 
 Scope. phi is not linear, so it matters what it is applied to. "batch" is the loss of the whole
-optimizer step, of all ranks and micro-batches. Any smaller scope splits the step into parts p
+optimizer step, of all ranks and micro-batches; with several updates per batch that is the step's own
+share of the batch, so each decides for itself. Any smaller scope splits the step into parts p
 (micro-batches, groups, sequences, tokens) with W_p = sum of their weights and S_p = sum of w l:
 
     L' = sum_p W_p phi(S_p / W_p)                                    (1e)
@@ -32,14 +33,14 @@ optimizer step, of all ranks and micro-batches. Any smaller scope splits the ste
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus"]
-Tie = Literal["zero", "half", "full"]
+from agpo_megatron.algorithm.settings import AdaptiveKind, ClipSettings, LossSettings, Tie
+from agpo_megatron.samples import TrainSequence
 
 TIE = 1e-6
 """Losses closer than this part of their ``scale`` are equal: about ten roundings of float32."""
@@ -65,6 +66,10 @@ class Adaptive:
     tau: float = 1.0
     max_exponent: float = 5.0
     tie: Tie = "zero"
+
+    @staticmethod
+    def of(clip: ClipSettings) -> Adaptive:
+        return Adaptive(clip.kind, clip.min, clip.tau, tie=clip.tie)
 
     def value(self, loss: float, scale: float = 1.0) -> float:
         """phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
@@ -114,3 +119,69 @@ def _finite(loss: float) -> Tensor:
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
     return torch.tensor(loss, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class PartSum:
+    """A part of the step: its weight sum W, its loss sum S (eq. 1e) and the size of its terms, sum |w c A|."""
+
+    weight: float = 0.0
+    loss: float = 0.0
+    scale: float = 0.0
+
+
+def total(parts: Iterable[PartSum]) -> PartSum:
+    """The sum of ``parts``, exactly rounded, so that their order does not matter."""
+    listed = list(parts)
+    return PartSum(
+        math.fsum(p.weight for p in listed),
+        math.fsum(p.loss for p in listed),
+        math.fsum(p.scale for p in listed),
+    )
+
+
+def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | None:
+    """Sums by group at ratio 1, where every policy loss is -A: S = -sum w c A. None when a ratio is not 1."""
+    parts: dict[str, list[PartSum]] = {}
+    for s in sequences:
+        trained = s.trained()
+        if not len(trained):
+            continue
+        if "old_logprobs" in s.columns:
+            return None
+        weight, c = s.scalar("loss_weight"), float(len(trained))
+        if "correction" in s.columns:
+            c = math.fsum(s.columns["correction"][trained].tolist())
+        loss = -weight * s.scalar("advantage") * c
+        parts.setdefault(s.group_id, []).append(PartSum(weight * len(trained), loss, abs(loss)))
+    return {group: total(shares) for group, shares in parts.items()}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The adaptive part of a step whose loss is known: ``loss`` L, ``value`` phi of it, ``gains`` by group."""
+
+    loss: float
+    value: float
+    gains: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """What metrics report: the gain of the step, or the mean over groups."""
+        return math.fsum(self.gains.values()) / len(self.gains) if self.gains else 0.0
+
+
+def gate_of(settings: LossSettings, shares: Sequence[Mapping[str, PartSum]]) -> Gate:
+    """The gate of a step from the part sums of all replicas. Raises ValueError for a loss that is not finite."""
+    by_group: dict[str, list[PartSum]] = {}
+    for share in shares:
+        for group, part in share.items():
+            by_group.setdefault(group, []).append(part)
+    groups = {group: total(parts) for group, parts in by_group.items()}
+    whole, phi = total(groups.values()), Adaptive.of(settings.clip)
+    if settings.clip.scope == "batch":
+        gain = phi.gain(whole.loss, whole.scale)
+        return Gate(whole.loss, phi.value(whole.loss, whole.scale), dict.fromkeys(groups, gain))
+    means = {g: (p.loss / p.weight, p.scale / p.weight) for g, p in groups.items()}
+    value = math.fsum(groups[g].weight * phi.value(*mean) for g, mean in means.items())
+    return Gate(whole.loss, value, {g: phi.gain(*mean) for g, mean in means.items()})

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-from .schema import Config
+from .settings import AlgorithmSettings, LossSettings
 
 
-def check_algorithm(config: Config) -> tuple[list[str], list[str]]:
-    """(contradictions, warnings)."""
-    rules = _contradictions(config)
-    doubts = _doubts_about_rewards(config) + _doubts_about_the_loss(config)
-    return [text for wrong, text in rules if wrong], [text for odd, text in doubts if odd]
+def check_algorithm(
+    algorithm: AlgorithmSettings,
+    *,
+    correct: float,
+    wrong: float,
+    max_response_tokens: int,
+) -> tuple[list[str], list[str]]:
+    """(contradictions, warnings). ``correct``, ``wrong``: the rewards of a right and of a wrong answer."""
+    rules = _contradictions(algorithm, correct, wrong, max_response_tokens)
+    doubts = _doubts_about_rewards(algorithm) + _doubts_about_the_loss(algorithm)
+    return [text for is_wrong, text in rules if is_wrong], [text for odd, text in doubts if odd]
 
 
-def _contradictions(config: Config) -> list[tuple[bool, str]]:
-    algorithm, limit = config.algorithm, config.rollout.max_response_tokens
+def without_effect(loss: LossSettings, updates: int) -> str:
+    """One line on the settings that cannot act while the policy is its own old policy; "" where ratios can differ."""
+    if updates > 1 or loss.old_logprobs == "rollout":
+        return ""
+    idle = (
+        [] if loss.policy == "ppo" else [f"loss.policy {loss.policy} (its gradient is that of ppo)"]
+    )
+    idle += ["loss.clip_low", "loss.clip_high"] if loss.policy != "sapo" else []
+    idle += ["loss.dual_clip"] if loss.dual_clip is not None else []
+    idle += ["loss.kl.importance"] if loss.kl.importance else []
+    return f"with train.updates_per_batch 1 every ratio is 1: without effect are {', '.join(idle)}"
+
+
+def _contradictions(
+    algorithm: AlgorithmSettings, correct: float, wrong: float, limit: int
+) -> list[tuple[bool, str]]:
     loss, correction, length = algorithm.loss, algorithm.loss.correction, algorithm.length_reward
     return [
         (
-            config.reward.correct <= config.reward.wrong,
-            f"reward: correct {config.reward.correct:g} must be above wrong {config.reward.wrong:g}",
+            loss.policy == "nll",
+            "algorithm.loss: policy nll imitates whatever was sampled, right or wrong; it is what "
+            "`agpo-megatron sft` uses",
+        ),
+        (
+            correct <= wrong,
+            f"reward: correct {correct:g} must be above wrong {wrong:g}",
         ),
         (
             length.kind == "dapo_overlong" and (length.buffer or 1) > limit,
@@ -57,13 +82,12 @@ def _contradictions(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def has_group_baseline(config: Config) -> bool:
+def has_group_baseline(algorithm: AlgorithmSettings) -> bool:
     """Whether advantages compare a response with those to the same prompt."""
-    return config.algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
+    return algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
 
 
-def _doubts_about_rewards(config: Config) -> list[tuple[bool, str]]:
-    algorithm = config.algorithm
+def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:
     advantage, loss, length = algorithm.advantage, algorithm.loss, algorithm.length_reward
     constant = advantage.zero_variance == "constant"
     return [
@@ -73,12 +97,12 @@ def _doubts_about_rewards(config: Config) -> list[tuple[bool, str]]:
             "loss.mask.zero_variance removes again; choose one",
         ),
         (
-            loss.mask.zero_variance and not constant and not has_group_baseline(config),
+            loss.mask.zero_variance and not constant and not has_group_baseline(algorithm),
             f"algorithm: advantage.estimator {advantage.estimator} compares with the whole step, so that zero-variance "
             "groups have a signal too, which loss.mask.zero_variance removes",
         ),
         (
-            constant and not has_group_baseline(config),
+            constant and not has_group_baseline(algorithm),
             f"algorithm: advantage.zero_variance constant puts +1 and -1 in the place of what advantage.estimator "
             f"{advantage.estimator} says of zero-variance groups anyway",
         ),
@@ -100,14 +124,13 @@ def _doubts_about_rewards(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def _doubts_about_the_loss(config: Config) -> list[tuple[bool, str]]:
-    loss, length = config.algorithm.loss, config.algorithm.length_reward
+def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:
+    loss, length = algorithm.loss, algorithm.length_reward
     bound = loss.clip.kind == "max0"
-    terms = (loss.kl.coef > 0 and loss.kl.place == "loss") or loss.entropy.coef > 0
     return [
         (
             bound
-            and has_group_baseline(config)
+            and has_group_baseline(algorithm)
             and loss.clip.scope in ("batch", "group")
             and loss.aggregation == "seq_mean_token_mean",
             "algorithm: with aggregation seq_mean_token_mean the on-policy loss of complete groups is identically 0, "
@@ -129,7 +152,7 @@ def _doubts_about_the_loss(config: Config) -> list[tuple[bool, str]]:
             "group",
         ),
         (
-            bound and loss.clip.on == "policy" and terms,
+            bound and loss.clip.on == "policy" and loss.has_other_terms,
             "algorithm: loss.clip gates the policy loss only; on steps with a closed gate KL and entropy terms still "
             "train",
         ),

@@ -1,6 +1,6 @@
 """Writes the configuration reference (docs/configuration.md) from the schema.
 
-``python -m agpo_megatron.config.reference docs/configuration.md``
+``python -m agpo_megatron.config.key_tables docs/configuration.md``
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from agpo_megatron.algorithm.presets import DEFAULT_PRESET, PRESETS, preset_keys
+
 from .keys import Key, schema_keys
-from .presets import DEFAULT_PRESET, PRESETS, preset_keys
 from .yaml_core import yaml_line
 
 _INTRO = """\
 # Configuration reference
 
-Generated from `agpo_megatron/config/schema.py` by `python -m agpo_megatron.config.reference docs/configuration.md`;
+Generated from `agpo_megatron/config/schema.py` by `python -m agpo_megatron.config.key_tables docs/configuration.md`;
 a test compares the two.
 
 One YAML file per run. Unknown keys are errors. `--set a.b=c` overrides a key (`c` is YAML), `--run-dir DIR` overrides
@@ -26,7 +27,7 @@ One YAML file per run. Unknown keys are errors. `--set a.b=c` overrides a key (`
 
 
 def configuration_reference() -> str:
-    """The whole page, Markdown."""
+    """Format the whole page, in Markdown."""
     keys = list(schema_keys())
     count = sum(not key.is_section for key in keys)
     lines = [_INTRO.rstrip("\n"), "", f"{count} keys.", "", "## Top level", "", *_table(keys, "")]
@@ -76,7 +77,7 @@ def _value(value: object) -> str:
 def main() -> None:
     """Write the page to the file named on the command line."""
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m agpo_megatron.config.reference docs/configuration.md")
+        raise SystemExit("usage: python -m agpo_megatron.config.key_tables docs/configuration.md")
     Path(sys.argv[1]).write_text(configuration_reference(), encoding="utf-8")
 
 

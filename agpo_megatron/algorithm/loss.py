@@ -1,0 +1,416 @@
+"""The loss of a micro-batch: the policy losses of its tokens, the terms beside them, and what they report.
+
+    sum_micro-batches [ sum_t g w c l  +  beta sum_t w k  -  c_H sum_t w H ]
+
+with l, k, H policy loss, KL estimate and entropy of a token; w its loss weight, c its rollout correction, g the gain
+phi'(L) of the gate (gate.py) where that is folded in. Tensors only, nothing of Megatron.
+
+A policy loss is a function of ``Ratios`` and ``LossSettings``, in ``POLICY_LOSSES`` under the name that
+``algorithm.loss.policy`` gives. All have the gradient -A d logprob at ratio 1 (sequence-level ones: its mean over the
+sequence), so they differ off policy only. A new one is a function here and its parameters in settings.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from agpo_megatron.algorithm.gate import Adaptive, Gate, PartSum, total
+from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT, kl_estimate
+from agpo_megatron.algorithm.settings import LossSettings, PolicyLossName
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """The N rows of one pack, of S whole sequences: every token that trains, and what is known of it.
+
+    ``columns``: of samples.COLUMNS by name, each [N] fp32 (NaN: unknown). ``sequence`` [N] int64 in [0, S): whose row
+    it is; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on the policy loss of whole
+    sequences, where the gate is known before.
+    """
+
+    columns: Mapping[str, Tensor]
+    sequence: Tensor
+    sequences: int
+    gains: Tensor | None = None
+
+    def column(self, name: str, like: Tensor) -> Tensor:
+        """A column in the dtype of ``like``."""
+        return self.columns[name].to(like.dtype)
+
+    def part(self, rows: slice | Tensor) -> LossRows:
+        """What is said of some of the rows; sequences keep their numbers."""
+        cut = {name: values[rows] for name, values in self.columns.items()}
+        return replace(self, columns=cut, sequence=self.sequence[rows])
+
+    def to(self, device: torch.device) -> LossRows:
+        def there(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        gains = None if self.gains is None else there(self.gains)
+        columns = {name: there(values) for name, values in self.columns.items()}
+        return LossRows(columns, there(self.sequence), self.sequences, gains)
+
+    def with_columns(self, **values: Tensor) -> LossRows:
+        return replace(self, columns={**self.columns, **values})
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What a policy loss looks at: ``logprob`` [N], differentiable, ``old_logprob`` [N], without gradient, of the
+    policy that the ratio rho = exp(logprob - old_logprob) starts from, and all columns of their ``rows``."""
+
+    logprob: Tensor
+    old_logprob: Tensor
+    rows: LossRows
+
+    @property
+    def advantage(self) -> Tensor:
+        return self.rows.column("advantage", self.logprob)
+
+    def log_ratio(self) -> Tensor:
+        """[N], limited to +-20."""
+        return (self.logprob - self.old_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+    def sequence_mean(self, x: Tensor) -> Tensor:
+        """[N]: the mean of ``x`` over the rows of each row's sequence."""
+        sums = x.new_zeros(self.rows.sequences).index_add(0, self.rows.sequence, x)
+        ones = torch.ones_like(x)
+        counts = x.new_zeros(self.rows.sequences).index_add(0, self.rows.sequence, ones)
+        return (sums / counts.clamp_min(1.0))[self.rows.sequence]
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """``loss`` [N]: to be summed with the weights and differentiated. ``surrogate`` [N], without
+    gradient: the value of the objective, -(importance ratio) A, which the gate looks at;
+    CISPO's and SAPO's ``loss`` is not that. ``is_clipped`` [N] bool: rows whose ratio is outside
+    its bound on the side that matters. ``ratio`` [N] without gradient."""
+
+    loss: Tensor
+    surrogate: Tensor
+    is_clipped: Tensor
+    ratio: Tensor
+
+
+SAPO_TAU_POSITIVE, SAPO_TAU_NEGATIVE = 1.0, 1.05
+PolicyLoss = Callable[[Ratios, LossSettings], TokenLoss]
+
+
+def ppo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """PPO clip (arXiv:1707.06347), two bounds (clip-higher, arXiv:2503.14476), dual clip (1912.09729).
+
+    ::
+
+        l = max(-rho A, -clip(rho, 1 - low, 1 + high) A)       and for A < 0 at most  -c A
+
+    A clipped token has no gradient.
+    """
+    return _clipped(ratios.log_ratio().exp(), ratios.advantage, settings)
+
+
+def gspo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """GSPO (arXiv:2507.18071): PPO clip of the sequence's ratio, s = exp(mean_t log rho_t)."""
+    return _clipped(ratios.sequence_mean(ratios.log_ratio()).exp(), ratios.advantage, settings)
+
+
+def gspo_token(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """GSPO-token (arXiv:2507.18071): value of GSPO, gradient token by token.
+
+    ::
+
+        s_t = sg[s] pi_t / sg[pi_t]
+    """
+    own = (ratios.logprob - ratios.logprob.detach()).exp()
+    ratio = ratios.sequence_mean(ratios.log_ratio().detach()).exp() * own
+    return _clipped(ratio, ratios.advantage, settings)
+
+
+def cispo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """CISPO (arXiv:2506.13585):  l = -sg[clip(rho, 1 - low, 1 + high)] A log pi.
+
+    No token loses its gradient; ``low`` = 1 is no lower bound. Surrogate: -clip(rho) A.
+    """
+    ratio = ratios.log_ratio().exp().detach()
+    bounded = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    loss = -bounded * ratios.advantage * ratios.logprob
+    return TokenLoss(loss, -bounded * ratios.advantage, bounded != ratio, ratio)
+
+
+def gmpo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """GMPO (arXiv:2507.20673): geometric mean of token ratios, each clipped before in log space.
+
+    ::
+
+        x_t = min(log rho_t, high)  for A > 0,   max(log rho_t, -low)  for A < 0
+        l   = -exp(mean_t x_t) A
+    """
+    log_ratio = ratios.log_ratio()
+    positive = ratios.advantage > 0
+    is_clipped = torch.where(
+        positive, log_ratio > settings.clip_high, log_ratio < -settings.clip_low
+    )
+    bounded = torch.where(
+        is_clipped,
+        torch.where(positive, settings.clip_high, -settings.clip_low).to(log_ratio.dtype),
+        log_ratio,
+    )
+    ratio = ratios.sequence_mean(bounded).exp()
+    loss = -ratio * ratios.advantage
+    return TokenLoss(loss, loss.detach(), is_clipped, log_ratio.detach().exp())
+
+
+def sapo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """SAPO (arXiv:2511.20347): a soft gate instead of a clip.
+
+    ::
+
+        l = -(4 / tau) sigmoid(tau (rho - 1)) A      tau = 1.0 for A > 0, else 1.05
+
+    Its value at rho = 1 is -2 A / tau; the surrogate is -rho A.
+    """
+    ratio = ratios.log_ratio().exp()
+    tau = torch.where(ratios.advantage > 0, SAPO_TAU_POSITIVE, SAPO_TAU_NEGATIVE).to(ratio.dtype)
+    loss = -(4.0 / tau) * torch.sigmoid(tau * (ratio - 1.0)) * ratios.advantage
+    plain = ratio.detach()
+    return TokenLoss(
+        loss, -plain * ratios.advantage, torch.zeros_like(plain, dtype=torch.bool), plain
+    )
+
+
+def nll(ratios: Ratios, settings: LossSettings) -> TokenLoss:
+    """Negative log-likelihood of supervised tuning, -log pi; there is no ratio."""
+    plain = ratios.logprob.detach()
+    return TokenLoss(
+        -ratios.logprob, -plain, torch.zeros_like(plain, dtype=torch.bool), torch.ones_like(plain)
+    )
+
+
+POLICY_LOSSES: dict[PolicyLossName, PolicyLoss] = {
+    "ppo": ppo,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "cispo": cispo,
+    "gmpo": gmpo,
+    "sapo": sapo,
+    "nll": nll,
+}
+SEQUENCE_RATIO_LOSSES: frozenset[PolicyLossName] = frozenset({"gspo", "gspo_token", "gmpo"})
+"""Those in which a token's gradient depends on the other tokens of its sequence."""
+
+SUMS = (
+    "loss",
+    "scale",
+    "adapted",
+    "gain",
+    "kl",
+    "weighted_entropy",
+    "entropy",
+    "ratio",
+    "clipped",
+    "tokens",
+    "rollout_diff",
+    "rollout_tokens",
+)
+"""What each micro-batch adds to. ``loss`` is L, by the surrogate; ``scale`` the size of its terms, sum |w c A|;
+``adapted`` phi of it, for scopes within a micro-batch. Beside them ``rollout_diff_max`` is a maximum."""
+
+
+def check_rows(settings: LossSettings, rows: LossRows) -> None:
+    """Raise ValueError for a log-prob that the loss needs and the rows (on the host) lack, all or some of them."""
+    old = rows.columns["old_logprobs"].isnan()
+    if old.any() and not old.all():
+        raise ValueError("some sequences have no old_logprobs, others have; score the whole batch")
+    if settings.kl_coef > 0 and rows.columns["ref_logprobs"].isnan().any():
+        raise ValueError("a KL term needs reference log-probs; score the batch with them first")
+    if settings.old_logprobs == "rollout" and rows.columns["rollout_logprobs"].isnan().any():
+        raise ValueError("old_logprobs rollout needs the log-probs of a rollout server")
+
+
+def micro_batch_loss(
+    settings: LossSettings, logprob: Tensor, entropy: Tensor, rows: LossRows
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (scalar) and statistics (fp64 scalars) of one pack. ``logprob``, ``entropy`` [N], differentiable.
+
+    A pack without rows gives a 0 that backward can still run through: every rank takes part in every collective.
+    """
+    losses, sums = _row_losses(settings, logprob, entropy, rows)
+    stats = {name: value.double().sum() for name, value in sums.items()}
+    diff = sums["rollout_diff"].double()
+    stats["rollout_diff_max"] = diff.amax() if len(diff) else diff.sum()
+    return losses.sum(), stats
+
+
+def row_loss(
+    settings: LossSettings, rows: LossRows
+) -> Callable[[Tensor, Tensor, slice], Tensor] | None:
+    """The loss row by row, where a row's loss depends on nothing but its own log-prob and entropy; None elsewhere.
+
+    It does depend on others with the ratio of a sequence (gspo, gspo_token, gmpo), and with a gate that is decided
+    within the pack by the loss of several rows (scopes ``micro_batch`` and ``sequence``).
+    """
+    clip = settings.clip
+    decided_within = clip.kind != "none" and clip.scope in ("micro_batch", "sequence")
+    if settings.policy in SEQUENCE_RATIO_LOSSES or decided_within:
+        return None
+
+    def losses(logprob: Tensor, entropy: Tensor, cut: slice) -> Tensor:
+        return _row_losses(settings, logprob, entropy, rows.part(cut))[0]
+
+    return losses
+
+
+def _row_losses(
+    settings: LossSettings, logprob: Tensor, entropy: Tensor, rows: LossRows
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss of each row, weighted; what each row adds to ``SUMS``, and ``rollout_diff``), all [N]."""
+    current = logprob.detach()
+    ratios = _ratios(settings, logprob, rows)
+    w, rollout = rows.column("loss_weight", current), rows.columns["rollout_logprobs"]
+    token = POLICY_LOSSES[settings.policy](ratios, settings)
+    corrected = w * rows.column("correction", w)
+    values = corrected * token.surrogate
+    scale = (corrected * ratios.advantage).abs()
+    gains, adapted = _gains(settings, w, values, scale, rows)
+    losses = corrected * gains * token.loss
+
+    kl = torch.zeros_like(current)
+    if settings.kl_coef > 0:
+        start = ratios.old_logprob if settings.kl.importance else None
+        reference = rows.column("ref_logprobs", w)
+        k = kl_estimate(logprob, reference, settings.kl.estimator, start)
+        losses = losses + settings.kl_coef * w * k
+        kl = k.detach()
+    if settings.entropy.coef > 0:
+        losses = losses - settings.entropy.coef * w * entropy
+
+    known = ~rollout.isnan()
+    return losses, {
+        "loss": values,
+        "scale": scale,
+        "adapted": adapted,
+        "gain": gains,
+        "kl": w * kl,
+        "weighted_entropy": w * entropy.detach(),
+        "entropy": entropy.detach(),
+        "ratio": token.ratio,
+        "clipped": token.is_clipped,
+        "tokens": torch.ones_like(current),
+        "rollout_diff": torch.where(known, (current - rollout).abs(), 0.0),
+        "rollout_tokens": known,
+    }
+
+
+def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
+    """The ratio starts from the column that the settings name; where that is unknown, from the policy itself."""
+    name = "rollout_logprobs" if settings.old_logprobs == "rollout" else "old_logprobs"
+    old, current = rows.column(name, logprob), logprob.detach()
+    return Ratios(logprob, torch.where(old.isnan(), current, old), rows)
+
+
+def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
+    """S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
+    token = POLICY_LOSSES[settings.policy](_ratios(settings, logprob, rows), settings)
+    weights = (rows.columns["loss_weight"] * rows.columns["correction"]).double()
+    values = weights * token.surrogate.double()
+    return values.new_zeros(rows.sequences).index_add(0, rows.sequence, values)
+
+
+def scored_parts(
+    packs: Sequence[LossRows], values: Sequence[Tensor], groups: Sequence[Sequence[str]]
+) -> dict[str, PartSum]:
+    """Sums by group from a forward pass: per pack, ``values`` [S] of ``sequence_values`` and the group of each of its
+    sequences."""
+    parts: dict[str, list[PartSum]] = {}
+    for rows, sums, names in zip(packs, values, groups, strict=True):
+        weight = rows.columns["loss_weight"].double()
+        size = (weight * rows.columns["correction"] * rows.columns["advantage"]).abs()
+        empty = torch.zeros(rows.sequences, dtype=torch.float64)
+        weights = empty.index_add(0, rows.sequence, weight)
+        scales = empty.index_add(0, rows.sequence, size)
+        counts = empty.index_add(0, rows.sequence, torch.ones_like(weight))
+        for i, group in enumerate(names):
+            if counts[i] > 0:  # nothing trains: no part of the step, as in ``on_policy_parts``
+                part = PartSum(float(weights[i]), float(sums[i]), float(scales[i]))
+                parts.setdefault(group, []).append(part)
+    return {group: total(shares) for group, shares in parts.items()}
+
+
+def loss_metrics(
+    settings: LossSettings, totals: Mapping[str, float], gate: Gate | None
+) -> tuple[dict[str, float], float]:
+    """What an optimizer step reports, from the ``SUMS`` of all its micro-batches, and the gain by which its gradient
+    is still to be scaled. ``gate``: where it was known before."""
+    clip = settings.clip
+    unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
+    if gate is not None:
+        unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
+    elif settings.gate_needs_the_step:
+        if clip.on == "total":
+            unclipped += settings.kl_coef * totals["kl"]
+            unclipped -= settings.entropy.coef * totals["weighted_entropy"]
+        phi = Adaptive.of(clip)
+        value = phi.value(unclipped, totals["scale"])
+        mean_gain = still = phi.gain(unclipped, totals["scale"])
+    elif clip.kind != "none":
+        value, mean_gain = totals["adapted"], totals["gain"] / max(totals["tokens"], 1.0)
+    metrics = {
+        "loss/policy": value,
+        "loss/unclipped": unclipped,
+        "tokens/trained": totals["tokens"],
+    }
+    tokens, known = totals["tokens"], totals["rollout_tokens"]
+    if tokens:
+        metrics["loss/clip_gate"] = mean_gain
+        metrics["policy/entropy"] = totals["entropy"] / tokens
+        if settings.kl_coef > 0:
+            metrics["loss/kl"] = totals["kl"]
+        if settings.policy != "nll":
+            metrics["policy/ratio_mean"] = totals["ratio"] / tokens
+            metrics["policy/clip_frac"] = totals["clipped"] / tokens
+    if known:
+        metrics["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
+        metrics["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
+    return metrics, still
+
+
+def _gains(
+    settings: LossSettings, w: Tensor, values: Tensor, scale: Tensor, rows: LossRows
+) -> tuple[Tensor, Tensor]:
+    """(gain of each row [N], phi of the parts) for what is decided here: folded gains, and scopes within a pack."""
+    nothing, clip = torch.zeros_like(w), settings.clip
+    if rows.gains is not None:
+        return rows.gains.to(w.dtype)[rows.sequence], nothing
+    if clip.kind == "none" or settings.gate_needs_the_step or not len(w):
+        return torch.ones_like(w), nothing
+    if clip.scope == "micro_batch":
+        part, count = torch.zeros_like(rows.sequence), 1
+    elif clip.scope == "sequence":
+        part, count = rows.sequence, rows.sequences
+    else:
+        part, count = torch.arange(len(w), device=w.device), len(w)
+
+    def sums(x: Tensor) -> Tensor:
+        return x.new_zeros(count, dtype=torch.float64).index_add(0, part, x.double())
+
+    whole = sums(w)
+    divisor = whole.where(whole > 0, 1.0)
+    means, scales = sums(values) / divisor, sums(scale) / divisor
+    phi = Adaptive.of(clip)
+    return phi.gains(means, scales).to(w.dtype)[part], whole * phi.values(means, scales)
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> TokenLoss:
+    unclipped = -ratio * advantage
+    clipped = -ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high) * advantage
+    # A selection, not torch.maximum, which splits the gradient wherever both sides are equal.
+    is_clipped = clipped > unclipped
+    loss = torch.where(is_clipped, clipped, unclipped)
+    if settings.dual_clip is not None:
+        ceiling = -settings.dual_clip * advantage
+        beyond = (advantage < 0) & (loss > ceiling)
+        loss, is_clipped = torch.where(beyond, ceiling, loss), is_clipped | beyond
+    return TokenLoss(loss, loss.detach(), is_clipped, ratio.detach())

@@ -1,0 +1,216 @@
+"""The settings of the algorithm as frozen pydantic models, in the words of the configuration (``algorithm.*``).
+
+They travel as themselves: the configuration holds them, and whoever decides or computes a step is given them. Importing
+this module loads neither torch nor numpy: the supervisor reads configurations too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .presets import apply_preset
+
+LengthRewardKind = Literal["none", "agpo", "kimi", "cosine", "dapo_overlong"]
+Estimator = Literal[
+    "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
+]
+ZeroVariance = Literal["zero", "constant", "resample"]
+AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus"]
+Scope = Literal["batch", "micro_batch", "group", "sequence", "token"]
+Tie = Literal["zero", "half", "full"]
+WhenClipped = Literal["step", "skip_step"]
+KlEstimator = Literal["k1", "k2", "k3"]
+CorrectionKind = Literal["none", "tis", "mis", "icepop"]
+CorrectionLevel = Literal["token", "sequence", "sequence_mean"]
+PolicyLossName = Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"]
+AggregationMode = Literal[
+    "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
+]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class LengthRewardSettings(Section):
+    kind: LengthRewardKind = "none"
+    """Length term of the reward, training only: ``agpo`` is eq. A2; docs/algorithm.md, section 2, has the others."""
+    weight: float = Field(0.1, ge=0)
+    """Its scale (lambda of eq. A2)."""
+    groups: Literal["mixed", "all"] = "mixed"
+    """``agpo``: pay in groups with right and wrong answers only, or also where all are right."""
+    tie: Literal["zero", "full"] = "zero"
+    """``agpo``: what right answers of one length (a single one, for instance) earn: 0 or ``weight``."""
+    buffer: int | None = Field(None, ge=1)
+    """``dapo_overlong``: tokens below ``rollout.max_response_tokens`` over which the penalty grows; null: a fifth."""
+
+
+class AdvantageSettings(Section):
+    estimator: Estimator = "group_norm"
+    """How rewards become advantages (docs/algorithm.md, section 1)."""
+    zero_variance: ZeroVariance = "zero"
+    """Groups whose raw rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or
+    replaced by groups of further prompts (DAPO's dynamic sampling)."""
+    zero_variance_tol: float = Field(1e-6, ge=0)
+    """A group has zero variance when max - min of its raw rewards is at most this."""
+    std_eps: float = Field(1e-6, gt=0)
+    """Added to the standard deviation (ddof 1)."""
+    resample_rounds: int = Field(10, ge=1)
+    """``resample``: rounds of generation per step at most; then zero-variance groups fill the step."""
+
+
+class MaskSettings(Section):
+    zero_variance: bool = False
+    """Drop zero-variance groups from the loss (AGPO v3, eq. A3)."""
+    criterion: Literal["group", "sample"] = "group"
+    """Drop whole groups by their raw rewards, or single samples with advantage 0 (the authors' code)."""
+    truncated: bool = False
+    """Drop truncated responses from the loss (DAPO's overlong filtering)."""
+    denominators: Literal["exclude", "keep"] = "exclude"
+    """What is dropped leaves the denominators too, or still dilutes the rest."""
+
+
+class ClipSettings(Section):
+    kind: AdaptiveKind = "none"
+    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4), the others eq. 1d."""
+    min: float = 0.0
+    """The bound of ``max0``."""
+    tau: float = Field(1.0, gt=0)
+    """Scale of ``exp``, ``elu`` and ``softplus``."""
+    scope: Scope = "batch"
+    """What the function is applied to: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
+    on: Literal["policy", "total"] = "policy"
+    """The policy loss alone, or with KL and entropy terms."""
+    tie: Tie = "zero"
+    """Gradient of ``max0`` exactly at the bound."""
+    when_clipped: WhenClipped = "step"
+    """A closed gate gives a zero gradient: let the optimizer step on it (momentum still moves), or skip the step."""
+
+
+class KlSettings(Section):
+    coef: float = Field(0.0, ge=0)
+    """Weight of the KL term against the initial policy (``model.path``); 0 turns it off."""
+    estimator: KlEstimator = "k3"
+    """d, d^2 / 2, or e^-d + d - 1 of the log-ratio d."""
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or subtracted from the reward of each response (summed over its tokens)."""
+    importance: bool = False
+    """In the loss: multiply by the policy's ratio, which makes the gradient unbiased."""
+
+
+class EntropySettings(Section):
+    coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus; with ``target`` its first value."""
+    target: float | None = Field(None, gt=0)
+    """Entropy (nats) below which the bonus acts, with a coefficient that adapts; null keeps ``coef`` fixed."""
+    delta: float = Field(0.005, gt=0)
+    """Step of the adaptive coefficient."""
+
+
+class CorrectionSettings(Section):
+    kind: CorrectionKind = "none"
+    """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]."""
+    level: CorrectionLevel = "token"
+    """Ratio of a token, of the sequence (product), or its geometric mean."""
+    low: float = Field(0.5, ge=0)
+    """Lower bound (``mis``, ``icepop``)."""
+    high: float = Field(2.0, gt=0)
+    """Upper bound."""
+    denominators: Literal["exclude", "keep"] = "keep"
+    """Tokens of weight 0 leave the denominators too, or still dilute the rest."""
+
+
+class LossSettings(Section):
+    policy: PolicyLossName = "ppo"
+    """Policy loss of a token (docs/algorithm.md, section 3); ``nll`` is the supervised loss of the cold start."""
+    old_logprobs: Literal["score", "rollout"] = "score"
+    """What the ratio starts from: log-probs that the trainer scores before the first update of a batch (with one update
+    per batch nothing is scored and the ratio is 1), or the server's."""
+    clip_low: float = Field(0.2, gt=0, le=1)
+    """Ratio clip below 1 (epsilon low)."""
+    clip_high: float = Field(0.28, gt=0)
+    """Ratio clip above 1 (epsilon high)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """``ppo``: bound of the ratio for negative advantages; null turns it off."""
+    aggregation: AggregationMode = "token_mean"
+    """How token losses become one number (docs/algorithm.md, section 4)."""
+    norm_length: int | None = Field(None, ge=1)
+    """Constant length of ``seq_mean_token_sum_norm``; null: ``rollout.max_response_tokens``."""
+    mask: MaskSettings = MaskSettings()
+    """Loss mask."""
+    clip: ClipSettings = ClipSettings()
+    """Adaptive part: loss clip or exponential normalisation."""
+    kl: KlSettings = KlSettings()
+    """KL to the initial policy."""
+    entropy: EntropySettings = EntropySettings()
+    """Entropy bonus."""
+    correction: CorrectionSettings = CorrectionSettings()
+    """Rollout correction."""
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL term of the loss; 0 where KL is part of the reward."""
+        return self.kl.coef if self.kl.place == "loss" else 0.0
+
+    @property
+    def has_other_terms(self) -> bool:
+        """Whether something beside the policy loss has gradients."""
+        return self.kl_coef > 0 or self.entropy.coef > 0
+
+    @property
+    def gate_needs_the_step(self) -> bool:
+        """Whether the adaptive part looks beyond one micro-batch."""
+        return self.clip.kind != "none" and self.clip.scope in ("batch", "group")
+
+    def scored_weights(self, updates: int) -> tuple[bool, bool]:
+        """Whether a batch of ``updates`` optimizer steps needs log-probs of (its first weights, the reference)."""
+        own = (
+            (updates > 1 and self.old_logprobs == "score")
+            or self.correction.kind != "none"
+            or self.entropy.target is not None
+            or (self.kl.coef > 0 and self.kl.place == "reward")
+        )
+        return own, self.kl.coef > 0
+
+    def with_entropy(self, coefficient: float) -> LossSettings:
+        """The same loss with the entropy bonus of one step."""
+        entropy = self.entropy.model_copy(update={"coef": coefficient})
+        return self.model_copy(update={"entropy": entropy})
+
+
+class AlgorithmSettings(Section):
+    preset: Literal[
+        "agpo",
+        "agpo_v1",
+        "agpo_v3",
+        "agpo_v3_authors",
+        "agpo_exp",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "gspo",
+        "cispo",
+        "rloo",
+        "reinforce_pp",
+        "gmpo",
+        "sapo",
+    ] = "agpo"
+    """Sets the switches below; a key written beside it wins. The resolved config shows every value."""
+    length_reward: LengthRewardSettings = LengthRewardSettings()
+    """Length term of the reward."""
+    advantage: AdvantageSettings = AdvantageSettings()
+    """Advantages."""
+    loss: LossSettings = LossSettings()
+    """Policy loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_from_preset(cls, section: Any) -> Any:
+        return apply_preset(section) if isinstance(section, Mapping) else section

@@ -1,0 +1,378 @@
+"""From the finished groups of a batch to everything that its optimizer steps need. Pure and deterministic.
+
+A batch is divided into parts of whole groups, one optimizer step each; advantages come from the whole batch, loss
+weights from each part (design, idea 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from agpo_megatron.algorithm.advantage import (
+    is_zero_variance,
+    length_advantage_covariance,
+    step_advantages,
+)
+from agpo_megatron.algorithm.aggregation import sequence_weights
+from agpo_megatron.algorithm.correction import rollout_correction
+from agpo_megatron.algorithm.kl import kl_sum, next_entropy_coefficient
+from agpo_megatron.algorithm.length_reward import (
+    agpo_length_bonus,
+    cosine_length_reward,
+    dapo_overlong_penalty,
+    kimi_length_reward,
+)
+from agpo_megatron.algorithm.settings import AlgorithmSettings
+from agpo_megatron.samples import Floats, Group, Sample, WeightVersion
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the trainer was asked before a batch is decided, by sample id: [n] float32 of each response, 0 off its loss
+    mask.
+
+    ``old``: log-probs under the weights that the batch starts from; ``ref``: under the reference policy; each empty
+    where the loss does not need it. ``entropy``: mean of the current policy's, nats, if it was measured.
+    """
+
+    old: Mapping[str, Floats] = field(default_factory=dict)
+    ref: Mapping[str, Floats] = field(default_factory=dict)
+    entropy: float | None = None
+
+
+NO_SCORES = Scores()
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What a batch is decided from beside its groups.
+
+    ``first_step``: the first of its optimizer steps, counted from 1; ``updates``: how many it has. ``correct``,
+    ``wrong``: rewards of a right and of a wrong answer. ``entropy_state``: coefficient that the batch before left.
+    ``discarded``: groups generated for it that dynamic sampling replaced, in ``rounds`` of generation.
+    """
+
+    algorithm: AlgorithmSettings
+    first_step: int
+    updates: int
+    seed: int
+    correct: float
+    wrong: float
+    max_response_tokens: int
+    scores: Scores = NO_SCORES
+    entropy_state: float = 0.0
+    discarded: int = 0
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided about S samples, in the order of the groups. ``columns``: those of ``samples.COLUMNS`` with
+    source "step", by name: per sequence a list of S numbers, per token a list of S arrays, None where unknown; a column
+    that nobody has is left out. ``entropy_coef``: weight of the entropy bonus; ``entropy_state``: what the next batch's
+    adaptive coefficient starts from. ``metrics``: what is known before training."""
+
+    columns: Mapping[str, Sequence[Any]]
+    metrics: Mapping[str, float]
+    entropy_coef: float
+    entropy_state: float
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Rewards by group and sample. ``raw``: accuracy alone; ``bonus``: the length term; ``total``: with KL too."""
+
+    raw: list[list[float]]
+    bonus: list[list[float]]
+    total: list[list[float]]
+
+
+def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
+    """Rewards, advantages, parts and loss weights of a batch, from all its groups at once.
+
+    Every sample gets an entry, also one without weight, so that the record tells the whole batch. Raises KeyError for a
+    sample that trains but was not scored.
+    """
+    loss = request.algorithm.loss
+    samples = [sample for group in groups for sample in group.samples]
+    shaped = shape_rewards(groups, request)
+    maskable = [int(np.count_nonzero(s.loss_mask)) for s in samples]
+    advantages = _advantages(groups, shaped, maskable, request)
+    kept = _kept(samples, groups, advantages, request)
+    corrections = [_correction(s, k, request) for s, k in zip(samples, kept, strict=True)]
+    passing = [
+        n if c is None else int(np.count_nonzero(c))
+        for c, n in zip(corrections, maskable, strict=True)
+    ]
+    trained = [n if k else 0 for n, k in zip(passing, kept, strict=True)]
+    counted = _counted(maskable, passing, kept, request)
+    part_of = parts(len(groups), request)
+    update = [part for part, group in zip(part_of, groups, strict=True) for _ in group.samples]
+    weights = _weights(trained, counted, update, request)
+    state, applied = _entropy_coefficient(request)
+    # A = 0 gives the policy loss no gradient: without weight the sequence is not packed either.
+    zero_trains = _zero_advantages_matter(request.algorithm, applied)
+    columns: dict[str, Sequence[Any]] = {
+        "reward": [r for group in shaped.total for r in group],
+        "advantage": advantages,
+        "loss_weight": [
+            w if a != 0.0 or zero_trains else 0.0 for w, a in zip(weights, advantages, strict=True)
+        ],
+        "trained": trained,
+        "update": update,
+        "old_logprobs": [request.scores.old.get(s.sample_id) for s in samples],
+        "ref_logprobs": [request.scores.ref.get(s.sample_id) for s in samples],
+        "correction": corrections,
+    }
+    known = {n: values for n, values in columns.items() if any(v is not None for v in values)}
+    metrics = step_metrics(groups, shaped, known, kept, request)
+    if loss.entropy.target is not None:
+        metrics["loss/entropy_coef"] = applied
+    return Decision(known, metrics, applied, state)
+
+
+def parts(groups: int, request: StepRequest) -> list[int]:
+    """Which update each group belongs to: a seeded shuffle, cut into equal shares."""
+    if request.updates == 1:
+        return [0] * groups
+    order = np.random.Generator(np.random.PCG64([request.seed, request.first_step]))
+    shuffled = np.argsort(order.random(groups), kind="stable")
+    part_of = np.empty(groups, dtype=np.int64)
+    part_of[shuffled] = np.arange(groups) * request.updates // groups
+    return [int(part) for part in part_of]
+
+
+def raw_rewards(group: Group, correct: float, wrong: float) -> list[float]:
+    """Accuracy rewards, which alone decide whether a group has variance."""
+    return [correct if s.accuracy > 0.5 else wrong for s in group.samples]
+
+
+def has_variance(group: Group, algorithm: AlgorithmSettings, correct: float, wrong: float) -> bool:
+    """Whether the group tells its samples apart."""
+    raw = raw_rewards(group, correct, wrong)
+    return not is_zero_variance(raw, algorithm.advantage.zero_variance_tol)
+
+
+def drops_groups(algorithm: AlgorithmSettings) -> bool:
+    """Whether a zero-variance group leaves its batch altogether, so that it need not be scored."""
+    kl, mask = algorithm.loss.kl, algorithm.loss.mask
+    if kl.coef > 0 and kl.place == "reward":
+        return False
+    return mask.zero_variance and mask.criterion == "group" and mask.denominators == "exclude"
+
+
+def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) -> list[float]:
+    """The length reward of every sample of a group."""
+    settings = algorithm.length_reward
+    correct = [sample.accuracy > 0.5 for sample in group.samples]
+    lengths = [len(sample.response_tokens) for sample in group.samples]
+    match settings.kind:
+        case "agpo":
+            return agpo_length_bonus(
+                correct, lengths, settings.weight, groups=settings.groups, tie=settings.tie
+            )
+        case "kimi":
+            return kimi_length_reward(correct, lengths, settings.weight)
+        case "cosine":
+            return cosine_length_reward(correct, lengths, settings.weight, max_tokens)
+        case "dapo_overlong":
+            buffer = settings.buffer or max(1, max_tokens // 5)
+            return dapo_overlong_penalty(lengths, settings.weight, max_tokens, buffer)
+    return [0.0] * len(lengths)
+
+
+def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
+    """Raw rewards, and what length and KL add to them."""
+    algorithm, kl, scores = request.algorithm, request.algorithm.loss.kl, request.scores
+    raw = [raw_rewards(group, request.correct, request.wrong) for group in groups]
+    bonus = [length_terms(group, algorithm, request.max_response_tokens) for group in groups]
+    penalty = [[0.0] * len(rewards) for rewards in raw]
+    if kl.coef > 0 and kl.place == "reward":
+
+        def cost(s: Sample) -> float:
+            both = (scores.old[s.sample_id], scores.ref[s.sample_id])  # 0 off the mask: no KL
+            return kl.coef * kl_sum(*both, kl.estimator)
+
+        penalty = [[cost(sample) for sample in group.samples] for group in groups]
+    total = [
+        [r + b - k for r, b, k in zip(*three, strict=True)]
+        for three in zip(raw, bonus, penalty, strict=True)
+    ]
+    return Shaped(raw, bonus, total)
+
+
+def _correction(sample: Sample, kept: bool, request: StepRequest) -> Floats | None:
+    """Rollout correction of each response token; None when there is none, or the sample was dropped unscored."""
+    settings, old = request.algorithm.loss.correction, request.scores.old
+    if settings.kind == "none" or not (kept or sample.sample_id in old):
+        return None
+    return rollout_correction(
+        old[sample.sample_id],
+        sample.rollout_logprobs,
+        sample.loss_mask,
+        kind=settings.kind,
+        level=settings.level,
+        low=settings.low,
+        high=settings.high,
+    )
+
+
+def _weights(
+    trained: Sequence[int], counted: Sequence[int], update: Sequence[int], request: StepRequest
+) -> list[float]:
+    """Loss weights, of each optimizer step from its own part of the batch."""
+    loss, weights = request.algorithm.loss, [0.0] * len(trained)
+    for part in range(request.updates):
+        mine = [i for i, u in enumerate(update) if u == part]
+        found = sequence_weights(
+            [trained[i] for i in mine],
+            [counted[i] for i in mine],
+            loss.aggregation,
+            norm_length=loss.norm_length or request.max_response_tokens,
+        )
+        for i, weight in zip(mine, found, strict=True):
+            weights[i] = weight
+    return weights
+
+
+def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
+    """(what the next batch starts from, what this batch applies)."""
+    settings, entropy = request.algorithm.loss.entropy, request.scores.entropy
+    if settings.target is None:
+        return settings.coef, settings.coef
+    if entropy is None:  # no group was left to measure it on
+        return request.entropy_state, 0.0
+    return next_entropy_coefficient(request.entropy_state, entropy, settings.target, settings.delta)
+
+
+def _advantages(
+    groups: Sequence[Group], shaped: Shaped, maskable: Sequence[int], request: StepRequest
+) -> list[float]:
+    settings, counts = request.algorithm.advantage, iter(maskable)
+    values = step_advantages(
+        shaped.raw,
+        shaped.total,
+        [[next(counts) for _ in group.samples] for group in groups],
+        estimator=settings.estimator,
+        zero_variance=settings.zero_variance,
+        tol=settings.zero_variance_tol,
+        std_eps=settings.std_eps,
+        r_max=request.correct,
+        r_min=request.wrong,
+    )
+    return [a for group in values for a in group]
+
+
+def _kept(
+    samples: Sequence[Sample],
+    groups: Sequence[Group],
+    advantages: Sequence[float],
+    request: StepRequest,
+) -> list[bool]:
+    """Whether each sample passes the loss masks."""
+    mask, kept = request.algorithm.loss.mask, [True] * len(samples)
+    if mask.zero_variance and mask.criterion == "sample":
+        kept = [a != 0.0 for a in advantages]
+    elif mask.zero_variance:
+        kept = [
+            varied
+            for group in groups
+            for varied in [has_variance(group, request.algorithm, request.correct, request.wrong)]
+            for _ in group.samples
+        ]
+    if mask.truncated:
+        kept = [k and not s.truncated for k, s in zip(kept, samples, strict=True)]
+    return kept
+
+
+def _counted(
+    maskable: Sequence[int], passing: Sequence[int], kept: Sequence[bool], request: StepRequest
+) -> list[int]:
+    """Tokens that the denominators count: each mask says for itself whether what it drops leaves them."""
+    loss = request.algorithm.loss
+    tokens = maskable if loss.correction.denominators == "keep" else passing
+    keeps = loss.mask.denominators == "keep"
+    return [n if keeps or k else 0 for n, k in zip(tokens, kept, strict=True)]
+
+
+def _zero_advantages_matter(algorithm: AlgorithmSettings, entropy_coef: float) -> bool:
+    """Whether a sequence with A = 0 takes part: in another term, or in the weight of a part of phi (eq. 1e)."""
+    loss = algorithm.loss
+    other = loss.kl_coef > 0 or entropy_coef > 0
+    return other or (loss.clip.kind not in ("none", "max0") and loss.clip.scope != "batch")
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    shaped: Shaped,
+    columns: Mapping[str, Sequence[Any]],
+    kept: Sequence[bool],
+    request: StepRequest,
+) -> dict[str, float]:
+    """Everything about a batch that is known before training on it."""
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.response_tokens) for sample in samples]
+    correct_lengths = [
+        n for n, sample in zip(lengths, samples, strict=True) if sample.accuracy > 0.5
+    ]
+    accuracies = [[sample.accuracy > 0.5 for sample in group.samples] for group in groups]
+    varied = [
+        has_variance(group, request.algorithm, request.correct, request.wrong) for group in groups
+    ]
+    skipped = [
+        not (w and n) for w, n in zip(columns["loss_weight"], columns["trained"], strict=True)
+    ]
+    metrics = {
+        "reward/mean": fmean(columns["reward"]),
+        "reward/accuracy": fmean(sample.accuracy for sample in samples),
+        "reward/length": fmean(b for group in shaped.bonus for b in group),
+        "response/tokens_mean": fmean(lengths),
+        "response/truncated_frac": fmean(sample.truncated for sample in samples),
+        "group/zero_variance_frac": fmean(not v for v in varied),
+        "group/all_correct_frac": fmean(all(a) for a in accuracies),
+        "group/all_wrong_frac": fmean(not any(a) for a in accuracies),
+        "group/cov_length_advantage": length_advantage_covariance(lengths, columns["advantage"]),
+        "mask/kept_tokens": float(sum(columns["trained"])),
+        "mask/kept_groups": float(sum(kept) / len(groups[0].samples)),
+        "rollout/staleness_mean": fmean(staleness(s, request.first_step - 1) for s in samples),
+        "tokens/skipped": float(
+            sum(s.length for s, skip in zip(samples, skipped, strict=True) if skip)
+        ),
+    }
+    if correct_lengths:
+        metrics["response/tokens_correct_mean"] = fmean(correct_lengths)
+    if request.algorithm.advantage.zero_variance == "resample":
+        metrics["sampling/rounds"] = float(request.rounds)
+        metrics["sampling/discarded_groups"] = float(request.discarded)
+    if factors := [c for c in columns.get("correction", ()) if c is not None]:
+        count = sum(len(c) for c in factors)
+        metrics["correction/mean"] = float(sum(c.sum(dtype=np.float64) for c in factors)) / count
+        metrics["correction/dropped_frac"] = 1 - sum(map(np.count_nonzero, factors)) / count
+    return metrics
+
+
+def staleness(sample: Sample, current_step: int) -> float:
+    """Mean over the response's tokens of (optimizer steps taken since the weights that generated them)."""
+    if not sample.versions or not len(sample.response_tokens):
+        return 0.0
+    total = sum(
+        (span.end - span.start) * (current_step - WeightVersion.parse(span.version).step)
+        for span in sample.versions
+    )
+    return total / len(sample.response_tokens)
+
+
+def supervised(examples: Sequence[Sample]) -> Decision:
+    """The decision of a supervised step: token-mean likelihood, w = 1 / (response tokens of the batch), A = 1."""
+    counts = [int(np.count_nonzero(s.loss_mask)) for s in examples]
+    columns: dict[str, Sequence[Any]] = {
+        "advantage": [1.0] * len(examples),
+        "loss_weight": sequence_weights(counts, counts, "token_mean"),
+        "trained": counts,
+    }
+    return Decision(columns, {}, 0.0, 0.0)

@@ -1,5 +1,0 @@
-"""SGLang's own implementation, by reference."""
-
-from sglang.srt.models.mixtral import EntryClass
-
-__all__ = ["EntryClass"]

@@ -1,0 +1,248 @@
+"""The nouns that travel between rooms, and ``COLUMNS``: everything that is known of a sample's tokens.
+
+Per-token data are numpy arrays from the HTTP client to the gradient. ``COLUMNS`` names each of them once; the journal's
+Arrow schemas, the mapping of its rows and the packing of micro-batches follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Mask = NDArray[np.uint8]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. ``dtype``: of numpy. ``per``: token of the response, or sequence.
+
+    ``source``: whether it is known when the sample is ("sample": journaled with it) or decided with its batch ("step":
+    journaled with that). ``default``: what a sequence has that lacks it; None for what every sample has, the tokens
+    themselves and their mask, which tell the rows of a pack and are no column of it.
+    """
+
+    name: str
+    dtype: str
+    per: Literal["token", "sequence"]
+    source: Literal["sample", "step"]
+    default: float | None
+
+
+UNKNOWN = float("nan")
+COLUMNS = (
+    Column("response_tokens", "int32", "token", "sample", None),
+    Column("loss_mask", "uint8", "token", "sample", None),
+    # log-prob as the rollout server sampled the token (temperature applied)
+    Column("rollout_logprobs", "float32", "token", "sample", UNKNOWN),
+    # log-prob that the ratio starts from; unknown: the policy's own, a ratio of 1
+    Column("old_logprobs", "float32", "token", "step", UNKNOWN),
+    # log-prob under the reference policy of the KL term
+    Column("ref_logprobs", "float32", "token", "step", UNKNOWN),
+    # factor of the rollout correction on the policy loss; a token of factor 0 does not train
+    Column("correction", "float32", "token", "step", 1.0),
+    # shaped reward
+    Column("reward", "float64", "sequence", "step", 0.0),
+    # A, the same for every token
+    Column("advantage", "float64", "sequence", "step", 0.0),
+    # w of  L = sum w l  (design, idea 1), the same for every token that trains
+    Column("loss_weight", "float64", "sequence", "step", 0.0),
+    # tokens that train
+    Column("trained", "int32", "sequence", "step", 0.0),
+    # which optimizer step of its batch the sequence belongs to, from 0
+    Column("update", "int32", "sequence", "step", 0.0),
+)
+
+
+def columns(
+    per: Literal["token", "sequence"] | None = None, source: Literal["sample", "step"] | None = None
+) -> list[Column]:
+    """The columns of a kind, in the order of ``COLUMNS``."""
+    return [c for c in COLUMNS if per in (None, c.per) and source in (None, c.source)]
+
+
+@dataclass(frozen=True, order=True)
+class WeightVersion:
+    """Identity of one set of policy weights.
+
+    ``step``: optimizer steps taken since the run began (0: the initial weights). ``attempt``: which start of the
+    run produced them. ``digest``: checksum of the published tensors ("" before the first publish).
+    """
+
+    step: int
+    attempt: int
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.step}.{self.attempt}.{self.digest}"
+
+    @staticmethod
+    def parse(text: str) -> WeightVersion:
+        """Inverse of ``str``. Raises ValueError on anything else."""
+        step, attempt, digest = text.split(".", 2)
+        return WeightVersion(int(step), int(attempt), digest)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One problem at one place of the prompt stream.
+
+    ``position``: index in the (infinite, seeded) stream; it names the group, so no two groups of a run share it.
+    ``tokens`` [n] int32: what the policy sees. ``answer``: what the verifier compares with.
+    """
+
+    position: int
+    tokens: Ints
+    answer: str
+    text: str = ""
+
+    @property
+    def group_id(self) -> str:
+        return f"g{self.position:09d}"
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Response tokens ``[start, end)`` were generated under weight version ``version``."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sample:
+    """One finished response of n tokens.
+
+    ``response_tokens`` [n] int32; ``loss_mask`` [n] uint8: 1 where the policy generated the token, 0 where the
+    environment did; ``rollout_logprobs`` [n] float32, NaN for a worked solution, which no policy generated.
+    ``versions``: spans that cover the response; empty for a worked solution. ``finish_reason``: "stop" or "length"
+    (truncated). Raises ValueError for arrays that do not fit.
+    """
+
+    group_id: str
+    index: int
+    prompt_tokens: Ints
+    response_tokens: Ints
+    loss_mask: Mask
+    rollout_logprobs: Floats
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str
+    text: str = ""
+    accuracy: float = 0.0
+    reward_error: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lengths(
+            self.sample_id,
+            len(self.response_tokens),
+            {c.name: getattr(self, c.name) for c in columns("token", "sample")},
+        )
+
+    @property
+    def sample_id(self) -> str:
+        return f"{self.group_id}.{self.index}"
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_tokens) + len(self.response_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The G samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def group_id(self) -> str:
+        return self.prompt.group_id
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSequence:
+    """One sequence as the policy trains on it: a sample's tokens and whatever of ``COLUMNS`` is known of it.
+
+    ``prompt_tokens`` [p], ``response_tokens`` [n] int32, ``loss_mask`` [n] uint8. ``columns``: by name, per token [n],
+    aligned with the response, or a number of the sequence; what is missing has the column's default. Raises ValueError
+    for arrays that do not fit and for a name that is no column.
+    """
+
+    sample_id: str
+    prompt_tokens: Ints
+    response_tokens: Ints
+    loss_mask: Mask
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        per_token = {c.name for c in columns("token")}
+        if unknown := self.columns.keys() - {c.name for c in COLUMNS}:
+            raise ValueError(
+                f"sample {self.sample_id}: {sorted(unknown)} is not in samples.COLUMNS"
+            )
+        arrays = {n: values for n, values in self.columns.items() if n in per_token}
+        _check_lengths(
+            self.sample_id, len(self.response_tokens), {"loss_mask": self.loss_mask, **arrays}
+        )
+        if not self.length:
+            raise ValueError(f"sample {self.sample_id} has no tokens; leave it out of the batch")
+
+    @property
+    def group_id(self) -> str:
+        return group_of(self.sample_id)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_tokens) + len(self.response_tokens)
+
+    @property
+    def tokens(self) -> Ints:
+        return np.concatenate([self.prompt_tokens, self.response_tokens])
+
+    def scalar(self, name: str) -> float:
+        """A column of the sequence, or its default."""
+        return float(self.columns.get(name, DEFAULTS[name]))
+
+    def trained(self) -> NDArray[np.int64]:
+        """Places in the response of the tokens that train; the first of all tokens has nothing that predicts it."""
+        if self.scalar("loss_weight") == 0.0:
+            return np.zeros(0, dtype=np.int64)
+        mask = self.loss_mask != 0
+        if "correction" in self.columns:
+            mask &= np.asarray(self.columns["correction"]) != 0
+        if not len(self.prompt_tokens):
+            mask[0] = False
+        return np.flatnonzero(mask)
+
+    def with_columns(self, **values: Any) -> TrainSequence:
+        """The same sequence with other or further columns."""
+        return replace(self, columns={**self.columns, **values})
+
+
+def group_of(sample_id: str) -> str:
+    """The group that a sample belongs to."""
+    return sample_id.rpartition(".")[0]
+
+
+DEFAULTS = {c.name: c.default for c in COLUMNS if c.default is not None}
+
+
+def _check_lengths(sample_id: str, count: int, arrays: Mapping[str, Array]) -> None:
+    for name, values in arrays.items():
+        if len(values) != count:
+            raise ValueError(
+                f"sample {sample_id}: {count} response tokens but {len(values)} {name}; "
+                "all are aligned with the response"
+            )

@@ -1,0 +1,280 @@
+"""From groups to the decisions about a batch: values, not shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import made
+import numpy as np
+import pytest
+
+from agpo_megatron.algorithm.settings import AlgorithmSettings, LossSettings
+from agpo_megatron.algorithm.step import (
+    Decision,
+    Scores,
+    StepRequest,
+    decide,
+    drops_groups,
+    staleness,
+)
+from agpo_megatron.samples import Floats, Group, VersionSpan
+
+
+def group(position: int, accuracies: list[float], lengths: list[int]) -> Group:
+    of = made.prompt(position)
+    samples = [
+        made.sample(of, i, n, accuracy=a)
+        for i, (a, n) in enumerate(zip(accuracies, lengths, strict=True))
+    ]
+    return Group(of, samples)
+
+
+def step(groups: list[Group], preset: str, **changes: Any) -> Decision:
+    request = {
+        "algorithm": algorithm(preset, {}),
+        "first_step": 1,
+        "updates": 1,
+        "seed": 0,
+        "correct": 1.0,
+        "wrong": 0.0,
+        "max_response_tokens": 1000,
+        **changes,
+    }
+    return decide(groups, StepRequest(**request))
+
+
+def algorithm(preset: str, section: dict[str, Any]) -> AlgorithmSettings:
+    return AlgorithmSettings.model_validate({"preset": preset, **section})
+
+
+def on_policy(decided: Decision) -> float:
+    columns = [decided.columns[n] for n in ("loss_weight", "trained", "advantage")]
+    return -sum(w * n * a for w, n, a in zip(*columns, strict=True))
+
+
+# rewards [[1,0],[1,1],[0,1]], lengths [[2,6],[5,3],[1,3]]
+E4 = [group(0, [1, 0], [2, 6]), group(1, [1, 1], [5, 3]), group(2, [0, 1], [1, 3])]
+
+
+def test_the_loss_mask_leaves_numerator_and_denominator() -> None:
+    record = step(E4, "agpo_v3")
+    assert on_policy(record) == pytest.approx(0.117851, abs=1e-6)
+    assert list(record.columns["trained"]) == [2, 6, 0, 0, 1, 3]
+    assert record.columns["loss_weight"][2] == 0
+    assert record.metrics["mask/kept_tokens"] == 12
+    assert record.metrics["mask/kept_groups"] == 2
+    assert record.metrics["tokens/skipped"] == (5 + 2) + (3 + 2)
+
+
+def test_grpo_keeps_the_whole_denominator() -> None:
+    record = step(E4, "grpo")
+    assert on_policy(record) == pytest.approx(0.070711, abs=1e-6)
+    assert record.metrics["mask/kept_tokens"] == 20
+
+
+def test_v1_gives_homogeneous_groups_a_signal() -> None:
+    record = step(E4, "agpo_v1")
+    assert list(record.columns["advantage"][2:4]) == [1.0, 1.0]
+    assert record.columns["loss_weight"][2] > 0
+
+
+def test_length_reward_acts_in_mixed_groups_and_is_reported() -> None:
+    record = step([group(0, [1, 1, 1, 0, 0, 1], [100, 200, 400, 50, 900, 300])], "agpo")
+    assert [round(r, 6) for r in record.columns["reward"]] == [
+        1.1,
+        1.066667,
+        1.0,
+        0.0,
+        0.0,
+        1.033333,
+    ]
+    assert record.columns["advantage"][0] == pytest.approx(0.73632, abs=1e-5)
+    assert record.metrics["reward/accuracy"] == pytest.approx(4 / 6)
+    assert record.metrics["reward/length"] == pytest.approx(0.2 / 6)
+    assert record.metrics["response/tokens_correct_mean"] == 250
+    assert step(E4[1:2] + E4[:1], "agpo").metrics["group/all_correct_frac"] == 0.5
+
+
+def test_an_all_masked_step_has_no_weight_and_no_nan() -> None:
+    record = step([group(0, [1, 1], [3, 4]), group(1, [0, 0], [3, 4])], "agpo")
+    assert not any(record.columns["loss_weight"])
+    assert record.metrics["group/zero_variance_frac"] == 1.0
+    assert record.metrics["group/all_wrong_frac"] == 0.5
+    assert all(v == v for v in record.metrics.values())
+
+
+def test_the_authors_mask_drops_samples_at_the_mean() -> None:
+    """Rewards 1, 0.. cannot sit at the mean; a length bonus can put one there."""
+    groups = [group(0, [1, 0], [2, 2]), group(1, [1, 1], [3, 3])]
+    for preset in ("agpo_v3", "agpo_v3_authors"):
+        record = step(groups, preset)
+        assert list(record.columns["trained"]) == [2, 2, 0, 0]
+
+
+def test_truncated_responses_can_be_masked() -> None:
+    whole = group(0, [1, 0], [4, 6])
+    cut = replace(whole.samples[1], finish_reason="length")
+    groups = [Group(whole.prompt, [whole.samples[0], cut])]
+    for denominators, weight in (("exclude", 1 / 4), ("keep", 1 / 10)):
+        section = {"loss": {"mask": {"truncated": True, "denominators": denominators}}}
+        record = step(groups, "grpo", algorithm=algorithm("grpo", section))
+        assert list(record.columns["trained"]) == [4, 0]
+        assert record.columns["loss_weight"][0] == pytest.approx(weight)
+        assert record.columns["advantage"][1] < 0 == record.columns["loss_weight"][1]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("dr_grpo", 1 / (4 * 1000)),
+        ("rloo", 1 / 4),
+        ("gspo", 1 / (4 * 2)),
+        ("dapo", 1 / 12),
+        ("reinforce_pp", 1 / 12),
+    ],
+)
+def test_presets_aggregate_as_their_papers(preset: str, expected: float) -> None:
+    record = step([E4[0], E4[2]], preset)
+    assert record.columns["loss_weight"][0] == pytest.approx(expected)
+
+
+def test_length_rewards_of_other_papers() -> None:
+    five = [group(0, [1, 0, 1, 0, 1], [100, 200, 300, 400, 500])]
+    kimi = algorithm("grpo", {"length_reward": {"kind": "kimi", "weight": 1.0}})
+    record = step(five, "grpo", algorithm=kimi)
+    assert list(record.columns["reward"]) == pytest.approx([1.5, 0, 1, -0.25, 0.5])
+    overlong = step(five, "dapo", max_response_tokens=500)  # buffer: a fifth
+    assert list(overlong.columns["reward"]) == pytest.approx([1, 0, 1, 0, 0])
+    assert overlong.metrics["reward/accuracy"] == 0.6, "accuracy stays raw"
+    cosine = algorithm("grpo", {"length_reward": {"kind": "cosine", "weight": 1.0}})
+    got = step(five, "grpo", algorithm=cosine, max_response_tokens=600).columns["reward"]
+    assert got[2] == pytest.approx(1.5) and got[0] > got[4] > 1
+
+
+def logprobs(value: float, count: int) -> Floats:
+    return np.full(count, value, np.float32)
+
+
+SCORES = Scores(
+    old={"g000000000.0": logprobs(-0.5, 2), "g000000000.1": logprobs(2.0, 6)},
+    ref={"g000000000.0": logprobs(-1.5, 2), "g000000000.1": logprobs(-1.0, 6)},
+    entropy=0.4,
+)
+"""For E4's first group, whose rollout log-probs are -1: q = e^0.5 and e^3; k1 sums 2 x 1.0 and 6 x 3."""
+
+
+@pytest.mark.parametrize(("denominators", "weight"), [("exclude", 1 / 2), ("keep", 1 / 8)])
+def test_rollout_correction_and_its_denominators(denominators: str, weight: float) -> None:
+    section = {"loss": {"correction": {"kind": "mis", "denominators": denominators}}}
+    record = step(E4[:1], "grpo", algorithm=algorithm("grpo", section), scores=SCORES)
+    assert list(record.columns["trained"]) == [2, 0]
+    assert record.columns["correction"][0] == pytest.approx([2.718281828**0.5] * 2)
+    assert record.columns["correction"][1].tolist() == [0.0] * 6
+    assert record.columns["loss_weight"][0] == pytest.approx(weight)
+    assert not record.columns["trained"][1]
+    assert record.columns["old_logprobs"][0].tolist() == [-0.5, -0.5]
+    assert record.metrics["correction/dropped_frac"] == 0.75
+
+
+def test_what_the_mask_drops_is_not_scored() -> None:
+    """And its missing scores change nothing; a sample that trains must have them."""
+    mis = {"loss": {"correction": {"kind": "mis"}, "kl": {"coef": 0.1}}}
+    masked = algorithm("agpo_v3", mis)
+    assert drops_groups(masked)
+    for other in (
+        algorithm("grpo", mis),
+        algorithm("agpo_v3_authors", mis),
+        algorithm("agpo_v3", {"loss": {"mask": {"denominators": "keep"}}}),
+        algorithm("agpo_v3", {"loss": {"kl": {"coef": 0.1, "place": "reward"}}}),
+    ):
+        assert not drops_groups(other)
+    alone = step(E4[:1], "agpo_v3", algorithm=masked, scores=SCORES)
+    beside = step(E4[:2], "agpo_v3", algorithm=masked, scores=SCORES)
+    assert list(beside.columns["loss_weight"]) == [*alone.columns["loss_weight"], 0, 0]
+    assert beside.columns["correction"][2] is None
+    with pytest.raises(KeyError):
+        step(E4, "agpo_v3", algorithm=masked, scores=SCORES)
+
+
+def test_kl_in_the_reward_moves_rewards_but_not_the_zero_variance_rule() -> None:
+    section = {"loss": {"kl": {"coef": 0.01, "place": "reward", "estimator": "k1"}}}
+    how = algorithm("grpo", section)
+    record = step(E4[:1], "grpo", algorithm=how, scores=SCORES)
+    assert list(record.columns["reward"]) == pytest.approx([1 - 0.02, 0 - 0.18])
+    same = group(0, [1, 1], [2, 6])
+    uniform = step([same], "grpo", algorithm=how, scores=SCORES)
+    assert list(uniform.columns["advantage"]) == [0, 0]
+    assert uniform.columns["reward"][0] != uniform.columns["reward"][1]
+
+
+def test_a_term_beside_the_policy_loss_keeps_uniform_groups_in_training() -> None:
+    plain = step(E4, "grpo")
+    assert not plain.columns["loss_weight"][2]
+    kl = algorithm("grpo", {"loss": {"kl": {"coef": 0.1}}})
+    assert step(E4, "grpo", algorithm=kl).columns["loss_weight"][2]
+    masked = algorithm("agpo_v3", {"loss": {"kl": {"coef": 0.1}}})
+    assert not step(E4, "agpo_v3", algorithm=masked).columns["loss_weight"][2], (
+        "the mask still drops them"
+    )
+
+
+def test_the_entropy_coefficient_is_journaled_and_carried() -> None:
+    section = {"loss": {"entropy": {"coef": 0.01, "target": 0.5, "delta": 0.005}}}
+    how = algorithm("grpo", section)
+    low = step(E4[:1], "grpo", algorithm=how, scores=SCORES, entropy_state=0.02)
+    assert (low.entropy_coef, low.entropy_state) == pytest.approx((0.025, 0.025))
+    assert low.metrics["loss/entropy_coef"] == pytest.approx(0.025)
+    high = replace(SCORES, entropy=0.9)
+    rest = step(E4[:1], "grpo", algorithm=how, scores=high, entropy_state=0.02)
+    assert (rest.entropy_coef, rest.entropy_state) == pytest.approx((0.0, 0.015))
+    unknown = replace(SCORES, entropy=None)  # every group was masked
+    rest = step(E4[:1], "grpo", algorithm=how, scores=unknown, entropy_state=0.02)
+    assert (rest.entropy_coef, rest.entropy_state) == (0.0, 0.02)
+    fixed = algorithm("grpo", {"loss": {"entropy": {"coef": 0.01}}})
+    assert step(E4, "grpo", algorithm=fixed).entropy_coef == 0.01
+    assert step(E4, "grpo").entropy_coef == 0.0
+
+
+def test_what_dynamic_sampling_replaced_is_reported() -> None:
+    record = step([E4[0], E4[2]], "dapo", discarded=1, rounds=2)
+    assert record.metrics["sampling/rounds"] == 2
+    assert record.metrics["sampling/discarded_groups"] == 1
+    assert "sampling/rounds" not in step(E4, "agpo").metrics
+
+
+def test_staleness_counts_optimizer_steps_per_token() -> None:
+    sample = group(0, [1, 0], [4, 4]).samples[0]
+    mixed = replace(sample, versions=(VersionSpan("3.1.a", 0, 1), VersionSpan("5.2.b", 1, 4)))
+    assert staleness(mixed, 5) == pytest.approx(2 / 4)
+
+
+def test_a_batch_of_several_updates_is_divided_into_parts_with_weights_of_their_own() -> None:
+    groups = [group(p, [1, 0], [p + 1, 2 * p + 3]) for p in range(8)]
+    whole, four = step(groups, "grpo"), step(groups, "grpo", updates=4)
+    parts = list(four.columns["update"])
+    assert parts[::2] == parts[1::2], "groups stay whole"
+    assert [parts.count(part) for part in range(4)] == [4] * 4
+    assert parts != sorted(parts), "groups are shuffled"
+    for part in range(4):
+        mine = [i for i, p in enumerate(parts) if p == part]
+        tokens = sum(four.columns["trained"][i] for i in mine)
+        assert [four.columns["loss_weight"][i] for i in mine] == pytest.approx([1 / tokens] * 4)
+    assert four.columns["advantage"] == whole.columns["advantage"], "they compare the whole batch"
+    assert step(groups, "grpo", updates=4).columns["update"] == parts
+    for other in ({"seed": 1}, {"first_step": 5}):
+        assert list(step(groups, "grpo", updates=4, **other).columns["update"]) != parts
+
+
+def test_what_a_batch_must_know_of_the_trainer() -> None:
+    """(log-probs under its first weights, under the reference)."""
+    several = LossSettings()
+    assert several.scored_weights(1) == (False, False)
+    assert several.scored_weights(4) == (True, False)
+    assert LossSettings(old_logprobs="rollout").scored_weights(4) == (False, False)
+    kl = {"loss": {"kl": {"coef": 0.1, "place": "reward"}}}
+    assert algorithm("grpo", kl).loss.scored_weights(1) == (True, True)
+    assert algorithm("grpo", {"loss": {"kl": {"coef": 0.1}}}).loss.scored_weights(1) == (
+        False,
+        True,
+    )
