@@ -94,13 +94,14 @@ class Prompt:
     """One problem at one place of the prompt stream.
 
     ``position``: index in the (infinite, seeded) stream; it names the group, so no two groups of a run share it.
-    ``tokens`` [n] int32: what the policy sees. ``answer``: what the verifier compares with.
+    ``tokens`` [n] int32: what the policy sees. ``answer``: the reference. ``source``: name of the data source.
     """
 
     position: int
     tokens: Ints
     answer: str
     text: str = ""
+    source: str = ""
 
     @property
     def group_id(self) -> str:
@@ -123,7 +124,9 @@ class Sample:
     ``response_tokens`` [n] int32; ``loss_mask`` [n] uint8: 1 where the policy generated the token, 0 where the
     environment did; ``rollout_logprobs`` [n] float32, NaN for a worked solution, which no policy generated.
     ``versions``: spans that cover the response; empty for a worked solution. ``finish_reason``: "stop" or "length"
-    (truncated). Raises ValueError for arrays that do not fit.
+    (truncated). ``raw_reward``: what the reward function gave, and ``reward_parts`` by name; ``correct``: whether the
+    response solves the problem; ``reward_error``: why there is no verdict, "" if there is. Raises ValueError for
+    arrays that do not fit.
     """
 
     group_id: str
@@ -135,7 +138,9 @@ class Sample:
     versions: tuple[VersionSpan, ...]
     finish_reason: str
     text: str = ""
-    accuracy: float = 0.0
+    raw_reward: float = 0.0
+    correct: bool = False
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
     reward_error: str = ""
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ _WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
     """Whether all rewards of a group agree:  max - min <= tol,  in double precision.
 
-    To be asked of the RAW accuracy rewards, before any length term. This, and never
+    To be asked of the RAW rewards, before any length term. This, and never
     ``advantage == 0``, decides whether the loss mask drops a group: normalising identical
     non-dyadic rewards in single precision leaves rounding noise that the small epsilon blows up
     (0.9 thirty times gives |A| = 0.15), and a member that sits exactly at the mean of a mixed group
@@ -37,13 +37,12 @@ def step_advantages(
     zero_variance: ZeroVariance,
     tol: float,
     std_eps: float,
-    r_max: float,
-    r_min: float,
+    correct: Sequence[Sequence[bool]],
     ddof: Literal[0, 1] = 1,
 ) -> list[list[float]]:
     """Advantages of every response of a step, group by group; a response's tokens share its own.
 
-    ``raw``: accuracy rewards by group, which alone decide zero variance. ``shaped``: the same plus
+    ``raw``: what the reward functions gave, by group, which alone decides zero variance. ``shaped``: the same plus
     length and KL terms, which are normalised. ``token_counts``: trained tokens n of each response.
     With mu, sigma (``ddof``) of the group and G its size::
 
@@ -56,15 +55,15 @@ def step_advantages(
 
     "Over its tokens" counts each response n times: the return of every token is its response's.
 
-    Zero-variance groups, for ``r_max``, ``r_min`` the raw reward of a right and of a wrong answer::
+    Zero-variance groups, ``correct`` saying which responses are right::
 
         "zero", "resample"  0 where the estimator has a group baseline (then the loss mask may drop
                             the group; under "resample" the controller has tried to replace it);
                             reinforce_pp and batch_norm have none, and give it what they give
-        "constant"          +1, -1, 0 for r = r_max, r = r_min, neither               (v1, A1)
+        "constant"          +1, -1, 0 for all right, all wrong, neither               (v1, A1)
 
     The authors' code tests for 0 and 1 although its rewards are -1 and +1, so that -1 is never
-    given there; with ``r_max`` and ``r_min`` it is. Results do not depend on the order of groups or
+    given there; by ``correct`` it is. Results do not depend on the order of groups or
     of samples. Raises ValueError for lists that do not fit or a reward that is not finite.
     """
     for group, shaped_group, counts in zip(raw, shaped, token_counts, strict=True):
@@ -97,7 +96,7 @@ def step_advantages(
             raise ValueError(f"unknown advantage estimator {estimator!r}")
     for i, group in enumerate(raw):
         if no_variance[i] and zero_variance == "constant":
-            values[i] = [_zero_variance_constant(group, r_max, r_min, tol)] * len(group)
+            values[i] = [_zero_variance_constant(correct[i])] * len(group)
         elif no_variance[i] and estimator not in _WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     return values
@@ -155,13 +154,9 @@ def _whitened(
     return [[(x - lowest - mean) / scale for x in group] for group in groups]
 
 
-def _zero_variance_constant(raw: Sequence[float], r_max: float, r_min: float, tol: float) -> float:
-    """+1 for all right, -1 for all wrong, 0 for equal partial rewards."""
-    if all(abs(reward - r_max) <= tol for reward in raw):
-        return 1.0
-    if all(abs(reward - r_min) <= tol for reward in raw):
-        return -1.0
-    return 0.0
+def _zero_variance_constant(correct: Sequence[bool]) -> float:
+    """+1 for all right, -1 for all wrong, 0 for equal rewards of right and wrong answers."""
+    return 1.0 if all(correct) else 0.0 if any(correct) else -1.0
 
 
 def _check_finite(rewards: Sequence[float]) -> None:

@@ -52,17 +52,15 @@ NO_SCORES = Scores()
 class StepRequest:
     """What a batch is decided from beside its groups.
 
-    ``first_step``: the first of its optimizer steps, counted from 1; ``updates``: how many it has. ``correct``,
-    ``wrong``: rewards of a right and of a wrong answer. ``entropy_state``: coefficient that the batch before left.
-    ``discarded``: groups generated for it that dynamic sampling replaced, in ``rounds`` of generation.
+    ``first_step``: the first of its optimizer steps, counted from 1; ``updates``: how many it has. ``entropy_state``:
+    coefficient that the batch before left. ``discarded``: groups generated for it that dynamic sampling replaced, in
+    ``rounds`` of generation.
     """
 
     algorithm: AlgorithmSettings
     first_step: int
     updates: int
     seed: int
-    correct: float
-    wrong: float
     max_response_tokens: int
     scores: Scores = NO_SCORES
     entropy_state: float = 0.0
@@ -85,7 +83,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Rewards by group and sample. ``raw``: accuracy alone; ``bonus``: the length term; ``total``: with KL too."""
+    """Rewards by group and sample. ``raw``: of the reward functions; ``bonus``: the length term; ``total``: with KL too."""
 
     raw: list[list[float]]
     bonus: list[list[float]]
@@ -147,15 +145,14 @@ def parts(groups: int, request: StepRequest) -> list[int]:
     return [int(part) for part in part_of]
 
 
-def raw_rewards(group: Group, correct: float, wrong: float) -> list[float]:
-    """Accuracy rewards, which alone decide whether a group has variance."""
-    return [correct if s.accuracy > 0.5 else wrong for s in group.samples]
+def raw_rewards(group: Group) -> list[float]:
+    """What the reward functions gave, which alone decides whether a group has variance."""
+    return [s.raw_reward for s in group.samples]
 
 
-def has_variance(group: Group, algorithm: AlgorithmSettings, correct: float, wrong: float) -> bool:
+def has_variance(group: Group, algorithm: AlgorithmSettings) -> bool:
     """Whether the group tells its samples apart."""
-    raw = raw_rewards(group, correct, wrong)
-    return not is_zero_variance(raw, algorithm.advantage.zero_variance_tol)
+    return not is_zero_variance(raw_rewards(group), algorithm.advantage.zero_variance_tol)
 
 
 def drops_groups(algorithm: AlgorithmSettings) -> bool:
@@ -169,7 +166,7 @@ def drops_groups(algorithm: AlgorithmSettings) -> bool:
 def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) -> list[float]:
     """The length reward of every sample of a group."""
     settings = algorithm.length_reward
-    correct = [sample.accuracy > 0.5 for sample in group.samples]
+    correct = [sample.correct for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in group.samples]
     match settings.kind:
         case "agpo":
@@ -189,7 +186,7 @@ def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) ->
 def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
     """Raw rewards, and what length and KL add to them."""
     algorithm, kl, scores = request.algorithm, request.algorithm.loss.kl, request.scores
-    raw = [raw_rewards(group, request.correct, request.wrong) for group in groups]
+    raw = [raw_rewards(group) for group in groups]
     bonus = [length_terms(group, algorithm, request.max_response_tokens) for group in groups]
     penalty = [[0.0] * len(rewards) for rewards in raw]
     if kl.coef > 0 and kl.place == "reward":
@@ -262,8 +259,7 @@ def _advantages(
         zero_variance=settings.zero_variance,
         tol=settings.zero_variance_tol,
         std_eps=settings.std_eps,
-        r_max=request.correct,
-        r_min=request.wrong,
+        correct=[[sample.correct for sample in group.samples] for group in groups],
     )
     return [a for group in values for a in group]
 
@@ -282,7 +278,7 @@ def _kept(
         kept = [
             varied
             for group in groups
-            for varied in [has_variance(group, request.algorithm, request.correct, request.wrong)]
+            for varied in [has_variance(group, request.algorithm)]
             for _ in group.samples
         ]
     if mask.truncated:
@@ -317,20 +313,17 @@ def step_metrics(
     """Everything about a batch that is known before training on it."""
     samples = [sample for group in groups for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in samples]
-    correct_lengths = [
-        n for n, sample in zip(lengths, samples, strict=True) if sample.accuracy > 0.5
-    ]
-    accuracies = [[sample.accuracy > 0.5 for sample in group.samples] for group in groups]
-    varied = [
-        has_variance(group, request.algorithm, request.correct, request.wrong) for group in groups
-    ]
+    correct_lengths = [n for n, sample in zip(lengths, samples, strict=True) if sample.correct]
+    accuracies = [[sample.correct for sample in group.samples] for group in groups]
+    varied = [has_variance(group, request.algorithm) for group in groups]
     skipped = [
         not (w and n) for w, n in zip(columns["loss_weight"], columns["trained"], strict=True)
     ]
     metrics = {
         "reward/mean": fmean(columns["reward"]),
-        "reward/accuracy": fmean(sample.accuracy for sample in samples),
+        "reward/accuracy": fmean(sample.correct for sample in samples),
         "reward/length": fmean(b for group in shaped.bonus for b in group),
+        "reward/error_frac": fmean(bool(sample.reward_error) for sample in samples),
         "response/tokens_mean": fmean(lengths),
         "response/truncated_frac": fmean(sample.truncated for sample in samples),
         "group/zero_variance_frac": fmean(not v for v in varied),
@@ -344,6 +337,7 @@ def step_metrics(
             sum(s.length for s, skip in zip(samples, skipped, strict=True) if skip)
         ),
     }
+    metrics |= _by_part_and_source(groups)
     if correct_lengths:
         metrics["response/tokens_correct_mean"] = fmean(correct_lengths)
     if request.algorithm.advantage.zero_variance == "resample":
@@ -354,6 +348,21 @@ def step_metrics(
         metrics["correction/mean"] = float(sum(c.sum(dtype=np.float64) for c in factors)) / count
         metrics["correction/dropped_frac"] = 1 - sum(map(np.count_nonzero, factors)) / count
     return metrics
+
+
+def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of each named part of the reward over the samples that have it; accuracy by source if there are several."""
+    values: dict[str, list[float]] = {}
+    sources = {group.prompt.source for group in groups}
+    for group in groups:
+        for sample in group.samples:
+            for name, value in sample.reward_parts.items():
+                values.setdefault(f"reward_part/{name}", []).append(value)
+            if len(sources) > 1:
+                values.setdefault(f"source_accuracy/{group.prompt.source}", []).append(
+                    sample.correct
+                )
+    return {name: fmean(found) for name, found in sorted(values.items())}
 
 
 def staleness(sample: Sample, current_step: int) -> float:

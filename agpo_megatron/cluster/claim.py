@@ -125,17 +125,25 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
         return {"sft.path": config.sft.path, "sft.base": config.sft.base}
     paths = {"model.path": config.model.path}
     if mode == "train":
-        paths["data.path"] = config.data.path
-        if config.eval.path:
-            paths["eval.path"] = config.eval.path
+        single = "data.path" if config.data.path else ""
+        for i, source in enumerate(config.data.each()):
+            paths[single or f"data.sources[{i}].path"] = source.path
+        for i, held_out in enumerate(config.eval.sets):
+            paths[f"eval.sets[{i}].path"] = held_out.path
     return paths
 
 
 def fingerprint(path: Path) -> str:
-    """Digest the content of a file; for a checkpoint folder, its config and its weights' names and sizes."""
+    """Digest the content of a file; of a checkpoint folder, its config and its weights' names and sizes; of a folder of
+    data, the names and sizes of all files; of what is neither, a dataset of the hub, its name."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    if not (path / "config.json").is_file():
+        files = sorted(
+            (str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()
+        )
+        return digest(json.dumps([str(path), files]).encode())
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
     return digest(config, json.dumps(weights).encode())

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agpo_megatron.algorithm.step import StepRequest, decide, drops_groups, has_variance
 from agpo_megatron.config.schema import Config
@@ -68,7 +68,7 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncIterator[Batch]:
             await evaluate(run, rollouts, run.version.step)
         with seconds_into(timings, "time/step"):
             collected = await collect(run, rollouts, cursor, pending, timings)
-            batch = await commit(run, collected, entropy_state, timings)
+            batch = await commit(run, rollouts, collected, entropy_state, timings)
         cursor, entropy_state = batch.record.cursor, batch.record.entropy_state
         yield batch
         timings = {}
@@ -80,22 +80,24 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncIterator[Batch]:
 
 
 async def commit(
-    run: Run, collected: Collected, entropy_state: float, timings: dict[str, float]
+    run: Run,
+    rollouts: Rollouts,
+    collected: Collected,
+    entropy_state: float,
+    timings: dict[str, float],
 ) -> Batch:
     """Decide about the groups of a batch, and commit it."""
     config, groups = run.config, [journaled.group for journaled in collected.groups]
     scored = [
         journaled
         for journaled in collected.groups
-        if not drops_groups(config.algorithm) or varies(journaled.group, config)
+        if not drops_groups(config.algorithm) or has_variance(journaled.group, config.algorithm)
     ]
     request = StepRequest(
         algorithm=config.algorithm,
         first_step=run.version.step + 1,
         updates=config.train.updates_per_batch,
         seed=config.seed,
-        correct=config.reward.correct,
-        wrong=config.reward.wrong,
         max_response_tokens=config.rollout.max_response_tokens,
         scores=await run.score(scored, timings),
         entropy_state=entropy_state,
@@ -103,18 +105,15 @@ async def commit(
         rounds=collected.rounds,
     )
     decision = await asyncio.to_thread(decide, groups, request)
+    rates = rollouts.rewards.pool.take_error_rates()
+    metrics = {**decision.metrics, **{f"reward_error/{c}": rate for c, rate in rates.items()}}
     return await run.commit(
         collected.groups,
-        decision,
+        replace(decision, metrics=metrics),
         updates=request.updates,
         cursor=collected.cursor,
         timings=timings,
     )
-
-
-def varies(group: Group, config: Config) -> bool:
-    """Whether the rewards of the group differ."""
-    return has_variance(group, config.algorithm, config.reward.correct, config.reward.wrong)
 
 
 async def collect(
@@ -140,7 +139,7 @@ async def collect(
         positions = range(cursor, cursor + size - len(chosen))
         cursor, rounds = positions.stop, rounds + 1
         for journaled in await generate(run, rollouts, positions, pending, timings):
-            informative = varies(journaled.group, config)
+            informative = has_variance(journaled.group, config.algorithm)
             (chosen if informative or not resample else uniform).append(journaled)
     missing = size - len(chosen)
     if missing:
@@ -169,7 +168,8 @@ async def generate(
 
     async def roll_out(position: int) -> None:
         group = await rollouts.pool.generate_group(rollouts.stream.prompt_at(position))
-        finished.put_nowait(await rollouts.rewards.score_group(group))
+        source, problem = rollouts.stream.problem_at(position)
+        finished.put_nowait(await rollouts.rewards.score_group(group, problem, source))
 
     async def make_durable() -> None:
         while len(ready) < size:
@@ -184,7 +184,7 @@ async def generate(
             tasks.create_task(make_durable())
             for position in missing:
                 tasks.create_task(roll_out(position))
-    spent = rollouts.rewards.take_busy_seconds()
+    spent = rollouts.rewards.pool.take_busy_seconds()
     timings["time/reward"] = timings.get("time/reward", 0.0) + spent
     return [ready[p] for p in positions]
 

@@ -52,7 +52,10 @@ SEGMENT_SCHEMA = pa.schema(
         ("versions", pa.string()),
         ("finish_reason", pa.string()),
         ("text", pa.string()),
-        ("accuracy", pa.float64()),
+        ("source", pa.string()),
+        ("raw_reward", pa.float64()),
+        ("correct", pa.bool_()),
+        ("reward_parts", pa.string()),
         ("reward_error", pa.string()),
     ]
 )
@@ -134,7 +137,10 @@ def sample_batch(group: Group, sample: Sample) -> pa.RecordBatch:
         "versions": json.dumps([asdict(span) for span in sample.versions]),
         "finish_reason": sample.finish_reason,
         "text": sample.text,
-        "accuracy": sample.accuracy,
+        "source": group.prompt.source,
+        "raw_reward": sample.raw_reward,
+        "correct": sample.correct,
+        "reward_parts": json.dumps(dict(sample.reward_parts)),
         "reward_error": sample.reward_error,
     }
     return _one_row(values, SEGMENT_SCHEMA)
@@ -174,8 +180,17 @@ def batch_to_sample(batch: pa.RecordBatch) -> Sample:
     """Inverse of ``sample_batch``."""
     fields: dict[str, Any] = {
         name: batch.column(name)[0].as_py()
-        for name in ("group_id", "index", "finish_reason", "text", "accuracy", "reward_error")
+        for name in (
+            "group_id",
+            "index",
+            "finish_reason",
+            "text",
+            "raw_reward",
+            "correct",
+            "reward_error",
+        )
     }
+    fields["reward_parts"] = json.loads(batch.column("reward_parts")[0].as_py())
     spans = json.loads(batch.column("versions")[0].as_py())
     fields["versions"] = tuple(VersionSpan(**span) for span in spans)
     return Sample(**fields, **_lists(batch, _LISTS))
@@ -186,10 +201,11 @@ def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
     groups: dict[str, Group] = {}
     for batch in batches:
         sample = batch_to_sample(batch)
-        position, answer, text = (
-            batch.column(name)[0].as_py() for name in ("position", "answer", "prompt_text")
+        position, answer, text, source = (
+            batch.column(name)[0].as_py()
+            for name in ("position", "answer", "prompt_text", "source")
         )
-        prompt = Prompt(position, sample.prompt_tokens, answer, text)
+        prompt = Prompt(position, sample.prompt_tokens, answer, text, source)
         groups.setdefault(sample.group_id, Group(prompt, [])).samples.append(sample)
     return list(groups.values())
 

@@ -45,7 +45,7 @@ class Part:
 @dataclass(frozen=True)
 class Verdict:
     """What a response is worth, with ``correct`` settled. ``cause``: "" or the kind of ``error`` that a part ended in
-    (timeout, died, memory, recursion, exception, http); that part then counts 0, and the response is not correct."""
+    (timeout, died, memory, recursion, exception, http); that part then counts as wrong, and so does the response."""
 
     value: float
     correct: bool
@@ -57,12 +57,15 @@ class Verdict:
 @dataclass(frozen=True)
 class PoolSettings:
     """``workers``: processes; None: half the cores, at most 16. ``timeout``: seconds of one answer. ``memory_mb``:
-    private memory of one worker. ``correct_at``: value from which a response counts as correct where no function
-    says. ``max_error_frac``: share of errors among the last answers that ends the run."""
+    private memory of one worker. ``correct``, ``wrong``: what True and False are worth, and an error is worth
+    ``wrong``. ``correct_at``: value from which a response counts as correct where no function says.
+    ``max_error_frac``: share of errors among the last answers that ends the run."""
 
     workers: int | None = None
     timeout: float = 10.0
     memory_mb: int = 4096
+    correct: float = 1.0
+    wrong: float = 0.0
     correct_at: float = 1.0
     max_error_frac: float = 0.5
 
@@ -162,8 +165,11 @@ class RewardPool:
         for part, result in zip(parts, results, strict=True):
             if isinstance(result, dict):
                 cause, error = result["cause"], result["error"]
+                value += part.weight * self._settings.wrong
                 continue
             partial, correct, inner = result
+            if partial is None:  # right or wrong, and nothing else
+                partial = self._settings.correct if correct else self._settings.wrong
             value += part.weight * partial
             if correct is not None:
                 said.append(correct)

@@ -118,7 +118,10 @@ class RemoteReward:
         ) as error:
             said = f"{self.options.url}: {type(error).__name__}: {error}"[:500]
             return [{"cause": "http", "error": said}] * len(responses)
-        return [[r.value, r.correct, dict(r.parts)] for r in rewards]
+        return [
+            [None, r, {}] if isinstance(r, bool) else [r.value, r.correct, dict(r.parts)]
+            for r in rewards
+        ]
 
     async def _post(self, body: Mapping[str, Any]) -> Any:
         """The reply's JSON, after as many tries as allowed. Raises aiohttp.ClientError, TimeoutError, ValueError."""
@@ -161,7 +164,7 @@ class RemoteReward:
             **(self.options.request or {}),
         }
 
-    def _judged(self, reply: Any) -> Reward:
+    def _judged(self, reply: Any) -> Reward | bool:
         assert isinstance(self.options, JudgeOptions)
         text = after_thought(reply["choices"][0]["message"]["content"] or "") or ""
         matches = list(self._parse.finditer(text))
@@ -171,12 +174,12 @@ class RemoteReward:
             )
         said = (matches[-1][1] if self._parse.groups else matches[-1][0]).strip()
         verdict = VERDICTS.get(said.lower())
-        return as_reward(float(said) / self.options.scale if verdict is None else verdict)
+        return as_reward(float(said) / self.options.scale) if verdict is None else verdict
 
 
-def _rewards(reply: Any, count: int) -> list[Reward]:
+def _rewards(reply: Any, count: int) -> list[Reward | bool]:
     """``{"rewards": [number | {"value", "correct", "parts"}, ...]}``, one per response asked about."""
     rewards = [Reward(**r) if isinstance(r, dict) else r for r in reply["rewards"]]
     if len(rewards) != count:
         raise ValueError(f"{len(rewards)} rewards for {count} responses")
-    return [as_reward(reward) for reward in rewards]
+    return [r if isinstance(r, bool) else as_reward(r) for r in rewards]

@@ -1,9 +1,10 @@
 """``python -m agpo_megatron.reward.worker FD SECONDS MEMORY_MB``: scores batches from stdin, one JSON object a line.
 
-A batch is ``{"functions": [[name, options], ...], "problems": [{...}, ...], "tasks": [[function, problem, text, tokens,
-finish_reason], ...]}``; the reply is written as lines ``[[index, result], ...]``, where a result is ``[value, correct,
-parts]`` or ``{"cause", "error"}``. Which task is under way since when stands in the memory behind ``FD``, so that the
-owner, who kills a worker that hangs, knows which answer it was.
+A batch is ``{"functions": [[name, options], ...], "problems": [{...}, ...], "tasks": [[function, problem, text,
+tokens, finish_reason], ...]}``; the reply is written as lines ``[[index, result], ...]``, where a result is ``[value,
+correct, parts]`` (value null: the function returned True or False) or ``{"cause", "error"}``. Which task is under way
+since when stands in the memory behind ``FD``, so that the owner, who kills a worker that hangs, knows which answer it
+was.
 
 Limits: an alarm ends a task after SECONDS where Python still runs; the owner kills where it does not. MEMORY_MB bounds
 private memory. Ends when its owner closes stdin or dies. Imports nothing heavy by itself.
@@ -114,7 +115,10 @@ def score(function: Score, problem: Problem, response: Response, seconds: float)
         return {"cause": "recursion", "error": "nested too deeply"}
     except Exception as error:
         return {"cause": "exception", "error": f"{type(error).__name__}: {error}"[:500]}
-    return [reward.value, reward.correct, reward.parts]
+    value = (
+        None if isinstance(result, bool) else reward.value
+    )  # what a verdict is worth, the owner knows
+    return [value, reward.correct, reward.parts]
 
 
 if __name__ == "__main__":

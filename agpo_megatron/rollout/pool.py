@@ -150,11 +150,14 @@ class RolloutPool:
         sampling = Sampling(config.max_response_tokens, config.temperature, stop=tuple(config.stop))
         return await self._group(prompt, sampling, config.group_size)
 
-    async def generate_greedy(self, prompt: Prompt) -> Group:
-        """One greedy sample, for evaluation."""
+    async def sample(
+        self, prompt: Prompt, n: int, temperature: float, top_p: float, max_tokens: int | None
+    ) -> Group:
+        """``n`` samples for an evaluation; ``max_tokens`` None: as in training. Raises as ``generate_group``."""
         config = self._config
-        sampling = Sampling(config.max_response_tokens, 0.0, stop=tuple(config.stop))
-        return await self._group(prompt, sampling, 1)
+        limit = max_tokens or config.max_response_tokens
+        sampling = Sampling(limit, temperature, stop=tuple(config.stop), top_p=top_p)
+        return await self._group(prompt, sampling, n)
 
     async def _group(self, prompt: Prompt, sampling: Sampling, n: int) -> Group:
         outputs = await self._generate(prompt, sampling, n)

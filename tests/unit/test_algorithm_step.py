@@ -24,7 +24,7 @@ from agpo_megatron.samples import Floats, Group, VersionSpan
 def group(position: int, accuracies: list[float], lengths: list[int]) -> Group:
     of = made.prompt(position)
     samples = [
-        made.sample(of, i, n, accuracy=a)
+        made.sample(of, i, n, raw_reward=a, correct=a > 0.5)
         for i, (a, n) in enumerate(zip(accuracies, lengths, strict=True))
     ]
     return Group(of, samples)
@@ -36,8 +36,6 @@ def step(groups: list[Group], preset: str, **changes: Any) -> Decision:
         "first_step": 1,
         "updates": 1,
         "seed": 0,
-        "correct": 1.0,
-        "wrong": 0.0,
         "max_response_tokens": 1000,
         **changes,
     }

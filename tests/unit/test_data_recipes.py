@@ -51,7 +51,7 @@ def test_tiny_sums_writes_a_disjoint_seeded_task(tmp_path: Path) -> None:
     assert config.sft is not None
     training, held_out, solved = (
         rows(config.data.path),
-        rows(config.eval.path),
+        rows(config.eval.sets[0].path),
         rows(config.sft.path),
     )
     assert (len(training), len(held_out), len(solved)) == (50, 20, 60)
@@ -77,7 +77,7 @@ def test_an_interrupted_prepare_is_finished(tmp_path: Path) -> None:
     prepare(config)
     before = contents(tmp_path)
     (tmp_path / "task/prepared.json").unlink()
-    Path(config.eval.path).unlink()
+    Path(config.eval.sets[0].path).unlink()
     prepare(config)
     assert contents(tmp_path) == before
 
@@ -148,7 +148,7 @@ def test_gsm8k_keeps_the_number_behind_the_mark(tmp_path: Path) -> None:
     overrides = [f"prepare.source={source}"]
     config = load_config(CONFIGS / "gsm8k_smollm2_cpu.yaml", overrides, str(run_dir))
     prepare(config)
-    assert rows(config.data.path) == rows(config.eval.path)
+    assert rows(config.data.path) == rows(config.eval.sets[0].path)
     assert rows(config.data.path) == [{"prompt": "How many?", "answer": "1,234"}]
 
     with pytest.raises(DataError, match=r"set prepare\.source"):
@@ -159,7 +159,7 @@ def test_one_digit_sums_leave_out_what_the_prompt_shows(tmp_path: Path) -> None:
     (tmp_path / "smollm2").mkdir()
     config = load_config(CONFIGS / "smollm2_cpu.yaml", [], str(tmp_path))
     prepare(config)
-    training, held_out = rows(config.data.path), rows(config.eval.path)
+    training, held_out = rows(config.data.path), rows(config.eval.sets[0].path)
     assert (len(training), len(held_out)) == (73, 24)
     assert len({r["prompt"] for r in [*training, *held_out]}) == 97
     assert not {"2+3=", "4+5=", "6+2="} & {r["prompt"] for r in [*training, *held_out]}

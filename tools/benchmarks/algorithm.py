@@ -53,8 +53,7 @@ def arithmetic(correct: list[list[bool]], lengths: list[list[int]]) -> float:
         zero_variance="zero",
         tol=1e-6,
         std_eps=1e-6,
-        r_max=1.0,
-        r_min=0.0,
+        correct=correct,
     )
     kept = [not is_zero_variance(group, 1e-6) for group in raw]
     trained = [n if k else 0 for g, k in zip(lengths, kept, strict=True) for n in g]
@@ -80,7 +79,8 @@ def groups_of(correct: list[list[bool]], lengths: list[list[int]]) -> list[Group
                 rollout_logprobs=zeros[:n],
                 versions=(VersionSpan("0.1.", 0, n),),
                 finish_reason="stop",
-                accuracy=float(right),
+                raw_reward=float(right),
+                correct=right,
             )
             for i, (right, n) in enumerate(zip(verdicts, counts, strict=True))
         ]
@@ -112,8 +112,6 @@ def main() -> int:
         first_step=1,
         updates=1,
         seed=0,
-        correct=1.0,
-        wrong=0.0,
         max_response_tokens=TOKENS,
     )
     report("decide", lambda: decide(groups, request))
