@@ -7,7 +7,7 @@ Arrow schemas, the mapping of its rows and the packing of micro-batches follow f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -231,17 +231,13 @@ class TrainSequence:
             mask[0] = False
         return np.flatnonzero(mask)
 
-    def with_columns(self, **values: Any) -> TrainSequence:
-        """The same sequence with other or further columns."""
-        return replace(self, columns={**self.columns, **values})
-
 
 def group_of(sample_id: str) -> str:
     """The group that a sample belongs to."""
     return sample_id.rpartition(".")[0]
 
 
-DEFAULTS = {c.name: c.default for c in COLUMNS if c.default is not None}
+DEFAULTS: dict[str, float] = {c.name: c.default for c in COLUMNS if c.default is not None}
 
 
 def _check_lengths(sample_id: str, count: int, arrays: Mapping[str, Array]) -> None:

@@ -25,7 +25,7 @@ class WaitExpired(TimeoutError):
 
 @dataclass(frozen=True)
 class Phase:
-    """What this process is waiting for or doing, and since when (``time.time()``)."""
+    """A thing that this process waits for or does, and since when (``time.time()``)."""
 
     name: str
     since: float
@@ -38,19 +38,19 @@ _last = ""
 
 
 def current_phase() -> Phase:
-    """The innermost open phase of this process; "idle" when there is none."""
+    """Return the innermost open phase of this process; "idle" when there is none."""
     with _lock:
         return _stack[-1] if _stack else Phase("idle", time.time())
 
 
 def open_phases() -> list[Phase]:
-    """Everything this process is doing or waiting for, oldest first."""
+    """List everything that this process does or waits for, oldest first."""
     with _lock:
         return list(_stack)
 
 
 def last_finished() -> str:
-    """Name of the phase that ended last; "" when there was none. Of a rank that hangs: the last it got through."""
+    """Name the phase that ended last; "" when there was none. For a rank that hangs it is the last it got through."""
     with _lock:
         return _last
 
@@ -77,7 +77,7 @@ def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
 
 @asynccontextmanager
 async def waiting_async(name: str, seconds: float) -> AsyncIterator[Phase]:
-    """As ``waiting``; the block is cancelled after ``seconds`` and ``WaitExpired`` raised."""
+    """Record a phase like ``waiting``; after ``seconds`` the block is cancelled and ``WaitExpired`` raised."""
     with waiting(name, seconds) as phase:
         async with asyncio.timeout(seconds):
             yield phase

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,11 @@ def sequence(
 
 def changed(s: TrainSequence, **values: Any) -> TrainSequence:
     """The sequence with other columns: numbers, or lists with one entry per token."""
-    return s.with_columns(
-        **{
-            name: np.array(value[1:], PER_TOKEN[name]) if name in PER_TOKEN else value
-            for name, value in values.items()
-        }
-    )
+    arrays = {
+        name: np.array(value[1:], PER_TOKEN[name]) if name in PER_TOKEN else value
+        for name, value in values.items()
+    }
+    return replace(s, columns={**s.columns, **arrays})
 
 
 def trained(s: TrainSequence) -> list[int]:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Fresh machine to test result: installs, checks style, types and the rules of the house, runs the tests.
 #
-#   bash tests/run.sh [--full] [pytest arguments]      --full: the slow tier as well
+#   bash tests/run.sh [--unit|--full] [pytest arguments]
+#
+#   --unit: the inner loop, under a minute: no ranks, no servers;  --full: the slow tier as well
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +17,7 @@ arguments=()
 for argument in "$@"; do
     case $argument in
         --full) arguments+=(-m "full or not full") ;;
+        --unit) arguments+=(tests/unit -m "not full and not processes") ;;
         *) arguments+=("$argument") ;;
     esac
 done

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from torch import Tensor
 
 from agpo_megatron.conversion.building import Pace, refuse_existing
@@ -89,7 +90,7 @@ def plan_megatron(hf_dir: Path, sizes: ParallelSizes, dtype: str | None) -> None
     named = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     plan = StorePlan.of(weights, sizes, dtype or named, FILE_BYTES)
     for name, rules in plan.files.items():
-        print(f"{name}  {_human(sum(plan.nbytes(rule) for rule in rules))}")
+        print(f"{name}  {decimal(sum(plan.nbytes(rule) for rule in rules))}")
         for rule in rules:
             place = plan.stored(rule)
             at = "".join(f"[{i}]" for i in place.lead)
@@ -100,7 +101,7 @@ def plan_megatron(hf_dir: Path, sizes: ParallelSizes, dtype: str | None) -> None
     total = sum(plan.nbytes(rule) for rule in plan.rules)
     print(
         f"{weights.architecture.name}: {parameters:,} parameters in {len(shapes)} tensors; {len(plan.files)} files, "
-        f"{_human(total)} in {plan.dtype}, vocabulary {weights.shape.vocab_size} padded to {plan.padded_vocab}; "
+        f"{decimal(total)} in {plan.dtype}, vocabulary {weights.shape.vocab_size} padded to {plan.padded_vocab}; "
         f"TP {sizes.tp} x PP {sizes.pp} x VPP {sizes.vpp} x EP {sizes.ep}"
     )
 
@@ -250,29 +251,13 @@ def _single_dtype(source: HfCheckpoint) -> str:
 def _progress(title: str, total: int, workers: int) -> Iterator[Pace]:
     """Show a bar on a terminal, nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    columns = ("{task.description}", BarColumn(), DownloadColumn())
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    with Progress(
-        *columns,
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)
         yield Pace(workers, lambda nbytes: bar.advance(task, nbytes))
-
-
-def _human(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e3:.1f} kB"
 
 
 def _bytes(text: str) -> int:

@@ -21,41 +21,48 @@ from torch import Tensor
 from agpo_megatron.algorithm.gate import Adaptive, Gate, PartSum, total
 from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT, kl_estimate
 from agpo_megatron.algorithm.settings import LossSettings, PolicyLossName
+from agpo_megatron.samples import DEFAULTS
 
 
 @dataclass(frozen=True)
 class LossRows:
     """The N rows of one pack, of S whole sequences: every token that trains, and what is known of it.
 
-    ``columns``: of samples.COLUMNS by name, each [N] fp32 (NaN: unknown). ``sequence`` [N] int64 in [0, S): whose row
-    it is; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on the policy loss of whole
-    sequences, where the gate is known before.
+    What is known of samples.COLUMNS, by name: ``per_token`` [N], ``per_sequence`` [S], fp32. ``sequence`` [N] int64 in
+    [0, S): whose row it is; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on the policy
+    loss of whole sequences, where the gate is known before.
     """
 
-    columns: Mapping[str, Tensor]
+    per_token: Mapping[str, Tensor]
+    per_sequence: Mapping[str, Tensor]
     sequence: Tensor
     sequences: int
     gains: Tensor | None = None
 
-    def column(self, name: str, like: Tensor) -> Tensor:
-        """A column in the dtype of ``like``."""
-        return self.columns[name].to(like.dtype)
+    def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N]: a column's value for each row, its default where no sequence has it."""
+        if name in self.per_token:
+            return self.per_token[name].to(dtype)
+        if name in self.per_sequence:
+            return self.per_sequence[name][self.sequence].to(dtype)
+        return torch.full_like(self.sequence, DEFAULTS[name], dtype=dtype)
 
     def part(self, rows: slice | Tensor) -> LossRows:
         """What is said of some of the rows; sequences keep their numbers."""
-        cut = {name: values[rows] for name, values in self.columns.items()}
-        return replace(self, columns=cut, sequence=self.sequence[rows])
+        cut = {name: values[rows] for name, values in self.per_token.items()}
+        return replace(self, per_token=cut, sequence=self.sequence[rows])
 
     def to(self, device: torch.device) -> LossRows:
         def there(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
-        gains = None if self.gains is None else there(self.gains)
-        columns = {name: there(values) for name, values in self.columns.items()}
-        return LossRows(columns, there(self.sequence), self.sequences, gains)
-
-    def with_columns(self, **values: Tensor) -> LossRows:
-        return replace(self, columns={**self.columns, **values})
+        return LossRows(
+            {name: there(values) for name, values in self.per_token.items()},
+            {name: there(values) for name, values in self.per_sequence.items()},
+            there(self.sequence),
+            self.sequences,
+            None if self.gains is None else there(self.gains),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Ratios:
 
     @property
     def advantage(self) -> Tensor:
-        return self.rows.column("advantage", self.logprob)
+        return self.rows.column("advantage", self.logprob.dtype)
 
     def log_ratio(self) -> Tensor:
         """[N], limited to +-20."""
@@ -221,12 +228,12 @@ SUMS = (
 
 def check_rows(settings: LossSettings, rows: LossRows) -> None:
     """Raise ValueError for a log-prob that the loss needs and the rows (on the host) lack, all or some of them."""
-    old = rows.columns["old_logprobs"].isnan()
+    old = rows.column("old_logprobs").isnan()
     if old.any() and not old.all():
         raise ValueError("some sequences have no old_logprobs, others have; score the whole batch")
-    if settings.kl_coef > 0 and rows.columns["ref_logprobs"].isnan().any():
+    if settings.kl_coef > 0 and rows.column("ref_logprobs").isnan().any():
         raise ValueError("a KL term needs reference log-probs; score the batch with them first")
-    if settings.old_logprobs == "rollout" and rows.columns["rollout_logprobs"].isnan().any():
+    if settings.old_logprobs == "rollout" and rows.column("rollout_logprobs").isnan().any():
         raise ValueError("old_logprobs rollout needs the log-probs of a rollout server")
 
 
@@ -269,9 +276,9 @@ def _row_losses(
     """(loss of each row, weighted; what each row adds to ``SUMS``, and ``rollout_diff``), all [N]."""
     current = logprob.detach()
     ratios = _ratios(settings, logprob, rows)
-    w, rollout = rows.column("loss_weight", current), rows.columns["rollout_logprobs"]
+    w, rollout = (rows.column(name, current.dtype) for name in ("loss_weight", "rollout_logprobs"))
     token = POLICY_LOSSES[settings.policy](ratios, settings)
-    corrected = w * rows.column("correction", w)
+    corrected = w * rows.column("correction", w.dtype)
     values = corrected * token.surrogate
     scale = (corrected * ratios.advantage).abs()
     gains, adapted = _gains(settings, w, values, scale, rows)
@@ -280,7 +287,7 @@ def _row_losses(
     kl = torch.zeros_like(current)
     if settings.kl_coef > 0:
         start = ratios.old_logprob if settings.kl.importance else None
-        reference = rows.column("ref_logprobs", w)
+        reference = rows.column("ref_logprobs", w.dtype)
         k = kl_estimate(logprob, reference, settings.kl.estimator, start)
         losses = losses + settings.kl_coef * w * k
         kl = k.detach()
@@ -307,14 +314,14 @@ def _row_losses(
 def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
     """The ratio starts from the column that the settings name; where that is unknown, from the policy itself."""
     name = "rollout_logprobs" if settings.old_logprobs == "rollout" else "old_logprobs"
-    old, current = rows.column(name, logprob), logprob.detach()
+    old, current = rows.column(name, logprob.dtype), logprob.detach()
     return Ratios(logprob, torch.where(old.isnan(), current, old), rows)
 
 
 def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
     """S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
     token = POLICY_LOSSES[settings.policy](_ratios(settings, logprob, rows), settings)
-    weights = (rows.columns["loss_weight"] * rows.columns["correction"]).double()
+    weights = (rows.column("loss_weight") * rows.column("correction")).double()
     values = weights * token.surrogate.double()
     return values.new_zeros(rows.sequences).index_add(0, rows.sequence, values)
 
@@ -326,8 +333,8 @@ def scored_parts(
     sequences."""
     parts: dict[str, list[PartSum]] = {}
     for rows, sums, names in zip(packs, values, groups, strict=True):
-        weight = rows.columns["loss_weight"].double()
-        size = (weight * rows.columns["correction"] * rows.columns["advantage"]).abs()
+        weight = rows.column("loss_weight").double()
+        size = (weight * rows.column("correction") * rows.column("advantage")).abs()
         empty = torch.zeros(rows.sequences, dtype=torch.float64)
         weights = empty.index_add(0, rows.sequence, weight)
         scales = empty.index_add(0, rows.sequence, size)

@@ -83,7 +83,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Rewards by group and sample. ``raw``: of the reward functions; ``bonus``: the length term; ``total``: with KL too."""
+    """Rewards by group and sample. ``raw``: of the functions; ``bonus``: the length term; ``total``: with KL too."""
 
     raw: list[list[float]]
     bonus: list[list[float]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
 from agpo_megatron.algorithm.step import StepRequest, decide, drops_groups, has_variance
@@ -46,7 +46,7 @@ class Collected:
     rounds: int
 
 
-async def live(run: Run, rollouts: Rollouts) -> AsyncIterator[Batch]:
+async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
     """Generate one batch after the other to ``train.steps``, each under the weights that the one before left.
 
     Whoever takes a batch has taken its optimizer steps when it asks for the next: then their weights are published.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from agpo_megatron.controller.run import Batch, Run
 
 
-async def train(run: Run, *sources: AsyncIterable[Batch]) -> None:
+async def train(run: Run, *sources: AsyncGenerator[Batch, None]) -> None:
     """Take the optimizer steps of every batch of every source, one source after the other."""
     for source in sources:
-        async for batch in source:
-            await run.advance(batch)
+        async with aclosing(source):
+            async for batch in source:
+                await run.advance(batch)

@@ -26,13 +26,13 @@ COMMAND_MARGIN = 30.0
 """Seconds that a trainer command may outlast its own deadline (a failed broadcast still takes part in the gathers of
 the other ranks) before the trainer counts as lost, which ends the run."""
 
-Plan = Sequence[Sequence[Sequence[TensorSpec]]]
+BucketPlan = Sequence[Sequence[Sequence[TensorSpec]]]
 
 
 class PublishingTrainer:
     """``sync.messages.TrainerPublishing`` over trainer commands."""
 
-    def __init__(self, trainers: TrainerClient, plan: Plan) -> None:
+    def __init__(self, trainers: TrainerClient, plan: BucketPlan) -> None:
         self._trainers = trainers
         self._plan = [[[asdict(spec) for spec in bucket] for bucket in stage] for stage in plan]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from agpo_megatron.algorithm.step import supervised
 from agpo_megatron.config.schema import SftConfig
@@ -15,7 +15,7 @@ from agpo_megatron.samples import Group
 
 async def recorded(
     run: Run, journal: JournalReader, last: int | None = None
-) -> AsyncIterator[Batch]:
+) -> AsyncGenerator[Batch, None]:
     """The committed batches of a journal behind the weights that the trainer holds; nothing is generated. In the same
     layout on a CPU the weights come out equal, bit for bit.
 
@@ -43,7 +43,7 @@ def supervised_recipe(sft: SftConfig) -> Recipe:
 
 async def worked_examples(
     run: Run, examples: Sequence[Group], sft: SftConfig
-) -> AsyncIterator[Batch]:
+) -> AsyncGenerator[Batch, None]:
     """Batches of worked solutions for the cold start: the same trainer, journal and fused loss, with likelihood."""
     journaled = await asyncio.to_thread(_journal_examples, run, examples)
     while run.version.step < sft.steps:

@@ -25,7 +25,7 @@ BUDGET = 32
 """Tokens per micro-batch when packing; the longest sequence exceeds it."""
 
 Split = Literal["one", "packed", "big"]
-Cut = list[list[list[TrainSequence]]]
+Division = list[list[list[TrainSequence]]]
 """Micro-batches of each data-parallel replica: ``plan[replica][micro_batch]``."""
 
 
@@ -112,7 +112,7 @@ def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
     )
 
 
-def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Cut:
+def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Division:
     """Deal the sequences out to replicas in turn (groups come apart), then cut each share: "one" sequence per
     micro-batch, "packed" in order up to the budget, or one "big" micro-batch."""
     shares = [list(sequences[r::replicas]) for r in range(replicas)]
@@ -120,7 +120,7 @@ def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Cut:
         return [[[s] for s in share] for share in shares]
     if how == "big":
         return [[share] for share in shares]
-    plan: Cut = []
+    plan: Division = []
     for share in shares:
         packs: list[list[TrainSequence]] = [[]]
         for s in share:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.parity.batch import Cut
+from agpo_megatron.parity.batch import Division
 from agpo_megatron.samples import Floats
 
 
@@ -29,7 +29,7 @@ class Case:
     hf_dir: str
     policy: PolicyConfig
     train: TrainConfig
-    plans: list[Cut]
+    plans: list[Division]
     loss: LossSettings
     temperature: float = 1.0
     before: str = ""

@@ -20,7 +20,7 @@ from agpo_megatron.algorithm.settings import (
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.parity import models
 from agpo_megatron.parity.batch import (
-    Cut,
+    Division,
     Recorded,
     Split,
     off_policy,
@@ -56,7 +56,7 @@ RENEWED_AFTER = 25
 """Calls to one pool of ranks: of every layout a few gloo groups outlive their destruction, and each keeps three threads
 that wake for ever; after a hundred layouts these cost more than new processes do."""
 
-Cutter = Callable[[list[TrainSequence], int], Cut]
+Divider = Callable[[list[TrainSequence], int], Division]
 """From the sequences and the number of replicas to micro-batches."""
 
 
@@ -168,7 +168,7 @@ class Contract:
         self,
         model: Path,
         policy: PolicyConfig,
-        plans: Sequence[Cut],
+        plans: Sequence[Division],
         loss: LossSettings,
         train: TrainConfig,
         **more: Any,
@@ -187,7 +187,7 @@ class Contract:
         model: Path,
         policy: PolicyConfig,
         objective: Objective,
-        how: Split | Cutter,
+        how: Split | Divider,
         *,
         on_policy: bool = False,
         settings: Callable[[Truth], TrainConfig] = one_step,

@@ -26,7 +26,7 @@ from torch import Tensor
 from agpo_megatron.policy.context import Exchange, Share, all_keys, zigzag
 
 PACKED = "packed"
-"""``qkv_format`` of packs made here. Megatron treats only ``'thd'`` specially: it would rotate one sequence at a time.
+"""The ``qkv_format`` of packs made here. Megatron treats ``'thd'`` alone specially: it would rotate each sequence.
 With any other name q, k, v stay [T, 1, heads, head_dim] and are rotated at once by per-token angles."""
 
 
@@ -86,8 +86,8 @@ def _shared_bucket(lengths: Sequence[int], device: torch.device, ranks: int, ran
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What the modules of this file need to know of a pack. ``positions`` [T / CP] int64. ``exchange``: None without
-    context parallelism."""
+    """The facts about a pack that the modules of this file need. ``positions`` [T / CP] int64. ``exchange``: None
+    without context parallelism."""
 
     positions: Tensor | None = None
     buckets: tuple[Bucket, ...] = ()
@@ -95,8 +95,8 @@ class PackedSequences(PackedSeqParams):
 
     @staticmethod
     def of(share: Share, lengths: Sequence[int]) -> PackedSequences:
-        """``share``: this rank's, on the model's device; ``lengths``: of the whole sequences, longest first (padding
-        sequences may be shorter and come last)."""
+        """Describe a pack. ``share``: this rank's, on the model's device; ``lengths``: of the whole sequences,
+        longest first (padding sequences may be shorter and come last)."""
         e = share.exchange
         ranks, rank = (e.group.size(), e.group.rank()) if e else (1, 0)
         return PackedSequences(
@@ -136,7 +136,7 @@ class SequenceParallelRMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., hidden] in any dtype; the same back."""
+        """Normalise ``x`` [..., hidden] of any dtype; shape and dtype are kept."""
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -207,8 +207,8 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``query`` [T, 1, heads, d], ``key``/``value`` [T, 1, kv_heads, d]; returns [T, 1, heads * d]. Of T / CP
-        tokens under context parallelism."""
+        """Attend: ``query`` [T, 1, heads, d], ``key``/``value`` [T, 1, kv_heads, d] to [T, 1, heads * d]. Under context
+        parallelism T / CP tokens."""
         buckets: tuple[Bucket, ...] = packed_seq_params.buckets
         keys = torch.cat((key, value), dim=1)  # [T, 2, kv_heads, d]: one exchange for both
         if packed_seq_params.exchange is not None:

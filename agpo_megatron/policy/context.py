@@ -109,8 +109,8 @@ def share_of(batch: PackedBatch, group: dist.ProcessGroup) -> Share:
 
 
 def all_keys(keys: Tensor, exchange: Exchange) -> Tensor:
-    """``keys`` [T / CP, ...] of this rank's tokens to [T, ...] of the pack's, in its order. Backward sums, over the
-    ranks, what their queries asked of this rank's keys."""
+    """Gather ``keys`` [T / CP, ...] of this rank's tokens to [T, ...] of the pack's, in its order. Backward sums, over
+    the ranks, what their queries asked of this rank's keys."""
     whole: Tensor = _GatherTokens.apply(
         keys, exchange.token_order, exchange.own_tokens, exchange.group
     )

@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: a marker, written last, that lists every file with its size and CRC-32.
+"""The marker that makes a folder a checkpoint: written last, it lists every file with its size and CRC-32.
 
 Needs neither Megatron nor process groups; ``checkpoint`` writes the folders of runs, ``stored`` converted ones.
 """
@@ -33,7 +33,7 @@ def write_marker(
     files: Mapping[str, list[int]],
     facts: Mapping[str, Any],
 ) -> None:
-    """``files``: name -> [size, CRC-32]; ``facts``: content ("training" or "weights"), step, extra."""
+    """Write the marker. ``files``: [size, CRC-32] by name; ``facts``: content (training or weights), step, extra."""
     marker = {
         "format": FORMAT,
         "layout": dict(layout),

@@ -33,7 +33,7 @@ def build_optimizer(chunks: Sequence[Any], policy: PolicyConfig, train: TrainCon
 
 
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
-    """What Megatron's parameter scheduler would do: ``lr`` for all groups, weight decay times each group's factor."""
+    """Set ``lr`` for all groups, and weight decay times each group's factor, as Megatron's parameter scheduler does."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -40,7 +40,7 @@ class PackedBatch:
     longest first, each with the padding that makes it divisible, the rest of the padding as trailing sequences of
     their own (``sum(lengths) == T``).
     ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token; ``loss``: what
-    the loss looks at, every column of ``COLUMNS`` that has a default.
+    the loss looks at.
     """
 
     tokens: Tensor
@@ -108,16 +108,14 @@ def pack(
         for s in ordered
     ]
     rows = _joined([start + t - 1 for start, t in zip(starts, chosen, strict=False)], np.int64)
-    counts = [len(t) for t in chosen]
-    ends = list(itertools.accumulate(counts, initial=0))
-    sequence = np.repeat(np.arange(len(ordered)), counts)
+    ends = list(itertools.accumulate((len(t) for t in chosen), initial=0))
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(_joined([np.arange(n) for n in lengths], np.int64)),
         lengths=tuple(lengths),
         rows=torch.from_numpy(rows),
         targets=torch.from_numpy(tokens[rows + 1]),
-        loss=LossRows(_row_columns(ordered, chosen), torch.from_numpy(sequence), len(ordered)),
+        loss=_loss_rows(ordered, chosen),
         spans=tuple(
             RowSpan(s.sample_id, start, stop, s.length)
             for s, (start, stop) in zip(ordered, itertools.pairwise(ends), strict=True)
@@ -125,22 +123,28 @@ def pack(
     )
 
 
-def _row_columns(sequences: Sequence[TrainSequence], chosen: Sequence[Array]) -> dict[str, Tensor]:
-    """Every column that has a default, [N] fp32, at the chosen places of each sequence; prompts have the default."""
-    packed = {}
+def _loss_rows(sequences: Sequence[TrainSequence], chosen: Sequence[Array]) -> LossRows:
+    """Every column that some sequence has, at the chosen places of each; prompts and other sequences have its
+    default."""
+    per_token, per_sequence = {}, {}
     for column in COLUMNS:
-        if column.default is None:
+        if column.default is None or not any(column.name in s.columns for s in sequences):
+            continue
+        if column.per == "sequence":
+            values = [s.scalar(column.name) for s in sequences]
+            per_sequence[column.name] = torch.tensor(values, dtype=torch.float32)
             continue
         parts = []
         for s, places in zip(sequences, chosen, strict=True):
-            values = s.columns.get(column.name, column.default)
-            filled = np.full(len(places), column.default if np.ndim(values) else values, np.float32)
-            if np.ndim(values):
+            filled = np.full(len(places), column.default, np.float32)
+            if column.name in s.columns:
                 in_response = places >= len(s.prompt_tokens)
-                filled[in_response] = values[places[in_response] - len(s.prompt_tokens)]
+                known = places[in_response] - len(s.prompt_tokens)
+                filled[in_response] = s.columns[column.name][known]
             parts.append(filled)
-        packed[column.name] = torch.from_numpy(_joined(parts, np.float32))
-    return packed
+        per_token[column.name] = torch.from_numpy(_joined(parts, np.float32))
+    sequence = np.repeat(np.arange(len(sequences)), [len(places) for places in chosen])
+    return LossRows(per_token, per_sequence, torch.from_numpy(sequence), len(sequences))
 
 
 def _joined(parts: Sequence[Array], dtype: type) -> Array:

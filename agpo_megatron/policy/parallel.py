@@ -20,7 +20,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands. Sizes and indices of every axis, and the groups collectives run in.
+    """The place of this rank: sizes and indices of every axis, and the groups that collectives run in.
 
     ``cp_group``: ranks that hold parts of the same sequences.
     ``dp_cp_group``: ranks that hold the same parameters and different tokens: gradients are summed over it.
@@ -153,7 +153,7 @@ def shutdown() -> None:
 
 
 def _refuse(policy: PolicyConfig) -> None:
-    """What megatron-core would run, wrongly or in vain. What it refuses itself is left to it."""
+    """Refuse what megatron-core would run, wrongly or in vain. What it refuses itself is left to it."""
     if policy.context_parallel * policy.data_parallel % policy.expert_parallel:
         raise LayoutError(
             f"expert_parallel {policy.expert_parallel} does not divide context_parallel {policy.context_parallel} x "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -27,8 +26,6 @@ from agpo_megatron.policy.optimizer import build_optimizer, set_rates
 from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.samples import Floats, TrainSequence, group_of
-
-logger = logging.getLogger(__name__)
 
 MicroBatches = Sequence[Sequence[TrainSequence]]
 

@@ -1,4 +1,4 @@
-"""Where each parameter stands in a Megatron checkpoint: pure arithmetic on the tables, no Megatron, no files.
+"""Computes the place of each parameter in a Megatron checkpoint from the tables alone: no Megatron, no files.
 
 ``dist_checkpointing`` (format ``torch_dist``) stores global tensors by key, in pieces. Layers are stacked along a
 leading axis and experts along a second one (megatron-core 0.19, ``TransformerBlock.sharded_state_dict`` and
@@ -27,10 +27,10 @@ from agpo_megatron.conversion.tables import Cut, Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""How the keys of weights begin; what a run stores besides (optimizer state, for instance) begins otherwise."""
+"""Beginnings of the keys of weights; what a run stores besides (optimizer state, for instance) begins otherwise."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offset, size) of a part of a tensor."""
+"""A part of a tensor: (offset, size)."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stored:
 
 
 def stored(rule: Rule, shape: ModelShape, padded_vocab: int) -> Stored:
-    """Where the parameter of ``rule`` is stored; ``padded_vocab``: rows of embedding and head."""
+    """Find the place of the parameter of ``rule``; ``padded_vocab``: rows of embedding and head."""
     name = rule.megatron if rule.expert is not None else rule.megatron_name(transformer_engine=True)
     key = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.", name)
     key = re.sub(r"local_experts\.\d+\.", "experts.", key)
@@ -137,7 +137,7 @@ def hf_of(rule: Rule, parts: Sequence[Tensor], shape: ModelShape) -> dict[str, T
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What ``to-megatron`` writes: ``files`` maps each file to the rules of the parameters in it."""
+    """The plan of ``to-megatron``: ``files`` maps each file to the rules of the parameters in it."""
 
     weights: WeightMap
     sizes: ParallelSizes
@@ -147,7 +147,8 @@ class StorePlan:
 
     @staticmethod
     def of(weights: WeightMap, sizes: ParallelSizes, dtype: str, max_bytes: int) -> StorePlan:
-        """``dtype``: a key of ``DTYPES``; ``max_bytes``: of a file (a single parameter may be larger).
+        """Deal the parameters to files. ``dtype``: a key of ``DTYPES``; ``max_bytes``: limit of a file (a single
+        parameter may be larger).
 
         Each pipeline stage has files of its own. Raises ConversionError when the layout cannot hold the model.
         """

@@ -48,8 +48,8 @@ class StoredTensor:
     chunks: tuple[Chunk, ...]
 
     def chunks_near(self, box: Box) -> Sequence[Chunk]:
-        """Those that may share values with ``box``: of the same indices on the leading axes (layer, expert), where each
-        is of size 1; there may be tens of thousands in all."""
+        """Select the chunks that may share values with ``box``: those with the same indices on the leading axes (layer,
+        expert), where each is of size 1; there may be tens of thousands in all."""
         axes, by_lead = self._by_lead
         offset, size = box
         if any(n != 1 for n in size[:axes]):
@@ -119,7 +119,7 @@ class StoredCheckpoint:
         return out
 
     def read_rows(self, key: str, box: Box, axis: int) -> list[Tensor]:
-        """As ``read``, but in blocks along ``axis``, in order, where it is stored in such: those are not copied."""
+        """Read like ``read``, but in blocks along ``axis``, in order, where it is stored so: those are not copied."""
         at = box[0][axis]
         blocks = []
         for chunk in sorted(self._chunks(key, box), key=lambda chunk: chunk.box[0][axis]):
@@ -192,7 +192,7 @@ class StoredModel:
         return hf_of(rule, parts, self.weights.shape)
 
     def load_rows(self, rule: Rule) -> dict[str, list[Tensor]]:
-        """As ``load``, each tensor as blocks of its rows, in order: mapped from the files where they are stored so."""
+        """Load like ``load``, each tensor as blocks of its rows, in order: mapped from files that hold them so."""
         if rule.cut is Cut.GROUPED_QKV:
             return {name: [tensor] for name, tensor in self.load(rule).items()}
         place = stored(rule, self.weights.shape, self.weights.shape.vocab_size)

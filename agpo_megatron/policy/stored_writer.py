@@ -46,7 +46,7 @@ RECORD_OVERHEAD = 2048
 
 Load = Callable[[str], Tensor]
 Entry = list[Any]
-"""Of one record: [key, offset in the global tensor or None, size or None, position in the file, length]."""
+"""A record: [key, offset in the global tensor or None, size or None, position in the file, length]."""
 
 
 def write_weights(
@@ -143,7 +143,7 @@ def _write_rules(
 
 
 def _alone(values: Tensor) -> Tensor:
-    """``values`` as the only tensor of its storage: ``torch.save`` writes storages whole. No copy if contiguous."""
+    """Make ``values`` the only tensor of its storage: ``torch.save`` writes storages whole. No copy if contiguous."""
     return torch.frombuffer(bytes_of(values), dtype=values.dtype)
 
 

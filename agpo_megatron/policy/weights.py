@@ -73,8 +73,8 @@ def named_hf_tensors(
 def named_hf_gradients(
     chunks: Sequence[Any], weights: WeightMap, layout: Layout
 ) -> Iterator[tuple[str, Tensor]]:
-    """As ``named_hf_tensors``, the fp32 gradients of the last backward pass, summed over all replicas. Every rank must
-    exhaust it. Where the optimizer clipped them in place they are the clipped ones."""
+    """Gather the fp32 gradients of the last backward pass, summed over all replicas, like ``named_hf_tensors``. Every
+    rank must exhaust it. Where the optimizer clipped them in place they are the clipped ones."""
     for chunk in chunks:
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             if not group.ddp_config.use_distributed_optimizer:
@@ -92,7 +92,7 @@ def _whole(
     layout: Layout,
     value: Callable[[Any], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """``value`` of each parameter, in the Hugging Face tensor it belongs to, whole."""
+    """Gather ``value`` of each parameter into whole Hugging Face tensors."""
     if layout.expert_dp_rank != 0:
         return
     parameters = global_parameters(chunks)
@@ -151,7 +151,7 @@ _EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weigh
 
 
 def _global_name(name: str, model: Any) -> str:
-    """``decoder.layers.0.x`` of a stage that begins at global layer 12 -> ``decoder.layers.12.x``; experts alike."""
+    """Renumber layers (0 of a stage that begins at global layer 12 is 12) and experts in a parameter's name."""
     if not name.startswith("decoder.layers."):
         return name
     layers = model.decoder.layers

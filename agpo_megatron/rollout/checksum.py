@@ -35,7 +35,7 @@ class ServerChecksums:
         self._next_part: dict[str, int] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """``name``: Hugging Face name; ``tensor``: as published. Raises ValueError on a part out of order."""
+        """Take the next tensor as published, by its Hugging Face name. Raises ValueError on a part out of order."""
         target, part = _target(name)
         if part != self._next_part.get(target, 0):
             raise ValueError(f"{name} came as part {part} of {target}, out of order")
@@ -52,7 +52,7 @@ class ServerChecksums:
 
 
 def _target(name: str) -> tuple[str, int]:
-    """``...self_attn.k_proj.weight`` -> (``...self_attn.qkv_proj.weight``, 1)."""
+    """Find the fused tensor and part: ``...k_proj.weight`` is part 1 of ``...qkv_proj.weight``."""
     if found := EXPERTS.fullmatch(name):
         experts, number, gate, up = found.groups()
         if gate or up:

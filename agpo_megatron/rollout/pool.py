@@ -151,9 +151,15 @@ class RolloutPool:
         return await self._group(prompt, sampling, config.group_size)
 
     async def sample(
-        self, prompt: Prompt, n: int, temperature: float, top_p: float, max_tokens: int | None
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_tokens: int | None = None,
     ) -> Group:
-        """``n`` samples for an evaluation; ``max_tokens`` None: as in training. Raises as ``generate_group``."""
+        """``n`` samples for an evaluation, greedy unless told otherwise; ``max_tokens`` None: as in training. Raises as
+        ``generate_group``."""
         config = self._config
         limit = max_tokens or config.max_response_tokens
         sampling = Sampling(limit, temperature, stop=tuple(config.stop), top_p=top_p)

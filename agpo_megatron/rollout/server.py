@@ -23,7 +23,7 @@ MIN_CPU_POOL = 4096
 
 @dataclass(frozen=True)
 class ServerLaunch:
-    """What to execute. ``env`` holds only what differs from the parent's environment."""
+    """A command to execute. ``env`` holds only what differs from the parent's environment."""
 
     argv: list[str]
     env: dict[str, str]
@@ -93,7 +93,7 @@ def server_command(
 
 
 def cpu_environment() -> dict[str, str]:
-    """What makes the published SGLang wheel serve on a CPU without AMX."""
+    """Build the environment in which the published SGLang wheel serves on a CPU without AMX."""
     inherited = os.environ.get("PYTHONPATH")
     return {
         "SGLANG_USE_CPU_ENGINE": "1",

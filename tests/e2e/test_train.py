@@ -19,7 +19,10 @@ from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import read_summary
 
 STEPS = 4
-PLUS_MINUS_ONE = {"algorithm.preset": "agpo_v1"}  # advantages of +-1: every group has weight
+PLUS_MINUS_ONE = {  # advantages of +-1: every group has weight; the ratio starts from what was scored
+    "algorithm.preset": "agpo_v1",
+    "algorithm.loss": {"correction": {"kind": "tis"}},
+}
 EXPECTED = {  # every key that applies to on-policy AGPO without KL
     "step reward/mean reward/accuracy reward/length response/tokens_mean response/truncated_frac",
     "group/zero_variance_frac group/all_correct_frac group/all_wrong_frac group/cov_length_advantage",
@@ -51,7 +54,8 @@ def check_run(run_dir: Path) -> None:
         assert keys <= set(row), keys - set(row)
         assert row["rollout/staleness_mean"] == 0.0
         assert row["rollout/logprob_abs_diff_max"] < 1e-3
-        assert row["policy/ratio_mean"] == pytest.approx(1.0)
+        assert row["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+        assert row["correction/mean"] == pytest.approx(1.0, abs=1e-3)
     assert all(row["tokens/trained"] > 0 and row["grad_norm"] > 0 for row in metrics)
 
     folder = RunFolder(run_dir)

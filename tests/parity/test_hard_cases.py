@@ -11,9 +11,9 @@ from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.publishing import stage_layers
 from agpo_megatron.parity import models
-from agpo_megatron.parity.batch import BUDGET, Cut
+from agpo_megatron.parity.batch import BUDGET, Division
 from agpo_megatron.parity.comparison import BF16, EXPERTS, FP32, Limits, failures
-from agpo_megatron.parity.contract import Contract, Cutter, one_step
+from agpo_megatron.parity.contract import Contract, Divider, one_step
 from agpo_megatron.parity.reference import Objective, Truth
 from agpo_megatron.samples import TrainSequence
 
@@ -24,7 +24,7 @@ SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
 def check(
     contract: Contract,
     axes: dict[str, Any],
-    cut: Cutter,
+    cut: Divider,
     *,
     experts: bool = False,
     **more: Any,
@@ -41,7 +41,7 @@ def check(
     assert list(failures(step.deviations(limits))) == []
 
 
-def all_on_the_first(work: list[TrainSequence], replicas: int) -> Cut:
+def all_on_the_first(work: list[TrainSequence], replicas: int) -> Division:
     """Three micro-batches, in one of them nothing trains; the other replicas have none."""
     masked = [s for s in work if not len(s.trained())]
     rest = [s for s in work if len(s.trained())]
@@ -63,8 +63,8 @@ def test_a_replica_without_work(contract: Contract, axes: dict[str, Any], expert
     check(contract, axes, all_on_the_first, experts=experts)
 
 
-def in_pieces(pieces: int) -> Cutter:
-    def cut(work: list[TrainSequence], replicas: int) -> Cut:
+def in_pieces(pieces: int) -> Divider:
+    def cut(work: list[TrainSequence], replicas: int) -> Division:
         """Uneven counts: ``pieces`` micro-batches on the first replica, fewer on each further one."""
         shares = [work[r::replicas] for r in range(replicas)]
         counts = [max(1, pieces - r) for r in range(replicas)]
@@ -93,7 +93,7 @@ def test_micro_batches_that_pp_does_not_divide(
 def test_the_controllers_plan(contract: Contract) -> None:
     """One sequence is longer than the budget; the last micro-batches are fillers."""
 
-    def cut(work: list[TrainSequence], replicas: int) -> Cut:
+    def cut(work: list[TrainSequence], replicas: int) -> Division:
         plan = plan_micro_batches(
             [s.length for s in work],
             data_parallel=replicas,

@@ -10,7 +10,7 @@ import pytest
 
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.parity import models
-from agpo_megatron.parity.batch import Cut, Recorded, split, train_sequences
+from agpo_megatron.parity.batch import Division, Recorded, split, train_sequences
 from agpo_megatron.parity.comparison import Deviation, failures
 from agpo_megatron.parity.contract import Contract
 from agpo_megatron.parity.ranks import RankFailed
@@ -93,7 +93,7 @@ def test_a_denominator_of_each_replica(contract: Contract, aggregation: str) -> 
     objective = Objective(aggregation=aggregation, temperature=0.7)  # type: ignore[arg-type]
     batch, _ = contract.truth(model, objective)
 
-    def by_replica(_: list[TrainSequence], replicas: int) -> Cut:
+    def by_replica(_: list[TrainSequence], replicas: int) -> Division:
         shares: list[list[Recorded]] = [batch[r::replicas] for r in range(replicas)]
         plan = []
         for share in shares:

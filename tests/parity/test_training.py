@@ -11,7 +11,7 @@ from torch import Tensor
 from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.parity import models
-from agpo_megatron.parity.batch import Cut, recorded, split, train_sequences
+from agpo_megatron.parity.batch import Division, recorded, split, train_sequences
 from agpo_megatron.parity.cases import CaseResult
 from agpo_megatron.parity.comparison import worst
 from agpo_megatron.parity.contract import Contract
@@ -27,7 +27,7 @@ def policy_of(axes: dict[str, Any]) -> PolicyConfig:
     return PolicyConfig(**{"dtype": "fp32", "logprob_chunk": 32, **axes})
 
 
-def plans(steps: int, replicas: int) -> list[Cut]:
+def plans(steps: int, replicas: int) -> list[Division]:
     """Another batch of five sequences for each step."""
     batches = [recorded([24, 3, 17, 9, 12], vocab=67, seed=step) for step in range(steps)]
     return [split(train_sequences(b, "token_mean", 1), replicas, "packed") for b in batches]

@@ -38,7 +38,7 @@ def bounds_of(low, high, dual=None):
 
 
 def ratios_of(logprob, old, advantage, sequence, sequences):
-    return Ratios(logprob, old, LossRows({"advantage": advantage}, sequence, sequences))
+    return Ratios(logprob, old, LossRows({"advantage": advantage}, {}, sequence, sequences))
 
 
 def rows(log_ratios, advantage, lengths=None, dtype=torch.float64):

@@ -26,6 +26,8 @@ from agpo_megatron.config import load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.wait import WaitExpired
 
+pytestmark = pytest.mark.processes
+
 PLAN = Plan(
     "train",
     (NodeRoles("a", (0,), controller=True), NodeRoles("b", (1,)), NodeRoles("c", (), (0,))),

@@ -34,7 +34,9 @@ CHAT = (
 )
 
 
-def loaded(tmp_path: Path, rows: list[Any], seen: Duplicates | None = None, rates: Any = None, **data: Any) -> ProblemSet:
+def loaded(
+    tmp_path: Path, rows: list[Any], seen: Duplicates | None = None, rates: Any = None, **data: Any
+) -> ProblemSet:
     file = tmp_path / "problems.jsonl"
     file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
     source = TrainSourceConfig(path=str(file))
@@ -55,7 +57,9 @@ def said(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in messages]
 
 
-def test_a_text_is_its_prefix_text_and_suffix_and_every_field_reaches_the_reward(tmp_path: Path) -> None:
+def test_a_text_is_its_prefix_text_and_suffix_and_every_field_reaches_the_reward(
+    tmp_path: Path,
+) -> None:
     rows = [{"q": "12+34", "a": "46", "level": [1, {"x": 2.5}]}, {"q": "1+1", "a": 2}]
     problems = loaded(tmp_path, rows, prompt_key="q", answer_key="a", prefix="1+2=3", suffix="=")
     assert shown(problems) == ["<bos>1+2=312+34=", "<bos>1+2=31+1="]
@@ -70,13 +74,38 @@ def test_messages_go_through_the_template_with_what_it_is_told(tmp_path: Path) -
         {"prompt": said(("system", "5"), ("user", "3+4")), "answer": "7"},
         {"prompt": said(("user", "3+4")), "answer": "7"},
         {"prompt": "3+4", "answer": "7"},
-        {"prompt": said(("user", "1+1"), ("assistant", "2"), ("user", "3+4"), ("assistant", "7")), "answer": 7},
-        {"prompt": said(("user", [{"type": "text", "text": "3+"}, {"type": "text", "text": "4"}])), "answer": 7},
+        {
+            "prompt": said(
+                ("user", "1+1"), ("assistant", "2"), ("user", "3+4"), ("assistant", "7")
+            ),
+            "answer": 7,
+        },
+        {
+            "prompt": said(
+                ("user", [{"type": "text", "text": "3+"}, {"type": "text", "text": "4"}])
+            ),
+            "answer": 7,
+        },
     ]
-    problems = loaded(tmp_path, rows, chat_template=True, system="8", suffix="+0", template_options={"short": True})
-    assert shown(problems) == ["0513+4+0=7", "0813+4+0=7", "0813+4+0=7", "0811+12213+4+0=7", "0813+4+0=7"]
+    problems = loaded(
+        tmp_path,
+        rows,
+        chat_template=True,
+        system="8",
+        suffix="+0",
+        template_options={"short": True},
+    )
+    assert shown(problems) == [
+        "0513+4+0=7",
+        "0813+4+0=7",
+        "0813+4+0=7",
+        "0811+12213+4+0=7",
+        "0813+4+0=7",
+    ]
     assert problems.problem(3).text == "3+4"
-    with_tools = loaded(tmp_path, [{"prompt": "3", "answer": "3", "t": [{}]}], chat_template=True, tools_key="t")
+    with_tools = loaded(
+        tmp_path, [{"prompt": "3", "answer": "3", "t": [{}]}], chat_template=True, tools_key="t"
+    )
     assert shown(with_tools) == ["913="]
 
 
@@ -90,10 +119,16 @@ def test_a_conversation_can_hold_its_own_answer(tmp_path: Path) -> None:
 
 
 def test_nested_fields_of_parquet(tmp_path: Path) -> None:
-    rows = [{"prompt": said(("user", "3+4")), "reward_model": {"ground_truth": "7", "style": "rule"}}]
+    rows = [
+        {"prompt": said(("user", "3+4")), "reward_model": {"ground_truth": "7", "style": "rule"}}
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    source = EvalSetConfig(path=str(tmp_path / "a.parquet"), answer_key="reward_model.ground_truth", name="mine")
-    problems = load_problems(source, DataConfig(chat_template=True, answer_key="other"), tokenizer())
+    source = EvalSetConfig(
+        path=str(tmp_path / "a.parquet"), answer_key="reward_model.ground_truth", name="mine"
+    )
+    problems = load_problems(
+        source, DataConfig(chat_template=True, answer_key="other"), tokenizer()
+    )
     problem = problems.problem(0)
     assert (problem.answer, problem.source) == ("7", "mine")
     assert problem.fields["reward_model"]["style"] == "rule"
@@ -105,13 +140,28 @@ def test_nested_fields_of_parquet(tmp_path: Path) -> None:
         ({"prompt": "2"}, r"line 2: no field 'answer'.*answer_key"),
         ("oops", "line 2: is not JSON"),
         ({"prompt": "1234", "answer": "1"}, "line 2: the prompt has 5 tokens.*max_prompt_tokens 4"),
-        ({"prompt": 12, "answer": "1"}, "line 2: field 'prompt' is a int, neither text nor a list of messages"),
+        (
+            {"prompt": 12, "answer": "1"},
+            "line 2: field 'prompt' is a int, neither text nor a list of messages",
+        ),
         ({"prompt": [], "answer": "1"}, "line 2: field 'prompt' is a list, neither text"),
-        ({"prompt": ["1+1"], "answer": "1"}, "line 2: .*not of messages {'role', 'content'}: '1\\+1'"),
+        (
+            {"prompt": ["1+1"], "answer": "1"},
+            "line 2: .*not of messages {'role', 'content'}: '1\\+1'",
+        ),
         ({"prompt": {"x": 1}, "answer": "1"}, "line 2: field 'prompt' is a dict"),
-        ({"prompt": said(("user", None)), "answer": "1"}, "line 2: the user message in 'prompt' has no text"),
-        ({"prompt": said(("user", [{"type": "image"}])), "answer": "1"}, "has no text as its content"),
-        ({"prompt": said(("assistant", "1")), "answer": "1"}, "nothing but messages of the assistant"),
+        (
+            {"prompt": said(("user", None)), "answer": "1"},
+            "line 2: the user message in 'prompt' has no text",
+        ),
+        (
+            {"prompt": said(("user", [{"type": "image"}])), "answer": "1"},
+            "has no text as its content",
+        ),
+        (
+            {"prompt": said(("assistant", "1")), "answer": "1"},
+            "nothing but messages of the assistant",
+        ),
         ({"prompt": said(("system", "1"), ("user", "1")), "answer": "1"}, "need a chat template"),
         ("[1]", "not a JSON object"),
     ],
@@ -124,12 +174,22 @@ def test_bad_rows_are_refused_with_their_line(tmp_path: Path, row: Any, message:
 
 
 def test_a_template_that_refuses_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 1: the chat template refuses the messages: .*no tool here"):
-        loaded(tmp_path, [{"prompt": said(("tool", "1"), ("user", "1")), "answer": "1"}], chat_template=True)
+    with pytest.raises(
+        DataError, match="line 1: the chat template refuses the messages: .*no tool here"
+    ):
+        loaded(
+            tmp_path,
+            [{"prompt": said(("tool", "1"), ("user", "1")), "answer": "1"}],
+            chat_template=True,
+        )
 
 
 def test_long_prompts_are_dropped_if_so_configured(tmp_path: Path) -> None:
-    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "1234", "answer": "1"}, {"prompt": "2", "answer": "2"}]
+    rows = [
+        {"prompt": "1", "answer": "1"},
+        {"prompt": "1234", "answer": "1"},
+        {"prompt": "2", "answer": "2"},
+    ]
     problems = loaded(tmp_path, rows, max_prompt_tokens=4, overlong="drop")
     assert [problems.problem(i).answer for i in range(len(problems))] == ["1", "2"]
     assert problems.place(1).endswith("line 3")
@@ -137,8 +197,14 @@ def test_long_prompts_are_dropped_if_so_configured(tmp_path: Path) -> None:
         loaded(tmp_path, rows, max_prompt_tokens=1, overlong="drop")
 
 
-def test_duplicates_are_reported_over_all_sources(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": "1"}, {"prompt": "1", "answer": "2"}]
+def test_duplicates_are_reported_over_all_sources(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"prompt": "1", "answer": "1"},
+        {"prompt": "2", "answer": "1"},
+        {"prompt": "1", "answer": "2"},
+    ]
     with caplog.at_level(logging.WARNING):
         loaded(tmp_path, rows)
     assert "1 prompts stand there more than once" in caplog.text
@@ -162,7 +228,9 @@ def test_problems_are_chosen_by_the_pass_rate_of_an_evaluation(tmp_path: Path) -
         sink.write_table(pa.Table.from_pylist(samples, SAMPLES_SCHEMA))
     rates = pass_rates(str(path))
     assert sorted(rates.values()) == [0.0, 0.5, 1.0]
-    problems = loaded(tmp_path, rows, rates=rates, suffix="+")  # another suffix: still the same problems
+    problems = loaded(
+        tmp_path, rows, rates=rates, suffix="+"
+    )  # another suffix: still the same problems
     assert [problems.problem(i).text for i in range(len(problems))] == ["1", "3"]
     assert len(loaded(tmp_path, rows, rates=rates, pass_rate=[0.0, 0.5])) == 3
     with pytest.raises(DataError, match="no samples of an evaluation"):

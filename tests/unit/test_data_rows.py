@@ -30,7 +30,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
             sink.write_table(table)
     dataset = Dataset.from_list(ROWS)
     dataset.save_to_disk(str(tmp_path / "saved"))
-    DatasetDict({"train": dataset.select([0]), "test": dataset}).save_to_disk(str(tmp_path / "splits"))
+    DatasetDict({"train": dataset.select([0]), "test": dataset}).save_to_disk(
+        str(tmp_path / "splits")
+    )
     folder = tmp_path / "folder"
     folder.mkdir()
     pq.write_table(table.slice(0, 1), folder / "train-00000-of-00001.parquet")
@@ -75,7 +77,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, message: str) -
 
 def test_a_name_that_is_neither_file_nor_dataset_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"nobody/nothing: no file or folder, and as a dataset of the hub: .*subset ''"):
+    with pytest.raises(
+        DataError,
+        match=r"nobody/nothing: no file or folder, and as a dataset of the hub: .*subset ''",
+    ):
         read_rows("nobody/nothing")
 
 
@@ -90,7 +95,8 @@ def test_nested_keys() -> None:
 
 
 def test_values_are_texts_as_they_were_written(tmp_path: Path) -> None:
-    text = '{"a": 4.50, "b": 12345678901234567890, "c": true, "d": ["2"], "e": ["2", "3"], "f": {"g": 1.0}, "h": "2020-01-02"}'
+    text = '{"a": 4.50, "b": 12345678901234567890, "c": true, "d": ["2"], "e": ["2", "3"], "f": {"g": 1.0},'
+    text += ' "h": "2020-01-02"}'
     row = read_rows(lines(tmp_path / "a.jsonl", [text])).row(0)
     assert {key: as_text(row[key], key) for key in row} == {
         "a": "4.50",

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from logprob_reference import reference_logprobs
 
 from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.logprob.projection import Head
-from agpo_megatron.logprob.reference import reference_logprobs
 
 WAYS = ("one pass", "one pass, entropy", "two pass")
 
@@ -366,6 +366,7 @@ print((resident("VmHWM") - before) / (4 * T * V))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", [*WAYS, "score", "plain"])
 def test_peak_memory(way):
     """Growth of the resident set beyond inputs and dW, in units of the logits of all rows (393 MB), measured."""

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from logprob_reference import reference_logprobs
 
 from agpo_megatron.logprob import passes
 from agpo_megatron.logprob.fused import selected_logprobs
-from agpo_megatron.logprob.reference import reference_logprobs
 from agpo_megatron.logprob.rows import select_rows
+
+pytestmark = pytest.mark.processes
 
 T, H, VOCAB, PADDED, TEMPERATURE = 12, 8, 93, 96, 0.7
 WAYS = ("one pass", "one pass, entropy", "two pass")

@@ -13,6 +13,8 @@ import torch
 
 from agpo_megatron.logprob.fused import selected_logprobs
 
+pytestmark = pytest.mark.processes
+
 pytest.importorskip("triton")
 
 # Whether kernels are interpreted is decided when they are defined: a process of its own.

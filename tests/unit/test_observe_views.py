@@ -15,6 +15,8 @@ from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.progress import Progress, plain_line, sparkline
 from agpo_megatron.observe.summary import read_summary, render_summary, write_summary
 
+pytestmark = pytest.mark.processes
+
 STEP = {
     "step": 7,
     "reward/accuracy": 0.625,

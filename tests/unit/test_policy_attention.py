@@ -18,6 +18,8 @@ from agpo_megatron.policy.attention import (  # noqa: E402
 )
 from agpo_megatron.policy.context import Share  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 HEADS, GROUPS, DIM = 4, 2, 8
 
 

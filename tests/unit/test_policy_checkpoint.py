@@ -13,6 +13,8 @@ from made import loss
 
 from agpo_megatron.config.schema import PolicyConfig
 
+pytestmark = pytest.mark.processes
+
 BATCH = policy_models.sequences([20, 9, 14])
 
 

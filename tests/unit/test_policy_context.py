@@ -25,6 +25,8 @@ from agpo_megatron.policy.packing import (  # noqa: E402
 )
 from agpo_megatron.samples import TrainSequence  # noqa: E402
 
+pytestmark = pytest.mark.processes
+
 
 def group(ranks: int, rank: int) -> Any:
     """What a share asks of a process group."""
@@ -111,5 +113,5 @@ def test_rows_stay_on_the_host_whatever_device_the_batch_is_on() -> None:
     share = share_of(batch, group(2, 1))
     assert share.rows.device.type == "cpu"
     assert share.tokens.device.type == share.targets.device.type == "meta"
-    weights = share.own(batch.loss).columns["loss_weight"]
+    weights = share.own(batch.loss).column("loss_weight")
     assert weights.device.type == "meta" and weights.shape == share.targets.shape

@@ -11,6 +11,8 @@ from made import loss
 
 from agpo_megatron.config.schema import PolicyConfig
 
+pytestmark = pytest.mark.processes
+
 LENGTHS = [5, 60, 17, 1, 9, 33, 2, 16]
 
 

@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.samples import TrainSequence
 
+pytestmark = pytest.mark.processes
+
 GROUPS, GROUP, TOKENS, VOCAB = 8, 4, 64, 8192
 
 

@@ -19,6 +19,8 @@ from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.samples import TrainSequence
 
+pytestmark = pytest.mark.processes
+
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 ADVANTAGES = [1.2, -0.6, -0.6, 0.0, 0.0, 0.9, -1.1, 0.2]
 LENGTHS = [12, 20, 7, 9, 15, 18, 6, 11]

@@ -15,6 +15,8 @@ from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.policy.packing import PAD_TOKEN, pack, pack_all, pack_multiple
 from agpo_megatron.samples import COLUMNS, TrainSequence
 
+pytestmark = pytest.mark.processes
+
 
 def sequence(
     name: str, tokens: list[int], mask: list[int], weight: float = 0.5, **more: object
@@ -35,13 +37,13 @@ def test_rows_are_the_positions_before_weighted_tokens() -> None:
     assert batch.positions[:8].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.rows.tolist() == [1, 3, 5, 6]
     assert batch.targets.tolist() == [3, 5, 8, 9]
-    columns = batch.loss.columns
-    assert columns["loss_weight"].tolist() == [0.5, 0.5, 0.25, 0.25]
+    column = batch.loss.column
+    assert column("loss_weight").tolist() == [0.5, 0.5, 0.25, 0.25]
     assert batch.loss.sequence.tolist() == [0, 0, 1, 1]
-    assert columns["correction"].tolist() == [1.0] * 4
-    assert columns["advantage"].tolist() == [2.0] * 4
-    assert columns["rollout_logprobs"].isnan().tolist() == [True, True, False, False]
-    assert columns["rollout_logprobs"][2:].tolist() == [-1, -2]
+    assert column("correction").tolist() == [1.0] * 4
+    assert column("advantage").tolist() == [2.0] * 4
+    assert column("rollout_logprobs").isnan().tolist() == [True, True, False, False]
+    assert column("rollout_logprobs")[2:].tolist() == [-1, -2]
     assert [(s.sample_id, s.start, s.stop) for s in batch.spans] == [("b", 0, 2), ("a", 2, 4)]
 
 
@@ -93,18 +95,22 @@ def test_logprobs_and_corrections_follow_their_tokens() -> None:
         ],
         16,
     )
-    assert batch.loss.columns["old_logprobs"].tolist() == pytest.approx([-2, -4, -0.5, -0.6])
-    assert batch.loss.columns["correction"].tolist() == pytest.approx([2, 4, 0.5, 0.6])
+    assert batch.loss.column("old_logprobs").tolist() == pytest.approx([-2, -4, -0.5, -0.6])
+    assert batch.loss.column("correction").tolist() == pytest.approx([2, 4, 0.5, 0.6])
 
 
-def test_every_column_with_a_default_is_packed() -> None:
-    """And what a sequence lacks has the default, prompts too when all tokens are scored."""
+def test_what_nobody_knows_is_not_packed_and_reads_as_its_default() -> None:
+    """Prompts have the default too when all tokens are scored."""
     batch = pack([SHORT, LONG], 16, every_token=True)
     packed = {c.name: c.default for c in COLUMNS if c.default is not None}
-    assert batch.loss.columns.keys() == packed.keys()
+    assert {*batch.loss.per_token, *batch.loss.per_sequence} == {
+        "advantage",
+        "loss_weight",
+        "rollout_logprobs",
+    }
     given = {"advantage", "loss_weight", "rollout_logprobs"}
     for name in packed.keys() - given:
-        values = batch.loss.columns[name]
+        values = batch.loss.column(name)
         assert torch.equal(values.isnan(), torch.full((6,), math.isnan(packed[name])))
         assert math.isnan(packed[name]) or values.tolist() == [packed[name]] * 6
     prompted = TrainSequence(
@@ -114,7 +120,7 @@ def test_every_column_with_a_default_is_packed() -> None:
         np.ones(2, np.uint8),
         {"old_logprobs": np.array([-1, -2], np.float32)},
     )
-    old = pack([prompted], 1, every_token=True).loss.columns["old_logprobs"]
+    old = pack([prompted], 1, every_token=True).loss.column("old_logprobs")
     assert old.isnan().tolist() == [True, True, False, False] and old[2:].tolist() == [-1, -2]
 
 

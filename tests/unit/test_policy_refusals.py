@@ -18,6 +18,8 @@ import torch
 from agpo_megatron.config.schema import Fp8Config, PolicyConfig
 from agpo_megatron.policy import backend
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,6 +12,8 @@ from made import changed, loss, sequence
 
 from agpo_megatron.config.schema import TrainConfig
 
+pytestmark = pytest.mark.processes
+
 PPO = loss()
 CLIP = loss(adaptive="max0")
 

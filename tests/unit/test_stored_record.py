@@ -14,6 +14,8 @@ import torch
 from agpo_megatron.conversion.shape import DTYPES
 from agpo_megatron.policy.stored_record import read_record
 
+pytestmark = pytest.mark.processes
+
 LEAD = 4099  # odd: values are not aligned, pages neither
 
 

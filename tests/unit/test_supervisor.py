@@ -21,6 +21,8 @@ from agpo_megatron.cluster.supervisor import STOPPED, Culprit, Supervisor, first
 from agpo_megatron.config import Config
 from agpo_megatron.config.run_folder import RunFolder
 
+pytestmark = pytest.mark.processes
+
 HOST = "localhost"
 
 
@@ -81,9 +83,12 @@ def test_a_dead_trainer_ends_the_run_and_is_named_with_its_log(start: StartFolde
 
 
 def test_a_controller_that_fails_because_of_a_trainer_names_the_trainer(start: StartFolder) -> None:
+    failing = start.path / "failing"  # the trainer says so, then ends just after the controller
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(failing)!r}).exists(): time.sleep(.001)\n"
+    touch = f"import pathlib, time; pathlib.Path({str(failing)!r}).touch(); time.sleep(.02)\n"
     roles = [
-        role("controller", "import time; time.sleep(.3); raise SystemExit(1)"),
-        role("trainer rank 0", "import time; time.sleep(.35); raise SystemExit(9)"),
+        role("controller", wait + "raise SystemExit(1)"),
+        role("trainer rank 0", touch + "raise SystemExit(9)"),
     ]
     culprit = supervise(roles, start)
     assert culprit is not None and (culprit.name, culprit.exit_code) == ("trainer rank 0", 9)

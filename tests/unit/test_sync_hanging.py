@@ -12,6 +12,8 @@ from agpo_megatron.rollout.pool import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.protocol import PublishError
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(
     "endpoint",

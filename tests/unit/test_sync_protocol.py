@@ -20,6 +20,8 @@ from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher, PublishError, differing, majority
 
+pytestmark = pytest.mark.processes
+
 PLAN = [
     [[TensorSpec("a", (2,), "float32")], [TensorSpec("b", (3,), "float32")]],
     [[TensorSpec("c", (1,), "float32")]],

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from test_sync_protocol import publishing
 
 from agpo_megatron.rollout.pool import PROBE_SECONDS
 from agpo_megatron.samples import WeightVersion
+
+pytestmark = pytest.mark.processes
 
 
 def test_a_connection_that_breaks_in_a_publish_costs_seconds_not_the_run() -> None:

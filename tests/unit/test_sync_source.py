@@ -18,6 +18,8 @@ from agpo_megatron.rollout.checksum import ServerChecksums
 from agpo_megatron.sync.messages import StageReport
 from agpo_megatron.sync.source import WeightSource, bucketed, word_sum
 
+pytestmark = pytest.mark.processes
+
 
 class Receiver(threading.Thread):
     """Rank 1 of the group, with the store prefixes of SGLang's init_custom_process_group."""

@@ -17,6 +17,8 @@ from agpo_megatron.journal import Journal
 from agpo_megatron.journal.reader import read_file
 from agpo_megatron.journal.records import read_scores
 
+pytestmark = pytest.mark.processes
+
 
 def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -> None:
     folder = policy_models.save(policy_models.hf_model("llama"), tmp_path / "hf")

@@ -286,7 +286,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"variant": name, "kept": kept}
         for which, clock in enumerate(CLOCKS):
             turns = [max(r[i][turn][which] for r in times) for turn in range(options.repeats)]
-            row |= {clock: statistics.median(turns), f"{clock}_turns": turns}
+            row[clock] = statistics.median(turns)
         if options.memory:
             one = argparse.Namespace(**{**vars(options), "variants": [name], "kept": [kept]})
             row["peak MB"] = max(measure(one, "peak"))
@@ -309,7 +309,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format each measure, over that of the best other way, and times over the matmuls'."""
-    columns = [c for c in rows[-1] if c not in ("variant", "kept") and "turns" not in c]
+    columns = [c for c in rows[-1] if c not in ("variant", "kept")]
     lines = [f"{'variant':18}{'kept':>6}" + "".join(f"{c:>12}" for c in columns)]
     for row in rows:
         cells = "".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12}" for c in columns)
@@ -332,11 +332,5 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="turns after the warm-up")
     parser.add_argument("--variants", nargs="+", default=[*OURS, *OTHERS], choices=(*OURS, *OTHERS))
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path, help="write all numbers there")
-    options = parser.parse_args()
-    rows = report(options)
-    print(table(rows))
-    if options.json:
-        setting = {k: v for k, v in vars(options).items() if k != "json"}
-        options.json.write_text(json.dumps({"options": setting, "results": rows}, indent=1))
+    print(table(report(parser.parse_args())))
     return 0
