@@ -125,7 +125,8 @@ class Sample:
     environment did; ``rollout_logprobs`` [n] float32, NaN for a worked solution, which no policy generated.
     ``versions``: spans that cover the response; empty for a worked solution. ``finish_reason``: "stop" or "length"
     (truncated). ``raw_reward``: what the reward function gave, and ``reward_parts`` by name; ``correct``: whether the
-    response solves the problem; ``reward_error``: why there is no verdict, "" if there is. Raises ValueError for
+    response solves the problem; ``reward_error``: "" or
+    "cause: why there is no verdict". Raises ValueError for
     arrays that do not fit.
     """
 

@@ -6,6 +6,7 @@ weights from each part (design, idea 1).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -351,8 +352,13 @@ def step_metrics(
 
 
 def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
-    """Mean of each named part of the reward over the samples that have it; accuracy by source if there are several."""
+    """Mean of each named part of the reward over the samples that have it; share of the samples without a verdict by
+    cause; accuracy by source if there are several."""
     values: dict[str, list[float]] = {}
+    errors = Counter(
+        s.reward_error.partition(":")[0] for g in groups for s in g.samples if s.reward_error
+    )
+    total = sum(len(group.samples) for group in groups)
     sources = {group.prompt.source for group in groups}
     for group in groups:
         for sample in group.samples:
@@ -362,7 +368,10 @@ def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
                 values.setdefault(f"source_accuracy/{group.prompt.source}", []).append(
                     sample.correct
                 )
-    return {name: fmean(found) for name, found in sorted(values.items())}
+    means = {name: fmean(found) for name, found in values.items()}
+    return dict(
+        sorted({**means, **{f"reward_error/{c}": n / total for c, n in errors.items()}}.items())
+    )
 
 
 def staleness(sample: Sample, current_step: int) -> float:

@@ -26,10 +26,13 @@ SAMPLES_SCHEMA = pa.schema(
         ("correct", pa.bool_()),
         ("parts", pa.string()),
         ("error", pa.string()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("response_tokens", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
     ]
 )
 """One row a sample, in the order of problems and samples. ``problem``: its place in the set. ``problem_id``:
-data.problems.problem_id. ``parts``: JSON. ``error``: "" or why there is no verdict."""
+data.problems.problem_id. ``tokens``: of the response. ``parts``: JSON. ``error``: "" or why there is no verdict."""
 
 
 def pass_at(k: int, n: int, correct: int) -> float:

@@ -119,6 +119,9 @@ def rows_of(group: Group, problem: Problem) -> list[dict[str, Any]]:
             "correct": sample.correct,
             "parts": json.dumps(dict(sample.reward_parts)),
             "error": sample.reward_error,
+            "prompt_tokens": sample.prompt_tokens,
+            "response_tokens": sample.response_tokens,
+            "rollout_logprobs": sample.rollout_logprobs,
         }
         for sample in group.samples
     ]
@@ -189,7 +192,7 @@ async def rescored(samples: pa.Table, eval_set: EvalSet, rewards: Rewards) -> pa
                 "value": verdict.value,
                 "correct": verdict.correct,
                 "parts": json.dumps(dict(verdict.parts)),
-                "error": verdict.error,
+                "error": f"{verdict.cause}: {verdict.error}" if verdict.cause else "",
             }
 
     await asyncio.gather(*(one(index, rows) for index, rows in groups.items()))

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agpo_megatron.algorithm.step import StepRequest, decide, drops_groups, has_variance
 from agpo_megatron.config.schema import Config
@@ -68,7 +68,7 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
             await evaluate(run, rollouts, run.version.step)
         with seconds_into(timings, "time/step"):
             collected = await collect(run, rollouts, cursor, pending, timings)
-            batch = await commit(run, rollouts, collected, entropy_state, timings)
+            batch = await commit(run, collected, entropy_state, timings)
         cursor, entropy_state = batch.record.cursor, batch.record.entropy_state
         yield batch
         timings = {}
@@ -80,11 +80,7 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
 
 
 async def commit(
-    run: Run,
-    rollouts: Rollouts,
-    collected: Collected,
-    entropy_state: float,
-    timings: dict[str, float],
+    run: Run, collected: Collected, entropy_state: float, timings: dict[str, float]
 ) -> Batch:
     """Decide about the groups of a batch, and commit it."""
     config, groups = run.config, [journaled.group for journaled in collected.groups]
@@ -105,11 +101,9 @@ async def commit(
         rounds=collected.rounds,
     )
     decision = await asyncio.to_thread(decide, groups, request)
-    rates = rollouts.rewards.pool.take_error_rates()
-    metrics = {**decision.metrics, **{f"reward_error/{c}": rate for c, rate in rates.items()}}
     return await run.commit(
         collected.groups,
-        replace(decision, metrics=metrics),
+        decision,
         updates=request.updates,
         cursor=collected.cursor,
         timings=timings,

@@ -91,8 +91,6 @@ class RewardPool:
         self._serving: list[asyncio.Task[None]] = []
         self._remote: dict[str, RemoteReward] = {}
         self._recent: deque[str] = deque(maxlen=WINDOW)
-        self._errors: Counter[str] = Counter()
-        self._scored = 0
         self._scoring, self._since, self._busy = 0, 0.0, 0.0
 
     async def __aenter__(self) -> Self:
@@ -139,12 +137,6 @@ class RewardPool:
         busy, self._busy = self._busy, 0.0
         return busy
 
-    def take_error_rates(self) -> dict[str, float]:
-        """Share of the responses scored since the last call that ended in an error, by cause."""
-        scored, errors = max(1, self._scored), self._errors
-        self._scored, self._errors = 0, Counter()
-        return {cause: count / scored for cause, count in sorted(errors.items())}
-
     @contextmanager
     def _busy_while(self) -> Iterator[None]:
         if self._scoring == 0:
@@ -180,11 +172,9 @@ class RewardPool:
         return Verdict(value, right and not cause, named, cause, error)
 
     def _count(self, verdict: Verdict, response: Response) -> None:
-        self._scored += 1
         self._recent.append(verdict.cause)
         if not verdict.cause:
             return
-        self._errors[verdict.cause] += 1
         log.warning("reward: %s: %s; response %.200r", verdict.cause, verdict.error, response.text)
         errors = Counter(cause for cause in self._recent if cause)
         share = errors.total() / len(self._recent)

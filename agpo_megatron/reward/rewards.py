@@ -90,7 +90,7 @@ class Rewards:
                 raw_reward=verdict.value,
                 correct=verdict.correct,
                 reward_parts=verdict.parts,
-                reward_error=verdict.error,
+                reward_error=f"{verdict.cause}: {verdict.error}" if verdict.cause else "",
             )
             for sample, verdict in zip(group.samples, verdicts, strict=True)
         ]

@@ -99,8 +99,10 @@ def test_the_tiny_model_and_tokenizer_load_as_standard_files(tmp_path: Path) -> 
     assert len(tokenizer) == model.config.vocab_size == 64
     assert model.config.eos_token_id == tokenizer.eos_token_id == 2
     assert float(model.lm_head.weight.detach().std()) == pytest.approx(tiny_sums.INIT_STD, rel=0.05)
-    problem = load_problems(config.data.path, config.data, tokenizer)[0]
-    assert tokenizer.decode(problem.tokens, skip_special_tokens=True) == problem.text
+    problems = load_problems(config.data.each()[0], config.data, tokenizer)
+    assert (
+        tokenizer.decode(problems.tokens[0], skip_special_tokens=True) == problems.problem(0).text
+    )
 
     for group in load_sft_examples(config.sft.path, config.data, tokenizer):
         sample = group.samples[0]

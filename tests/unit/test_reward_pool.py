@@ -149,13 +149,9 @@ def test_hostile_answers_cost_their_limit_and_disturb_nothing_else(tmp_path: Pat
         started = time.monotonic()
         parts = [Part(own(tmp_path, HOSTILE))]
         verdicts = await rewards.score(SEVEN, [Response(t) for t in texts], parts)
-        return (
-            dict(zip(texts, verdicts, strict=True)),
-            time.monotonic() - started,
-            rewards.take_error_rates(),
-        )
+        return dict(zip(texts, verdicts, strict=True)), time.monotonic() - started
 
-    verdicts, seconds, rates = pooled(body, timeout=1.0, max_error_frac=1.0)
+    verdicts, seconds = pooled(body, timeout=1.0, max_error_frac=1.0)
     causes = {text: verdict.cause for text, verdict in verdicts.items()}
     assert causes == {
         **dict.fromkeys("abcd", ""),
@@ -168,15 +164,6 @@ def test_hostile_answers_cost_their_limit_and_disturb_nothing_else(tmp_path: Pat
     assert all(v.value == (1.0 if v.cause == "" else 0.0) for v in verdicts.values())
     assert not any(v.correct for v in verdicts.values() if v.cause)
     assert seconds < 15  # three of 1 to 2 s over two workers, and starts
-    assert rates == pytest.approx(
-        {
-            "died": 2 / 13,
-            "exception": 2 / 13,
-            "memory": 1 / 13,
-            "recursion": 1 / 13,
-            "timeout": 3 / 13,
-        }
-    )
 
 
 def test_hostile_mathematics() -> None:
