@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,23 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
             f"{folder.path} holds another run; give this one its own --run-dir, or take back:\n  "
             + "\n  ".join(changed)
         )
+
+
+def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
+    """Find the folder ``mode`` works in, and the config as it holds there.
+
+    Cold start and evaluation have folders of their own inside the run's, so that they never touch its records. An
+    evaluation serves the trained policy if there is one.
+    """
+    folder = RunFolder(Path(os.path.abspath(config.run.dir)))
+    if mode not in ("sft", "eval"):
+        return config, folder
+    changes: dict[str, object] = {}
+    if mode == "eval" and (folder.exported_model / "config.json").exists():
+        changes["model"] = config.model.model_copy(update={"path": str(folder.exported_model)})
+    inner = RunFolder(folder.path / mode)
+    changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
+    return config.model_copy(update=changes), inner
 
 
 def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
