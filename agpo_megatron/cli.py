@@ -151,8 +151,8 @@ def evaluated(
     if model is None and step is None:
         return config, folder
     if step is not None:
-        folder = RunFolder(folder.path / f"step-{step}")
-        model = str(converted(RunFolder(folder.path.parents[1]), step, folder))
+        run, folder = RunFolder(folder.path.parent), RunFolder(folder.path / f"step-{step}")
+        model = str(converted(run, step, folder, config.model.path))
     else:
         folder = RunFolder(folder.path / Path(str(model)).resolve().name)
     changes = {
@@ -162,8 +162,9 @@ def evaluated(
     return config.model_copy(update=changes), folder
 
 
-def converted(run: RunFolder, step: int, folder: RunFolder) -> Path:
-    """The checkpoint of ``step`` as a Hugging Face folder inside ``folder``, converted once. Raises ConfigError."""
+def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
+    """The checkpoint of ``step`` as a Hugging Face folder inside ``folder``, converted once; config and tokenizer are
+    those of ``like``. Raises ConfigError."""
     out = folder.path / "hf"
     if (out / "config.json").exists():
         return out
@@ -175,7 +176,7 @@ def converted(run: RunFolder, step: int, folder: RunFolder) -> Path:
         )
     tool = Path(__file__).parents[1] / "tools" / "convert_hf_checkpoint.py"
     folder.path.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(tool), "to-hf", str(checkpoint), str(out)]
+    command = [sys.executable, str(tool), "to-hf", str(checkpoint), str(out), "--like", like]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(
             f"--step {step}: {checkpoint} could not be converted; the lines above say why"

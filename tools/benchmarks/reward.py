@@ -89,7 +89,7 @@ def main() -> int:
     ours = best(lambda: asyncio.run(through_workers("math", formulas(math))))
     theirs = best(lambda: directly(math))
     print(
-        f"numeric: {per_second:,.0f} answers a second and core, worker and owner together (limit {NUMERIC_LIMIT:,.0f})\n"
+        f"numeric: {per_second:,.0f} answers a second and core, of worker and owner (limit {NUMERIC_LIMIT:,.0f})\n"
         f"math: {1e3 * ours / math:.2f} ms an answer through a worker, {1e3 * theirs / math:.2f} ms by math-verify "
         f"called directly: {ours / theirs:.2f} (limit {MATH_LIMIT})"
     )
