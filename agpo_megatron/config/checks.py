@@ -187,6 +187,12 @@ def _check_task(config: Config, found: _Findings) -> None:
         found.errors.append(
             f"reward: correct {reward.correct:g} must be above wrong {reward.wrong:g}"
         )
+    for held_out in config.eval.sets:
+        if held_out.n > 1 and not held_out.temperature:
+            found.errors.append(
+                f"eval.sets: n {held_out.n} samples of {held_out.shown} at temperature 0 would be {held_out.n} times "
+                "the same; set temperature above 0, or n 1"
+            )
     for kind, sources in (("data.sources", data.each()), ("eval.sets", config.eval.sets)):
         names = [source.shown for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):

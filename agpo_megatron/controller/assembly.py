@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.console import Console
 from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.config.task import TrainSourceConfig
+from agpo_megatron.config.task import SourceConfig, TrainSourceConfig
 from agpo_megatron.controller.evaluation import EvalSet, Rollouts, measure, rescore
 from agpo_megatron.controller.live import live, live_recipe
 from agpo_megatron.controller.loop import train
@@ -37,7 +37,7 @@ from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
-from agpo_megatron.reward.rewards import Rewards
+from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.samples import Ints
@@ -176,10 +176,17 @@ def training_problems(
     """The problems of every source. Raises DataError."""
     rates = pass_rates(config.data.difficulty) if config.data.difficulty and sources else None
     seen = Duplicates()
-    found = [load_problems(source, config.data, tokenizer, seen, rates) for source in sources]
+    found = [
+        load_problems(source, config.data, tokenizer, seen, rates, check_of(config, source))
+        for source in sources
+    ]
     if text := seen.report():
         log.warning("data: %s", text)
     return found
+
+
+def check_of(config: Config, source: SourceConfig) -> Callable[[Mapping[str, Any], str], None]:
+    return reference_check(config.reward.function if source.reward is None else source.reward)
 
 
 def eval_sets(config: Config, first: int, tokenizer: Any) -> list[EvalSet]:
@@ -188,7 +195,7 @@ def eval_sets(config: Config, first: int, tokenizer: Any) -> list[EvalSet]:
     return [
         EvalSet(
             config=each,
-            problems=load_problems(each, config.data, tokenizer),
+            problems=load_problems(each, config.data, tokenizer, check=check_of(config, each)),
             source=first + number,
             max_tokens=each.max_response_tokens or limit,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,13 @@ def load_problems(
     tokenizer: Any,
     seen: Duplicates | None = None,
     rates: Mapping[str, float] | None = None,
+    check: Callable[[Mapping[str, Any], str], None] | None = None,
 ) -> ProblemSet:
     """The problems of a source. ``data``: the section; what the source says itself comes first.
 
     ``seen``: prompts of sources loaded before, whose owner reports duplicates. ``rates``: share of right samples by
-    problem (``pass_rates``), by which ``data.pass_rate`` chooses. Raises DataError, with all rows that cannot be used.
+    problem (``pass_rates``), by which ``data.pass_rate`` chooses. ``check`` raises ValueError for a row, with its
+    reference, that the reward could not use. Raises DataError, with all rows that cannot be used.
     """
     data = data.of(source)
     rows = read_rows(source.path, data.subset, data.split)
@@ -97,15 +99,17 @@ def load_problems(
     for index in range(len(rows)):
         try:
             row = rows.row(index)
-            answer_of(row, data)
+            answer = answer_of(row, data)
             messages = messages_of(row, data)
+            if check is not None:
+                check(row, answer)
             rate = None if rates is None else rates.get(problem_id(messages))
             if rate is not None and not data.pass_rate[0] <= rate <= data.pass_rate[1]:
                 easy_or_hard += 1
                 continue
             texts.append(rendered(messages, row, data, tokenizer))
             indices.append(index)
-        except BadRow as error:
+        except ValueError as error:  # BadRow among them
             bad.append(f"{rows.place(index)}: {error}")
     kept: list[int] = []
     tokens: list[Ints] = []

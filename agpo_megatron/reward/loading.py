@@ -25,6 +25,12 @@ BUILT_IN = {
     "format": "agpo_megatron.reward.texts:format",
     "code": "agpo_megatron.reward.code:code",
 }
+REFERENCES = {
+    "numeric": "agpo_megatron.reward.numeric:reference",
+    "choice": "agpo_megatron.reward.texts:reference_letter",
+    "code": "agpo_megatron.reward.code:read_tests",
+}
+"""What reads a reference for a built-in function, and raises ValueError where it cannot: asked before a run begins."""
 REMOTE = ("http", "judge")
 """Asked over HTTP by the run itself, not in a worker (remote.py)."""
 

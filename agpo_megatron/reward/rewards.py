@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
 from agpo_megatron.config.task import PartConfig, RewardConfig, SourceConfig
 from agpo_megatron.data.rows import BadRow, as_text, value_at
 from agpo_megatron.reward.contract import Problem, Response
-from agpo_megatron.reward.loading import BUILT_IN, REMOTE, RewardError
+from agpo_megatron.reward.loading import BUILT_IN, REFERENCES, REMOTE, RewardError
 from agpo_megatron.reward.pool import Part, PoolSettings, RewardPool, Verdict
 from agpo_megatron.samples import Group
 
@@ -36,6 +37,20 @@ def parts_of(spec: Spec, row: Mapping[str, Any]) -> list[Part]:
             f"reward {spec}: the row says {name!r}; a row chooses among {', '.join([*BUILT_IN, *REMOTE])}"
         )
     return [Part(name)]
+
+
+def reference_check(spec: Spec) -> Callable[[Mapping[str, Any], str], None]:
+    """What raises ValueError for a row whose reference the functions of ``spec`` could never confirm, as far as that is
+    known beforehand: a number that is none, tests that are none, an unknown name in ``row:KEY``."""
+
+    def check(row: Mapping[str, Any], answer: str) -> None:
+        for part in parts_of(spec, row):
+            if part.name in REFERENCES:
+                own = {"letters": part.options["letters"]} if "letters" in part.options else {}
+                module, _, name = REFERENCES[part.name].partition(":")
+                getattr(importlib.import_module(module), name)(answer, **own)
+
+    return check
 
 
 class Rewards:

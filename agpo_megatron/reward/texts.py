@@ -23,15 +23,21 @@ def choice(
     ``extract``: "box", "tag" (extraction.committed_answer), or "text": also "the answer is B", or a last line that
     is a letter. Raises ValueError if the reference is none of ``letters``.
     """
-    expected = chosen_letter(problem.answer)
-    if expected is None or expected not in letters:
-        raise ValueError(
-            f"the reference {problem.answer[:80]!r} is none of the letters {letters}; mend the data or set `letters`"
-        )
+    expected = reference_letter(problem.answer, letters=letters)
     if extract == "text" and BOX not in response.text:
         return stated_letter(response) == expected
     answer = committed_answer(response, "box" if extract == "text" else extract)
     return answer is not None and chosen_letter(answer) == expected
+
+
+def reference_letter(answer: str, *, letters: str = "ABCDE") -> str:
+    """The letter of a reference. Raises ValueError if it is none of ``letters``."""
+    found = chosen_letter(answer)
+    if found is None or found not in letters:
+        raise ValueError(
+            f"the reference {answer[:80]!r} is none of the letters {letters}; mend the data or set `letters`"
+        )
+    return found
 
 
 def chosen_letter(text: str) -> str | None:
