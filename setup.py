@@ -21,6 +21,7 @@ setup(
         "pyyaml",
         "aiohttp",
         "math-verify",
+        "msgspec",
         "requests",
         "numpy",
         "pandas",

@@ -77,9 +77,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     arguments = parse_arguments(argv)
-    # However it is spelled, it is the same folder.
+    # Make the path absolute, so that every spelling means the same folder.
     run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
         if arguments.command == "status":
@@ -108,13 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
-    """sft, train, replay or eval on this machine, under the local supervisor."""
+    """Run sft, train, replay or eval on this machine, under the local supervisor."""
     from agpo_megatron.cluster.node import run_locally
 
     mode, extra = arguments.command, []
     if mode == "train" and arguments.replay:
         mode, extra = "replay", ["--replay", str(arguments.replay)]
-        JournalReader(RunFolder(arguments.replay).journal)  # refuses what is no run
+        JournalReader(RunFolder(arguments.replay).journal)  # refuses a folder that is not a run
     config, folder = place(resolved.config, mode)
     if mode == "eval":
         config, folder = evaluated(config, folder, arguments.model, arguments.step)
@@ -185,7 +185,7 @@ def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
 
 
 def parity(config: Config, ranks: int) -> int:
-    """Print the report; 0 if all of it passes."""
+    """Print the report; return 0 if all of it passes."""
     from agpo_megatron.parity.command import check
     from agpo_megatron.parity.ranks import RankFailed
 

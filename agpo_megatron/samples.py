@@ -1,7 +1,7 @@
-"""The nouns that travel between rooms, and ``COLUMNS``: everything that is known of a sample's tokens.
+"""The data types that the packages share, and ``COLUMNS``: all per-token and per-sequence data of a sample.
 
-Per-token data are numpy arrays from the HTTP client to the gradient. ``COLUMNS`` names each of them once; the journal's
-Arrow schemas, the mapping of its rows and the packing of micro-batches follow from it.
+Per-token data are numpy arrays from the HTTP client to the gradient. ``COLUMNS`` names each of them once; the Arrow
+schemas of the journal, the mapping of its rows and the packing of micro-batches are derived from it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``dtype``: of numpy. ``per``: token of the response, or sequence.
+    """One column. ``dtype``: numpy dtype. ``per``: one value per response token, or one per sequence.
 
-    ``source``: whether it is known when the sample is ("sample": journaled with it) or decided with its batch ("step":
-    journaled with that). ``default``: what a sequence has that lacks it; None for what every sample has, the tokens
-    themselves and their mask, which tell the rows of a pack and are no column of it.
+    ``source``: "sample" is known with the sample and journaled with it, "step" is decided with the batch and journaled
+    with that. ``default``: value for a sequence without the column; None for the tokens and their mask, which every
+    sample has: they determine the rows of a pack and are not columns of it.
     """
 
     name: str
@@ -39,23 +39,23 @@ UNKNOWN = float("nan")
 COLUMNS = (
     Column("response_tokens", "int32", "token", "sample", None),
     Column("loss_mask", "uint8", "token", "sample", None),
-    # log-prob as the rollout server sampled the token (temperature applied)
+    # log-prob of the token on the rollout server (temperature applied)
     Column("rollout_logprobs", "float32", "token", "sample", UNKNOWN),
-    # log-prob that the ratio starts from; unknown: the policy's own, a ratio of 1
+    # old log-prob of the ratio; unknown: the current policy's own, so that the ratio is 1
     Column("old_logprobs", "float32", "token", "step", UNKNOWN),
     # log-prob under the reference policy of the KL term
     Column("ref_logprobs", "float32", "token", "step", UNKNOWN),
-    # factor of the rollout correction on the policy loss; a token of factor 0 does not train
+    # factor of the rollout correction on the policy loss; a token with factor 0 is not trained
     Column("correction", "float32", "token", "step", 1.0),
     # shaped reward
     Column("reward", "float64", "sequence", "step", 0.0),
     # A, the same for every token
     Column("advantage", "float64", "sequence", "step", 0.0),
-    # w of  L = sum w l  (design, idea 1), the same for every token that trains
+    # w of  L = sum w l  (design, idea 1), the same for every trained token
     Column("loss_weight", "float64", "sequence", "step", 0.0),
-    # tokens that train
+    # number of trained tokens
     Column("trained", "int32", "sequence", "step", 0.0),
-    # which optimizer step of its batch the sequence belongs to, from 0
+    # optimizer step within the batch that trains the sequence, from 0
     Column("update", "int32", "sequence", "step", 0.0),
 )
 
@@ -63,7 +63,7 @@ COLUMNS = (
 def columns(
     per: Literal["token", "sequence"] | None = None, source: Literal["sample", "step"] | None = None
 ) -> list[Column]:
-    """The columns of a kind, in the order of ``COLUMNS``."""
+    """Return the columns of a kind, in the order of ``COLUMNS``."""
     return [c for c in COLUMNS if per in (None, c.per) and source in (None, c.source)]
 
 
@@ -84,17 +84,17 @@ class WeightVersion:
 
     @staticmethod
     def parse(text: str) -> WeightVersion:
-        """Inverse of ``str``. Raises ValueError on anything else."""
+        """Invert ``str``. Raises ValueError on anything else."""
         step, attempt, digest = text.split(".", 2)
         return WeightVersion(int(step), int(attempt), digest)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One problem at one place of the prompt stream.
+    """One problem at one position of the prompt stream.
 
     ``position``: index in the (infinite, seeded) stream; it names the group, so no two groups of a run share it.
-    ``tokens`` [n] int32: what the policy sees. ``answer``: the reference. ``source``: name of the data source.
+    ``tokens`` [n] int32: input of the policy. ``answer``: the reference. ``source``: name of the data source.
     """
 
     position: int
@@ -124,10 +124,8 @@ class Sample:
     ``response_tokens`` [n] int32; ``loss_mask`` [n] uint8: 1 where the policy generated the token, 0 where the
     environment did; ``rollout_logprobs`` [n] float32, NaN for a worked solution, which no policy generated.
     ``versions``: spans that cover the response; empty for a worked solution. ``finish_reason``: "stop" or "length"
-    (truncated). ``raw_reward``: what the reward function gave, and ``reward_parts`` by name; ``correct``: whether the
-    response solves the problem; ``reward_error``: "" or
-    "cause: why there is no verdict". Raises ValueError for
-    arrays that do not fit.
+    (truncated). ``raw_reward``, ``reward_parts``: of the reward function; ``correct``: whether the response solves the
+    problem; ``reward_error``: "" or "cause: why there is no verdict". Raises ValueError for arrays of different length.
     """
 
     group_id: str
@@ -161,7 +159,7 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response."""
+        """The number of tokens of prompt and response."""
         return len(self.prompt_tokens) + len(self.response_tokens)
 
 
@@ -179,11 +177,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class TrainSequence:
-    """One sequence as the policy trains on it: a sample's tokens and whatever of ``COLUMNS`` is known of it.
+    """One sequence as the policy trains on it: a sample's tokens and the known ``COLUMNS`` of it.
 
     ``prompt_tokens`` [p], ``response_tokens`` [n] int32, ``loss_mask`` [n] uint8. ``columns``: by name, per token [n],
-    aligned with the response, or a number of the sequence; what is missing has the column's default. Raises ValueError
-    for arrays that do not fit and for a name that is no column.
+    aligned with the response, or one number per sequence; a missing column has its default. Raises ValueError for
+    arrays of different length and for a name that is not in ``COLUMNS``.
     """
 
     sample_id: str
@@ -218,11 +216,11 @@ class TrainSequence:
         return np.concatenate([self.prompt_tokens, self.response_tokens])
 
     def scalar(self, name: str) -> float:
-        """A column of the sequence, or its default."""
+        """Return a per-sequence column, or its default."""
         return float(self.columns.get(name, DEFAULTS[name]))
 
     def trained(self) -> NDArray[np.int64]:
-        """Places in the response of the tokens that train; the first of all tokens has nothing that predicts it."""
+        """Return the response indices of the trained tokens; the first token of a sequence has no prediction."""
         if self.scalar("loss_weight") == 0.0:
             return np.zeros(0, dtype=np.int64)
         mask = self.loss_mask != 0
@@ -234,7 +232,7 @@ class TrainSequence:
 
 
 def group_of(sample_id: str) -> str:
-    """The group that a sample belongs to."""
+    """Return the id of the group that a sample belongs to."""
     return sample_id.rpartition(".")[0]
 
 

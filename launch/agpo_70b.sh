@@ -57,8 +57,12 @@ if [ -f "$site" ]; then
     . "$site"
     set +a
 fi
-default_python=$repo/.venv/bin/python
-train=("${TRAIN_PYTHON:-$default_python}") rollout=("${ROLLOUT_PYTHON:-${TRAIN_PYTHON:-$default_python}}")
+# As launch/install.sh --gpu makes them, unless the site says otherwise. Exported: with rollout_nodes 0 a trainer's node
+# starts servers, in their environment.
+own_rollout=$repo/.venv-rollout/bin/python
+[ -x "$own_rollout" ] || own_rollout=${TRAIN_PYTHON:-$repo/.venv/bin/python}
+export TRAIN_PYTHON=${TRAIN_PYTHON:-$repo/.venv/bin/python} ROLLOUT_PYTHON=${ROLLOUT_PYTHON:-$own_rollout}
+train=("$TRAIN_PYTHON") rollout=("$ROLLOUT_PYTHON")
 container() { # IMAGE: pyxis options
     [ -z "$1" ] || printf '%s\n' "--container-image=$1" "--container-mounts=${MOUNTS:?MOUNTS is not set in $site}" \
         "--container-workdir=$PWD" --no-container-mount-home

@@ -3,8 +3,10 @@
 #
 #   bash launch/install.sh [--dev]        --dev: also what the tests and checks need; with root on Debian and its kin
 #                                         that includes a Slurm, whose services stay off
+#   bash launch/install.sh --gpu          the two environments of a GPU machine instead: .venv for trainers and
+#                                         controller, .venv-rollout for servers (recipes: launch/images/)
 #
-#   AGPO_VENV  where the environment lies   (default: .venv in the repository)
+#   AGPO_VENV  where the environment lies   (default: .venv in the repository; the servers': beside it, with -rollout)
 #   PYTHON     interpreter to make it with  (default: the first of python3, python3.11 ... that is >= 3.11)
 #
 # PyTorch: requirements-cpu.txt pins torch==2.13.0. Which build of it pip finds (CPU or CUDA) depends on the indexes
@@ -19,13 +21,41 @@ megatron=megatron-core==0.19.2
 
 fail() { echo "install: $*" >&2; exit 1; }
 
-dev=false
+dev=false gpu=false
 for argument in "$@"; do
     case $argument in
         --dev) dev=true ;;
-        *) fail "unknown option $argument; usage: bash launch/install.sh [--dev]" ;;
+        --gpu) gpu=true ;;
+        *) fail "unknown option $argument; usage: bash launch/install.sh [--dev | --gpu]" ;;
     esac
 done
+
+# Each environment is finished by its own script; a stamp written last says that it was.
+install_gpu() {
+    command -v nvidia-smi >/dev/null || fail "--gpu needs NVIDIA's driver for CUDA 13, and there is no nvidia-smi here"
+    command -v "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" nvcc >/dev/null ||
+        fail "--gpu compiles a part of Transformer Engine and finds no nvcc: install the CUDA 13 toolkit, set CUDA_HOME"
+    local name folder stamp wanted
+    for name in train rollout; do
+        folder=$venv
+        [ $name = train ] || folder=$venv-rollout
+        stamp=$folder/.$name.stamp
+        wanted=$(cat "$repo"/launch/images/*.txt "$repo/launch/images/$name.sh" "$repo/launch/requirements-cpu.txt" |
+            sha256sum | cut -d' ' -f1)
+        [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || continue
+        echo "install: $folder with launch/images/$name.sh"
+        bash "$repo/launch/images/$name.sh" "$folder"
+        [ $name = rollout ] ||
+            "$folder/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e "$repo"
+        echo "$wanted" >"$stamp"
+    done
+    echo "install: start with bash launch/local.sh CONFIG, or sbatch launch/agpo_8b.sh"
+}
+if $gpu; then
+    $dev && fail "--gpu and --dev make different environments at one place; use AGPO_VENV and two calls"
+    install_gpu
+    exit
+fi
 
 usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 

@@ -3,6 +3,8 @@
 #
 #   bash launch/local.sh [CONFIG] [--set a.b=c]... [--run-dir DIR]
 #
+#   TRAIN_PYTHON, ROLLOUT_PYTHON   interpreters of trainers (and controller) and of servers, also from launch/site.env
+#
 # CONFIG: configs/tiny_cpu.yaml unless given.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,4 +21,8 @@ if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     shift
 fi
 export PYTHONPATH=$repo${PYTHONPATH:+:$PYTHONPATH}
+# Where launch/install.sh --gpu has made an environment of their own, the servers run in it.
+if [ -z "${ROLLOUT_PYTHON:-}" ] && [ -x "$repo/.venv-rollout/bin/python" ]; then
+    export ROLLOUT_PYTHON=$repo/.venv-rollout/bin/python
+fi
 exec "${TRAIN_PYTHON:-$repo/.venv/bin/python}" -m agpo_megatron train "$config" "$@"

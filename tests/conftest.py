@@ -1,9 +1,9 @@
-"""Shared by all tests: helper modules of tests/ and tests/resume import by their plain names."""
+"""Shared by all tests: helper modules of tests/ and its folders import by their plain names."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-for folder in ("", "resume", "unit", "slurm"):
+for folder in ("", "resume", "unit", "slurm", "gpu"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

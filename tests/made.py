@@ -34,6 +34,8 @@ def sequence(
 
 def changed(s: TrainSequence, **values: Any) -> TrainSequence:
     """The sequence with other columns: numbers, or lists with one entry per token."""
+    if "old_logprobs" in values:  # which count from the second update of a batch on
+        values = {"update": 1, **values}
     arrays = {
         name: np.array(value[1:], PER_TOKEN[name]) if name in PER_TOKEN else value
         for name, value in values.items()

@@ -41,6 +41,12 @@ class Finished:
 def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFrame:
     """Compute what is compared, step by step, from the metrics; NaN where it was not measured."""
     steps = pd.DataFrame(rows).set_index("step")
+    if (
+        config.train.updates_per_batch > 1
+    ):  # what is known of a whole batch stands with its first step
+        of_batch = ["reward", "response", "group", "mask", "sampling"]
+        names = [name for name in steps if name.partition("/")[0] in of_batch]
+        steps[names] = steps[names].ffill()
 
     def metric(key: str, absent: float) -> pd.Series:
         return steps[key].fillna(absent) if key in steps else pd.Series(absent, steps.index)

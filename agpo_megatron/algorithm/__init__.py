@@ -1,4 +1,4 @@
-"""The mathematics of AGPO and its kin as pure functions: no Megatron, HTTP, process groups, config.
+"""The mathematics of AGPO and related methods as pure functions: no Megatron, HTTP, process groups or config.
 
 Equations are numbered as in docs/algorithm.md.
 """

@@ -1,4 +1,4 @@
-"""From rewards to advantages: the estimators, and what becomes of zero-variance groups (A1)."""
+"""Advantages from rewards: the estimators, and the treatment of zero-variance groups (A1)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 
 from agpo_megatron.algorithm.settings import Estimator, ZeroVariance
 
-_WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
+WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 
 
 def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
-    """Whether all rewards of a group agree:  max - min <= tol,  in double precision.
+    """Return whether all rewards of a group are equal:  max - min <= tol,  in double precision.
 
-    To be asked of the RAW rewards, before any length term. This, and never
-    ``advantage == 0``, decides whether the loss mask drops a group: normalising identical
-    non-dyadic rewards in single precision leaves rounding noise that the small epsilon blows up
-    (0.9 thirty times gives |A| = 0.15), and a member that sits exactly at the mean of a mixed group
-    has a zero advantage though its group is informative.
+    Call it on the RAW rewards, before any length term. This test, and never
+    ``advantage == 0``, decides whether the loss mask drops a group: normalising equal non-dyadic
+    rewards in single precision leaves rounding noise that the small epsilon blows up (0.9 thirty
+    times gives |A| = 0.15), and a sample exactly at the mean of a mixed group has advantage 0
+    though its group is informative.
 
     Raises ValueError when the group is empty or a reward is not finite.
     """
@@ -40,10 +40,11 @@ def step_advantages(
     correct: Sequence[Sequence[bool]],
     ddof: Literal[0, 1] = 1,
 ) -> list[list[float]]:
-    """Advantages of every response of a step, group by group; a response's tokens share its own.
+    """Return the advantages of all responses of a step, by group; all tokens of a response share one.
 
-    ``raw``: what the reward functions gave, by group, which alone decides zero variance. ``shaped``: the same plus
-    length and KL terms, which are normalised. ``token_counts``: trained tokens n of each response.
+    ``raw``: rewards of the functions by group, which alone decide zero variance. ``shaped``: the
+    same plus length and KL terms; these are normalised. ``token_counts``: trained tokens n of each
+    response. ``correct``: which responses are right.
     With mu, sigma (``ddof``) of the group and G its size::
 
         group_norm             (r - mu) / (sigma + eps)                       GRPO 2402.03300   (A1)
@@ -53,18 +54,18 @@ def step_advantages(
         reinforce_pp           (r - mu_T) / (sigma_T + eps)       over its tokens     2501.03262
         reinforce_pp_baseline  the same whitening of r - mu                           2501.03262
 
-    "Over its tokens" counts each response n times: the return of every token is its response's.
+    "Over its tokens" counts each response n times: every token has the return of its response.
 
-    Zero-variance groups, ``correct`` saying which responses are right::
+    Zero-variance groups::
 
         "zero", "resample"  0 where the estimator has a group baseline (then the loss mask may drop
                             the group; under "resample" the controller has tried to replace it);
-                            reinforce_pp and batch_norm have none, and give it what they give
+                            reinforce_pp and batch_norm have none and treat it as any other group
         "constant"          +1, -1, 0 for all right, all wrong, neither               (v1, A1)
 
-    The authors' code tests for 0 and 1 although its rewards are -1 and +1, so that -1 is never
-    given there; by ``correct`` it is. Results do not depend on the order of groups or
-    of samples. Raises ValueError for lists that do not fit or a reward that is not finite.
+    The authors' code tests for 0 and 1 although its rewards are -1 and +1, so it never gives -1;
+    ``correct`` avoids that. Results do not depend on the order of groups or samples.
+    Raises ValueError for lists of different length or a reward that is not finite.
     """
     for group, shaped_group, counts in zip(raw, shaped, token_counts, strict=True):
         if not len(group) == len(shaped_group) == len(counts):
@@ -97,13 +98,13 @@ def step_advantages(
     for i, group in enumerate(raw):
         if no_variance[i] and zero_variance == "constant":
             values[i] = [_zero_variance_constant(correct[i])] * len(group)
-        elif no_variance[i] and estimator not in _WITHOUT_GROUP_BASELINE:
+        elif no_variance[i] and estimator not in WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     return values
 
 
 def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[float]) -> float:
-    """Population covariance (ddof 0) of response length and advantage: the Cov of eq. 1c.
+    """Return the population covariance (ddof 0) of response length and advantage: Cov of eq. 1c.
 
     0 for no sequences. ``lengths``: trained tokens n_i per sequence. Raises ValueError on a length
     mismatch.
@@ -120,8 +121,8 @@ def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[flo
 
 
 def _centred(rewards: Sequence[float]) -> list[float]:
-    """r - mu. From deviations above the minimum, summed exactly: the result cannot depend on the
-    order of the samples, and equal rewards give exactly 0."""
+    """Return r - mu, from exactly summed deviations above the minimum: the result does not depend
+    on the order of the samples, and equal rewards give exactly 0."""
     lowest = min(rewards)
     above = [reward - lowest for reward in rewards]
     mean = math.fsum(above) / len(above)
@@ -142,7 +143,7 @@ def _whitened(
     std_eps: float,
     ddof: int,
 ) -> list[list[float]]:
-    """Mean 0 and deviation 1 over the whole step, each value counted ``counts`` times."""
+    """Scale to mean 0 and deviation 1 over the whole step, each value counted ``counts`` times."""
     flat = [(x, n) for g, c in zip(groups, counts, strict=True) for x, n in zip(g, c, strict=True)]
     total = sum(n for _, n in flat)
     if total <= ddof:
@@ -155,7 +156,7 @@ def _whitened(
 
 
 def _zero_variance_constant(correct: Sequence[bool]) -> float:
-    """+1 for all right, -1 for all wrong, 0 for equal rewards of right and wrong answers."""
+    """Return +1 for all right, -1 for all wrong, 0 for equal rewards of right and wrong answers."""
     return 1.0 if all(correct) else 0.0 if any(correct) else -1.0
 
 

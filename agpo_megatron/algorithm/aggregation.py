@@ -1,10 +1,10 @@
-"""How token losses become one number: the weights w of  L = sum_{i,t} w_{i,t} l_{i,t}.
+"""Aggregation of token losses: the weights w of  L = sum_{i,t} w_{i,t} l_{i,t}.
 
 The weights depend on masks only, so they are computed once, from the masks of a whole optimizer
-step, before anything is sharded. Whoever holds a shard then sums ``w * l`` and divides by nothing:
+step, before anything is sharded. Each rank then sums ``w * l`` over its shard, without a division:
 the loss cannot depend on data, pipeline or context parallelism, on packing, or on the number of
-micro-batches. In every mode the trained tokens of one sequence share one weight, so a step's
-weights are one number per sequence, whatever its length.
+micro-batches. In every mode the trained tokens of one sequence share one weight, so the weights of
+a step are one number per sequence.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def sequence_weights(
     mode: AggregationMode,
     norm_length: int | None = None,
 ) -> list[float]:
-    """Loss weight w_i of each trained token of sequence i, for all sequences of one optimizer step.
+    """Return the loss weight w_i of each trained token of sequence i, for one optimizer step.
 
-    ``trained``: n_i, tokens that remain in the numerator after every mask (0: the sequence was
-    dropped). ``counted``: d_i, tokens that the denominators count, d_i >= n_i. The choice of
-    denominators is the choice of d: with "exclude" d = n, so what a mask drops leaves numerator
-    and denominator alike (A3 with token_mean); with "keep" d counts it still (plain GRPO and DAPO:
-    it dilutes the rest). With B = #{d_i > 0}::
+    ``trained``: n_i, tokens left in the numerator after all masks (0: the sequence was dropped).
+    ``counted``: d_i, tokens that the denominators count, d_i >= n_i. The setting of denominators
+    is the choice of d: with "exclude" d = n, so dropped tokens leave numerator and denominator
+    (A3 with token_mean); with "keep" d still counts them (plain GRPO and DAPO: they dilute the
+    rest). With B = #{d_i > 0}::
 
         token_mean               w_i = 1 / sum_j d_j      each token counts the same (DAPO)
         seq_mean_token_mean      w_i = 1 / (d_i B)        each sequence counts the same (GRPO)
         seq_mean_token_sum       w_i = 1 / B              tokens count the same, scale with length
         seq_mean_token_sum_norm  w_i = 1 / (B norm_length)     the same, constant scale (Dr. GRPO)
 
-    and 0 where n_i = 0. No token left: all weights are 0, never NaN.
+    and 0 where n_i = 0. If no token is left, all weights are 0, never NaN.
 
     Raises ValueError for lists of different length, n_i > d_i, an unknown mode, or a missing or
     non-positive ``norm_length``.
@@ -72,11 +72,11 @@ def sequence_weights(
 def on_policy_loss(
     weights: Sequence[float], trained: Sequence[int], advantages: Sequence[float]
 ) -> float:
-    """Policy loss at ratio 1,  L = - sum_i w_i n_i A_i:  known before any forward pass.
+    """Return the policy loss at ratio 1,  L = - sum_i w_i n_i A_i:  known before any forward pass.
 
     On policy, with complete groups (advantages add up to 0) and token_mean this is
-    - Cov(n, A) / mean(n): eq. 1c. Raises ValueError on a length mismatch. Exactly rounded sum, so
-    the order of the sequences does not matter.
+    - Cov(n, A) / mean(n): eq. 1c. The sum is exactly rounded, so the order of the sequences does
+    not matter. Raises ValueError on a length mismatch.
     """
     if not len(weights) == len(trained) == len(advantages):
         raise ValueError(

@@ -1,7 +1,8 @@
-"""Switches of ``algorithm`` that contradict each other, or are seldom meant together; why, in one sentence each."""
+"""Checks for switches of ``algorithm`` that contradict each other or are seldom meant together, one reason each."""
 
 from __future__ import annotations
 
+from .advantage import WITHOUT_GROUP_BASELINE
 from .settings import AlgorithmSettings, LossSettings
 
 
@@ -10,14 +11,14 @@ def check_algorithm(
     *,
     max_response_tokens: int,
 ) -> tuple[list[str], list[str]]:
-    """(contradictions, warnings)."""
+    """Return (contradictions, warnings)."""
     rules = _contradictions(algorithm, max_response_tokens)
     doubts = _doubts_about_rewards(algorithm) + _doubts_about_the_loss(algorithm)
     return [text for is_wrong, text in rules if is_wrong], [text for odd, text in doubts if odd]
 
 
 def without_effect(loss: LossSettings, updates: int) -> str:
-    """One line on the settings that cannot act while the policy is its own old policy; "" where ratios can differ."""
+    """Name the settings that have no effect while every ratio is 1, in one line; "" where ratios can differ."""
     if updates > 1 or loss.old_logprobs == "rollout":
         return ""
     idle = (
@@ -75,8 +76,8 @@ def _contradictions(algorithm: AlgorithmSettings, limit: int) -> list[tuple[bool
 
 
 def has_group_baseline(algorithm: AlgorithmSettings) -> bool:
-    """Whether advantages compare a response with those to the same prompt."""
-    return algorithm.advantage.estimator not in ("reinforce_pp", "batch_norm")
+    """Return whether advantages compare a response with the others of its group."""
+    return algorithm.advantage.estimator not in WITHOUT_GROUP_BASELINE
 
 
 def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:

@@ -1,8 +1,8 @@
-"""Rollout correction: weights for the gap between the server's policy and the trainer's.
+"""Rollout correction: weights for the gap between the policy of the server and that of the trainer.
 
-Both hold the same weights but not the same arithmetic. With old the trainer's log-probs before the
-update and rollout the server's, the mismatch of a token is q_t = exp(old_t - rollout_t); it weighs
-the policy loss of the token, without gradient.
+Both hold the same weights but compute them differently. With the old log-probs (trainer, before the
+update) and the rollout log-probs (server), the ratio of a token is q_t = exp(old_t - rollout_t); it
+weighs the policy loss of the token, without gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def rollout_correction(
     low: float,
     high: float,
 ) -> Floats:
-    """Weights of the tokens of one sequence, [n] float32; 0 off ``loss_mask`` and where a token is refused.
+    """Return the token weights of one sequence, [n] float32; 0 off ``loss_mask`` and for refused tokens.
 
     ::
 
@@ -37,27 +37,28 @@ def rollout_correction(
                 mis            q 1[low <= q <= high]        masked importance sampling
                 icepop         the same; token level by definition, [0.5, 5] in arXiv:2510.18855
 
-    A refused token may leave the denominators or stay in them: the caller decides (it knows the
-    whole step). Raises ValueError for lists that do not fit.
+    The caller, which knows the whole step, decides whether refused tokens leave the denominators.
+    Raises ValueError for lists of different length.
     """
     if not len(old_logprobs) == len(rollout_logprobs) == len(loss_mask):
         raise ValueError(
             f"rollout correction: {len(old_logprobs)} old log-probs, {len(rollout_logprobs)} "
             f"rollout log-probs and {len(loss_mask)} mask entries"
         )
-    gap = np.subtract(
-        old_logprobs,
-        rollout_logprobs,
-        where=loss_mask != 0,
-        out=np.zeros(len(loss_mask), np.float32),
-    )
+    masked = loss_mask != 0
+    whole = bool(masked.all())
+    gap = np.subtract(old_logprobs, rollout_logprobs, dtype=np.float32)
+    if not whole:
+        gap[~masked] = 0
     if level != "token":
         total = float(gap.sum(dtype=np.float64))
         if level == "sequence_mean":
-            total /= max(int(np.count_nonzero(loss_mask)), 1)
-        gap = np.full_like(gap, total)
-    q = np.exp(np.clip(gap, -_LIMIT, _LIMIT))
-    accepted = loss_mask != 0
+            total /= max(int(np.count_nonzero(masked)), 1)
+        gap[:] = total
+    q = np.exp(np.clip(gap, -_LIMIT, _LIMIT, out=gap), out=gap)
     if kind != "tis":
-        accepted &= (q >= low) & (q <= high)
-    return np.where(accepted, np.minimum(q, np.float32(high)), np.float32(0))
+        q[~((q >= low) & (q <= high))] = 0  # a NaN is refused too
+    np.minimum(q, np.float32(high), out=q)
+    if not whole:
+        q[~masked] = 0
+    return q

@@ -2,7 +2,7 @@
 
     L' = phi(L),    grad L' = phi'(L) grad L
 
-so all it does to a step is one factor on the gradient, the gain phi'(L)::
+so its only effect on a step is one factor on the gradient, the gain phi'(L)::
 
     max0      max(L, c)                         gain 1[L > c]                       (A4)
     exp       tau exp(L / tau)                  gain exp(L / tau)                   (1d)
@@ -10,9 +10,9 @@ so all it does to a step is one factor on the gradient, the gain phi'(L)::
     softplus  tau log(1 + exp(L / tau))         gain sigmoid(L / tau)
 
 max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
-its limitations name, whose form is not published.
+named in its limitations, whose form is not published.
 
-What the gate reacts to. On policy (rho = 1), with complete groups (advantages add up to 0) and
+Input of the gate. On policy (rho = 1), with complete groups (advantages add up to 0) and
 token-mean weights,
 
     L = - sum_i n_i A_i / sum_i n_i = - Cov(n, A) / mean(n)          (1c)
@@ -22,9 +22,9 @@ advantage. The gate drops the updates that would reward length and keeps those i
 answers are the wrong ones. With seq_mean_token_mean the same value is identically 0, and the gate
 would act on rounding noise.
 
-Scope. phi is not linear, so it matters what it is applied to. "batch" is the loss of the whole
-optimizer step, of all ranks and micro-batches; with several updates per batch that is the step's own
-share of the batch, so each decides for itself. Any smaller scope splits the step into parts p
+Scope. phi is not linear, so its argument matters. "batch" is the loss of the whole optimizer step
+over all ranks and micro-batches; with several updates per batch, each step has a loss and a gate of
+its own. Any smaller scope splits the step into parts p
 (micro-batches, groups, sequences, tokens) with W_p = sum of their weights and S_p = sum of w l:
 
     L' = sum_p W_p phi(S_p / W_p)                                    (1e)
@@ -43,7 +43,7 @@ from agpo_megatron.algorithm.settings import AdaptiveKind, ClipSettings, LossSet
 from agpo_megatron.samples import TrainSequence
 
 TIE = 1e-6
-"""Losses closer than this part of their ``scale`` are equal: about ten roundings of float32."""
+"""Losses that differ by at most this fraction of their ``scale`` are equal: about ten roundings of float32."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Adaptive:
 
     ``minimum``: c of max0. ``tie``: gain of max0 at L = c: 0, 1/2 (what torch.maximum does, and so
     the authors' code) or 1 (what clamp does). ``tau``: scale of the others. ``max_exponent``:
-    beyond L / tau = this, exp continues as a straight line, so its gain is at most
+    where L / tau exceeds it, exp continues as a straight line, so its gain is at most
     e^max_exponent; downwards it needs no cap.
 
-    Below, ``scale`` is the size of the terms that a loss is the sum of, sum |w A| over the same
-    part of the step (about 1 with token_mean, hundreds with seq_mean_token_sum). Responses of equal
-    length make L a sum that is exactly 0 but for its rounding, which must not open or close the
-    gate: L = c wherever |L - c| <= TIE * scale.
+    Below, ``scale`` is the size of the terms of a loss, sum |w A| over the same part of the step
+    (about 1 with token_mean, hundreds with seq_mean_token_sum). For responses of equal length L is
+    exactly 0 but for rounding, which must not open or close the gate: L = c wherever
+    |L - c| <= TIE * scale.
     """
 
     kind: AdaptiveKind = "none"
@@ -72,15 +72,15 @@ class Adaptive:
         return Adaptive(clip.kind, clip.min, clip.tau, tie=clip.tie)
 
     def value(self, loss: float, scale: float = 1.0) -> float:
-        """phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
+        """Return phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
         return float(self.values(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def gain(self, loss: float, scale: float = 1.0) -> float:
-        """phi'(L), the factor on the gradient. Raises ValueError as ``value``."""
+        """Return phi'(L), the factor on the gradient. Raises ValueError like ``value``."""
         return float(self.gains(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def values(self, losses: Tensor, scales: Tensor) -> Tensor:
-        """phi of each entry; any shape, same dtype. A tie has the value c."""
+        """Return phi of each entry; any shape, same dtype. A tie has the value c."""
         x = losses / self.tau
         match self.kind:
             case "none":
@@ -96,7 +96,7 @@ class Adaptive:
                 return self.tau * torch.logaddexp(x, torch.zeros_like(x))
 
     def gains(self, losses: Tensor, scales: Tensor) -> Tensor:
-        """phi' of each entry; any shape, same dtype."""
+        """Return phi' of each entry; any shape, same dtype."""
         x = losses / self.tau
         match self.kind:
             case "none":
@@ -131,7 +131,7 @@ class PartSum:
 
 
 def total(parts: Iterable[PartSum]) -> PartSum:
-    """The sum of ``parts``, exactly rounded, so that their order does not matter."""
+    """Return the sum of ``parts``, exactly rounded, so that their order does not matter."""
     listed = list(parts)
     return PartSum(
         math.fsum(p.weight for p in listed),
@@ -141,13 +141,13 @@ def total(parts: Iterable[PartSum]) -> PartSum:
 
 
 def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | None:
-    """Sums by group at ratio 1, where every policy loss is -A: S = -sum w c A. None when a ratio is not 1."""
+    """Return the sums by group at ratio 1, where the loss is -A: S = -sum w c A. None if there are old log-probs."""
     parts: dict[str, list[PartSum]] = {}
     for s in sequences:
         trained = s.trained()
         if not len(trained):
             continue
-        if "old_logprobs" in s.columns:
+        if "old_logprobs" in s.columns and s.scalar("update") > 0:
             return None
         weight, c = s.scalar("loss_weight"), float(len(trained))
         if "correction" in s.columns:
@@ -167,12 +167,12 @@ class Gate:
 
     @property
     def mean(self) -> float:
-        """What metrics report: the gain of the step, or the mean over groups."""
+        """The gain for the metrics: that of the step, or the mean over groups."""
         return math.fsum(self.gains.values()) / len(self.gains) if self.gains else 0.0
 
 
 def gate_of(settings: LossSettings, shares: Sequence[Mapping[str, PartSum]]) -> Gate:
-    """The gate of a step from the part sums of all replicas. Raises ValueError for a loss that is not finite."""
+    """Return the gate of a step from the part sums of all replicas. Raises ValueError for a loss that is not finite."""
     by_group: dict[str, list[PartSum]] = {}
     for share in shares:
         for group, part in share.items():

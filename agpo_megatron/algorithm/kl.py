@@ -1,4 +1,4 @@
-"""The terms beside the policy loss: KL to a reference policy, and the coefficient of the entropy bonus.
+"""Other loss terms: KL to a reference policy, and the coefficient of the entropy bonus.
 
 objective = phi(L_policy) + beta sum w k - c_H sum w H          (clip.on: policy)
 """
@@ -13,7 +13,7 @@ from agpo_megatron.algorithm.settings import KlEstimator
 from agpo_megatron.samples import Floats
 
 LOG_RATIO_LIMIT = 20.0
-"""Far outside any trust region, exp still finite: no token turns the step into NaN by 0 * inf."""
+"""Limit far outside any trust region with a finite exp: no token turns the step into NaN by 0 * inf."""
 
 
 def kl_estimate(
@@ -22,16 +22,16 @@ def kl_estimate(
     estimator: KlEstimator,
     old_logprob: Tensor | None = None,
 ) -> Tensor:
-    """Per-token estimate of KL(pi || pi_ref) at sampled tokens; [N] in, [N] out, differentiable.
+    """Estimate KL(pi || pi_ref) per sampled token; [N] in, [N] out, differentiable.
 
     With d = logprob - ref_logprob (limited to +-20)::
 
         k1 = d        k2 = d^2 / 2        k3 = e^-d + d - 1
 
-    As a loss, the expected gradient of k1 is 0, that of k2 the reverse KL's, that of k3 is biased;
-    as a term of the reward k1 is right. ``old_logprob`` given: times rho = exp(logprob -
-    old_logprob), which makes the expected gradient of k1 and k3 the reverse KL's (DeepSeek-V3.2;
-    k2 gains nothing by it).
+    As a loss, the expected gradient of k1 is 0, that of k2 is the gradient of the reverse KL, that
+    of k3 is biased; as a reward term k1 is unbiased. With ``old_logprob`` the estimate is multiplied
+    by rho = exp(logprob - old_logprob), which makes the expected gradient of k1 and k3 that of the
+    reverse KL (DeepSeek-V3.2; k2 gains nothing by it).
     Source: J. Schulman, "Approximating KL Divergence"; 2512.02556 for the importance correction.
     """
     d = (logprob - ref_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -50,7 +50,7 @@ def kl_estimate(
 
 
 def kl_sum(logprobs: Floats, ref_logprobs: Floats, estimator: KlEstimator) -> float:
-    """Sum of the estimate over the tokens of one response: what a KL penalty in the reward subtracts, times beta."""
+    """Sum the estimate over the tokens of one response. A KL penalty subtracts beta times this from the reward."""
     own, ref = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (logprobs, ref_logprobs))
     return float(kl_estimate(own, ref, estimator).sum())
 
@@ -58,10 +58,10 @@ def kl_sum(logprobs: Floats, ref_logprobs: Floats, estimator: KlEstimator) -> fl
 def next_entropy_coefficient(
     coefficient: float, entropy: float, target: float, delta: float
 ) -> tuple[float, float]:
-    """Adaptive entropy control (Skywork-OR1, arXiv:2505.22312).
+    """Adapt the entropy coefficient (Skywork-OR1, arXiv:2505.22312).
 
-    ``entropy``: of the current policy on this step's tokens, nats. Returns (coefficient to carry to
-    the next step, coefficient to apply in this one)::
+    ``entropy``: current policy's, on the tokens of this step, nats. Returns (coefficient to
+    carry to the next step, coefficient to apply in this one)::
 
         c' = c + delta if H <= target, else max(0, c - delta)
         applied: c' if H <= target, else 0

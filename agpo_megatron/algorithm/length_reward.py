@@ -1,6 +1,6 @@
-"""Length terms of the reward: what a response earns or loses for its length, beside its accuracy.
+"""Length terms of the reward: bonus or penalty of a response for its length, beside its accuracy.
 
-Raw accuracy rewards stay as they are; these terms are added to them, and only the sum is normalised.
+The terms are added to the raw accuracy rewards, and only the sum is normalised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def agpo_length_bonus(
     groups: Literal["mixed", "all"] = "mixed",
     tie: Literal["zero", "full"] = "zero",
 ) -> list[float]:
-    """AGPO's length reward of one group (A2): among the right answers, shorter earns more.
+    """Return AGPO's length reward of one group (A2): shorter right answers earn more.
 
     ``correct``: the G verdicts. ``lengths``: the G response lengths in tokens, end token included.
     ``weight``: lambda. Returns G numbers in [0, weight]::
@@ -27,12 +27,12 @@ def agpo_length_bonus(
                 = 0                                           if i is wrong
         Lmin, Lmax over the correct responses of the group only
 
-    ``groups``: "mixed" pays nothing where all are right (so that zero-variance groups stay what
-    they are); "all" pays there too. ``tie``: what the correct ones earn when they all have one
-    length, which a single correct one always does: 0, or the full lambda.
+    ``groups``: "mixed" pays nothing where all are right (so that zero-variance groups keep zero
+    variance); "all" pays there too. ``tie``: bonus of the correct responses when all of them have
+    the same length, as with a single correct one: 0, or the full lambda.
 
     Source: arXiv:2503.15952 v1, in the form of the authors' reward manager of May 2025, which
-    multiplies r_acc (1 + ...): the same thing for r_acc = 1. "full" is their earlier draft.
+    multiplies r_acc (1 + ...): the same for r_acc = 1. "full" is their earlier draft.
     Raises ValueError when the two lists differ in length.
     """
     _check_pairs(correct, lengths)
@@ -53,7 +53,7 @@ def agpo_length_bonus(
 def kimi_length_reward(
     correct: Sequence[bool], lengths: Sequence[int], weight: float
 ) -> list[float]:
-    """Kimi k1.5's length reward of one group, in [-weight / 2, weight / 2].
+    """Return Kimi k1.5's length reward of one group, in [-weight / 2, weight / 2].
 
     ::
 
@@ -79,14 +79,14 @@ def kimi_length_reward(
 def cosine_length_reward(
     correct: Sequence[bool], lengths: Sequence[int], weight: float, max_length: int
 ) -> list[float]:
-    """Cosine length reward, in [-weight, weight]; each response by itself.
+    """Return the cosine length reward, in [-weight, weight]; each response by itself.
 
     ::
 
         c_i    = (1 + cos(pi L_i / max_length)) / 2        1 at length 0, 0 at max_length
         term_i = +weight c_i    if i is correct            short right answers earn most
                = -weight c_i    if i is wrong              short wrong answers lose most
-               = -weight        if L_i >= max_length       ran out of room, right or wrong
+               = -weight        if L_i >= max_length       truncated, right or wrong
 
     Source: the form of arXiv:2502.03373 (section 3.1) with one weight for its three scales.
     Raises ValueError when the lists differ in length.
@@ -105,7 +105,7 @@ def cosine_length_reward(
 def dapo_overlong_penalty(
     lengths: Sequence[int], weight: float, max_length: int, buffer: int
 ) -> list[float]:
-    """DAPO's soft overlong punishment, in [-weight, 0], whether right or wrong.
+    """Return DAPO's soft overlong penalty, in [-weight, 0], for right and wrong answers alike.
 
     ::
 

@@ -1,13 +1,13 @@
-"""The loss of a micro-batch: the policy losses of its tokens, the terms beside them, and what they report.
+"""The loss of a micro-batch: policy losses of its tokens, KL and entropy terms, and their metrics.
 
     sum_micro-batches [ sum_t g w c l  +  beta sum_t w k  -  c_H sum_t w H ]
 
 with l, k, H policy loss, KL estimate and entropy of a token; w its loss weight, c its rollout correction, g the gain
-phi'(L) of the gate (gate.py) where that is folded in. Tensors only, nothing of Megatron.
+phi'(L) of the gate (gate.py) where that is folded in. This module uses tensors only, nothing of Megatron.
 
 A policy loss is a function of ``Ratios`` and ``LossSettings``, in ``POLICY_LOSSES`` under the name that
 ``algorithm.loss.policy`` gives. All have the gradient -A d logprob at ratio 1 (sequence-level ones: its mean over the
-sequence), so they differ off policy only. A new one is a function here and its parameters in settings.py.
+sequence), so they differ off policy only. To add one, write a function here and its parameters in settings.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from agpo_megatron.samples import DEFAULTS
 
 @dataclass(frozen=True)
 class LossRows:
-    """The N rows of one pack, of S whole sequences: every token that trains, and what is known of it.
+    """The N rows (trained tokens) of one packed micro-batch of S whole sequences, with their columns.
 
-    What is known of samples.COLUMNS, by name: ``per_token`` [N], ``per_sequence`` [S], fp32. ``sequence`` [N] int64 in
-    [0, S): whose row it is; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on the policy
-    loss of whole sequences, where the gate is known before.
+    ``per_token`` [N], ``per_sequence`` [S]: the known ones of samples.COLUMNS, by name, fp32. ``sequence`` [N] int64 in
+    [0, S): the sequence of each row; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on
+    the policy loss of whole sequences, if the gate is known before the backward pass.
     """
 
     per_token: Mapping[str, Tensor]
@@ -40,7 +40,7 @@ class LossRows:
     gains: Tensor | None = None
 
     def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N]: a column's value for each row, its default where no sequence has it."""
+        """Return a column for each row, [N]; its default where no sequence has it."""
         if name in self.per_token:
             return self.per_token[name].to(dtype)
         if name in self.per_sequence:
@@ -48,7 +48,7 @@ class LossRows:
         return torch.full_like(self.sequence, DEFAULTS[name], dtype=dtype)
 
     def part(self, rows: slice | Tensor) -> LossRows:
-        """What is said of some of the rows; sequences keep their numbers."""
+        """Select some of the rows; sequences keep their numbers."""
         cut = {name: values[rows] for name, values in self.per_token.items()}
         return replace(self, per_token=cut, sequence=self.sequence[rows])
 
@@ -67,8 +67,8 @@ class LossRows:
 
 @dataclass(frozen=True)
 class Ratios:
-    """What a policy loss looks at: ``logprob`` [N], differentiable, ``old_logprob`` [N], without gradient, of the
-    policy that the ratio rho = exp(logprob - old_logprob) starts from, and all columns of their ``rows``."""
+    """The inputs of a policy loss: ``logprob`` [N], differentiable; ``old_logprob`` [N], without gradient, the
+    denominator of the ratio rho = exp(logprob - old_logprob); and all columns of their ``rows``."""
 
     logprob: Tensor
     old_logprob: Tensor
@@ -79,11 +79,11 @@ class Ratios:
         return self.rows.column("advantage", self.logprob.dtype)
 
     def log_ratio(self) -> Tensor:
-        """[N], limited to +-20."""
+        """Return log rho, [N], limited to +-20."""
         return (self.logprob - self.old_logprob).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
     def sequence_mean(self, x: Tensor) -> Tensor:
-        """[N]: the mean of ``x`` over the rows of each row's sequence."""
+        """Return, for each row, the mean of ``x`` over the rows of its sequence, [N]."""
         sums = x.new_zeros(self.rows.sequences).index_add(0, self.rows.sequence, x)
         ones = torch.ones_like(x)
         counts = x.new_zeros(self.rows.sequences).index_add(0, self.rows.sequence, ones)
@@ -92,10 +92,10 @@ class Ratios:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """``loss`` [N]: to be summed with the weights and differentiated. ``surrogate`` [N], without
-    gradient: the value of the objective, -(importance ratio) A, which the gate looks at;
-    CISPO's and SAPO's ``loss`` is not that. ``is_clipped`` [N] bool: rows whose ratio is outside
-    its bound on the side that matters. ``ratio`` [N] without gradient."""
+    """The result of a policy loss. ``loss`` [N]: to be summed with the weights and differentiated.
+    ``surrogate`` [N], without gradient: the value of the objective, -(importance ratio) A, which
+    the gate uses; for CISPO and SAPO it differs from ``loss``. ``is_clipped`` [N] bool: rows whose
+    ratio is outside its bound on the side that matters. ``ratio`` [N], without gradient."""
 
     loss: Tensor
     surrogate: Tensor
@@ -189,7 +189,7 @@ def sapo(ratios: Ratios, settings: LossSettings) -> TokenLoss:
 
 
 def nll(ratios: Ratios, settings: LossSettings) -> TokenLoss:
-    """Negative log-likelihood of supervised tuning, -log pi; there is no ratio."""
+    """Negative log-likelihood of supervised fine-tuning, -log pi; there is no ratio."""
     plain = ratios.logprob.detach()
     return TokenLoss(
         -ratios.logprob, -plain, torch.zeros_like(plain, dtype=torch.bool), torch.ones_like(plain)
@@ -206,7 +206,7 @@ POLICY_LOSSES: dict[PolicyLossName, PolicyLoss] = {
     "nll": nll,
 }
 SEQUENCE_RATIO_LOSSES: frozenset[PolicyLossName] = frozenset({"gspo", "gspo_token", "gmpo"})
-"""Those in which a token's gradient depends on the other tokens of its sequence."""
+"""Policy losses in which a token's gradient depends on the other tokens of its sequence."""
 
 SUMS = (
     "loss",
@@ -221,13 +221,17 @@ SUMS = (
     "tokens",
     "rollout_diff",
     "rollout_tokens",
+    "old_diff",
+    "old_tokens",
 )
-"""What each micro-batch adds to. ``loss`` is L, by the surrogate; ``scale`` the size of its terms, sum |w c A|;
-``adapted`` phi of it, for scopes within a micro-batch. Beside them ``rollout_diff_max`` is a maximum."""
+"""Statistics that are summed over micro-batches. ``loss`` is L, by the surrogate; ``scale`` the size of its terms,
+sum |w c A|; ``adapted`` phi of it, for scopes within a micro-batch. Beside them are ``MAXIMA``."""
+MAXIMA = ("rollout_diff_max", "old_diff_max")
+"""Largest entries of ``rollout_diff`` and ``old_diff``."""
 
 
 def check_rows(settings: LossSettings, rows: LossRows) -> None:
-    """Raise ValueError for a log-prob that the loss needs and the rows (on the host) lack, all or some of them."""
+    """Raise ValueError if some or all rows (on the host) lack a log-prob that the loss needs."""
     old = rows.column("old_logprobs").isnan()
     if old.any() and not old.all():
         raise ValueError("some sequences have no old_logprobs, others have; score the whole batch")
@@ -240,24 +244,25 @@ def check_rows(settings: LossSettings, rows: LossRows) -> None:
 def micro_batch_loss(
     settings: LossSettings, logprob: Tensor, entropy: Tensor, rows: LossRows
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss (scalar) and statistics (fp64 scalars) of one pack. ``logprob``, ``entropy`` [N], differentiable.
+    """Return loss (scalar) and statistics (fp64 scalars) of one pack. ``logprob``, ``entropy`` [N], differentiable.
 
-    A pack without rows gives a 0 that backward can still run through: every rank takes part in every collective.
+    A pack without rows gives a 0 with a backward pass: every rank takes part in every collective.
     """
     losses, sums = _row_losses(settings, logprob, entropy, rows)
     stats = {name: value.double().sum() for name, value in sums.items()}
-    diff = sums["rollout_diff"].double()
-    stats["rollout_diff_max"] = diff.amax() if len(diff) else diff.sum()
+    for name in MAXIMA:
+        diff = sums[name.removesuffix("_max")].double()
+        stats[name] = diff.amax() if len(diff) else diff.sum()
     return losses.sum(), stats
 
 
 def row_loss(
     settings: LossSettings, rows: LossRows
 ) -> Callable[[Tensor, Tensor, slice], Tensor] | None:
-    """The loss row by row, where a row's loss depends on nothing but its own log-prob and entropy; None elsewhere.
+    """Return the loss per row, if a row's loss depends only on its own log-prob and entropy; else None.
 
-    It does depend on others with the ratio of a sequence (gspo, gspo_token, gmpo), and with a gate that is decided
-    within the pack by the loss of several rows (scopes ``micro_batch`` and ``sequence``).
+    It depends on other rows with a sequence ratio (gspo, gspo_token, gmpo), and with a gate that is decided within
+    the pack by the loss of several rows (scopes ``micro_batch`` and ``sequence``).
     """
     clip = settings.clip
     decided_within = clip.kind != "none" and clip.scope in ("micro_batch", "sequence")
@@ -273,10 +278,13 @@ def row_loss(
 def _row_losses(
     settings: LossSettings, logprob: Tensor, entropy: Tensor, rows: LossRows
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of each row, weighted; what each row adds to ``SUMS``, and ``rollout_diff``), all [N]."""
+    """Return (weighted loss of each row; its contributions to ``SUMS``), all [N]."""
     current = logprob.detach()
     ratios = _ratios(settings, logprob, rows)
-    w, rollout = (rows.column(name, current.dtype) for name in ("loss_weight", "rollout_logprobs"))
+    w, rollout, old = (
+        rows.column(name, current.dtype)
+        for name in ("loss_weight", "rollout_logprobs", "old_logprobs")
+    )
     token = POLICY_LOSSES[settings.policy](ratios, settings)
     corrected = w * rows.column("correction", w.dtype)
     values = corrected * token.surrogate
@@ -294,6 +302,9 @@ def _row_losses(
     if settings.entropy.coef > 0:
         losses = losses - settings.entropy.coef * w * entropy
 
+    scored = ~old.isnan()
+    # Server against trainer under one set of weights: those that the batch starts from, if they were scored.
+    at_rollout = torch.where(scored, old, current)
     known = ~rollout.isnan()
     return losses, {
         "loss": values,
@@ -306,20 +317,26 @@ def _row_losses(
         "ratio": token.ratio,
         "clipped": token.is_clipped,
         "tokens": torch.ones_like(current),
-        "rollout_diff": torch.where(known, (current - rollout).abs(), 0.0),
+        "rollout_diff": torch.where(known, (at_rollout - rollout).abs(), 0.0),
         "rollout_tokens": known,
+        "old_diff": torch.where(scored, (current - old).abs(), 0.0),
+        "old_tokens": scored,
     }
 
 
 def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
-    """The ratio starts from the column that the settings name; where that is unknown, from the policy itself."""
-    name = "rollout_logprobs" if settings.old_logprobs == "rollout" else "old_logprobs"
-    old, current = rows.column(name, logprob.dtype), logprob.detach()
-    return Ratios(logprob, torch.where(old.isnan(), current, old), rows)
+    """Return the ratios: from the server's log-probs, or from the scored ones; in the first update of a batch, and
+    where nothing was scored, from the policy's own: 1, without the difference between two computations."""
+    current = logprob.detach()
+    if settings.old_logprobs == "rollout":
+        return Ratios(logprob, rows.column("rollout_logprobs", logprob.dtype), rows)
+    old = rows.column("old_logprobs", logprob.dtype)
+    own = old.isnan() | (rows.column("update") == 0)
+    return Ratios(logprob, torch.where(own, current, old), rows)
 
 
 def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
-    """S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
+    """Return S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
     token = POLICY_LOSSES[settings.policy](_ratios(settings, logprob, rows), settings)
     weights = (rows.column("loss_weight") * rows.column("correction")).double()
     values = weights * token.surrogate.double()
@@ -329,8 +346,8 @@ def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> 
 def scored_parts(
     packs: Sequence[LossRows], values: Sequence[Tensor], groups: Sequence[Sequence[str]]
 ) -> dict[str, PartSum]:
-    """Sums by group from a forward pass: per pack, ``values`` [S] of ``sequence_values`` and the group of each of its
-    sequences."""
+    """Return the sums by group from a forward pass. Per pack: ``values`` [S] of ``sequence_values`` and ``groups``, the
+    group of each of its sequences."""
     parts: dict[str, list[PartSum]] = {}
     for rows, sums, names in zip(packs, values, groups, strict=True):
         weight = rows.column("loss_weight").double()
@@ -340,7 +357,7 @@ def scored_parts(
         scales = empty.index_add(0, rows.sequence, size)
         counts = empty.index_add(0, rows.sequence, torch.ones_like(weight))
         for i, group in enumerate(names):
-            if counts[i] > 0:  # nothing trains: no part of the step, as in ``on_policy_parts``
+            if counts[i] > 0:  # else no part of the step, as in ``on_policy_parts``
                 part = PartSum(float(weights[i]), float(sums[i]), float(scales[i]))
                 parts.setdefault(group, []).append(part)
     return {group: total(shares) for group, shares in parts.items()}
@@ -349,8 +366,8 @@ def scored_parts(
 def loss_metrics(
     settings: LossSettings, totals: Mapping[str, float], gate: Gate | None
 ) -> tuple[dict[str, float], float]:
-    """What an optimizer step reports, from the ``SUMS`` of all its micro-batches, and the gain by which its gradient
-    is still to be scaled. ``gate``: where it was known before."""
+    """Return the metrics of an optimizer step, from the ``SUMS`` of all its micro-batches, and the gain by which its
+    gradient is still to be scaled. ``gate``: None unless it was known before the backward pass."""
     clip = settings.clip
     unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
     if gate is not None:
@@ -381,13 +398,16 @@ def loss_metrics(
     if known:
         metrics["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
         metrics["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
+    if scored := totals["old_tokens"]:
+        metrics["policy/old_logprob_abs_diff_mean"] = totals["old_diff"] / scored
+        metrics["policy/old_logprob_abs_diff_max"] = totals["old_diff_max"]
     return metrics, still
 
 
 def _gains(
     settings: LossSettings, w: Tensor, values: Tensor, scale: Tensor, rows: LossRows
 ) -> tuple[Tensor, Tensor]:
-    """(gain of each row [N], phi of the parts) for what is decided here: folded gains, and scopes within a pack."""
+    """Return (gain of each row [N], phi of the parts), for folded gains and for scopes within a pack."""
     nothing, clip = torch.zeros_like(w), settings.clip
     if rows.gains is not None:
         return rows.gains.to(w.dtype)[rows.sequence], nothing
@@ -413,7 +433,7 @@ def _gains(
 def _clipped(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> TokenLoss:
     unclipped = -ratio * advantage
     clipped = -ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high) * advantage
-    # A selection, not torch.maximum, which splits the gradient wherever both sides are equal.
+    # Not torch.maximum, which splits the gradient wherever both sides are equal.
     is_clipped = clipped > unclipped
     loss = torch.where(is_clipped, clipped, unclipped)
     if settings.dual_clip is not None:

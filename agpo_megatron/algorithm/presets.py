@@ -1,13 +1,13 @@
-"""The presets: which switches of ``algorithm`` each name sets. A preset only sets switches.
+"""The presets: the switches of ``algorithm`` that each name sets. A preset does nothing else.
 
-Every preset sets the same keys, so that the resolved configuration says where each value came from and two presets
-can be compared line by line.
+All presets set the same keys, so that the resolved configuration says where each value came from and two presets can be
+compared line by line.
 
 - ``agpo``: v3's mask and clip with v1's length reward. The length reward acts in mixed groups only, so zero-variance
-  groups still have zero variance and belong to the mask.
+  groups still have zero variance and are left to the mask.
 - ``agpo_v1``: arXiv:2503.15952 v1: +1 / -1 for groups that are all right / all wrong (eq. A1), length reward (A2).
 - ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
-- ``agpo_v3_authors``: the same as the authors' code has it: samples with advantage 0 are masked, each micro-batch is
+- ``agpo_v3_authors``: the same as in the authors' code: samples with advantage 0 are masked, each micro-batch is
   clipped by itself, dual clip, half the gradient at a tie. Its result depends on the micro-batch size.
 - ``agpo_exp``: v3's mask with exponential normalisation for the clip (``loss.clip.kind``: elu, softplus are variants).
 - ``grpo`` 2402.03300, ``dr_grpo`` 2503.20783, ``dapo`` 2503.14476, ``gspo`` 2507.18071, ``cispo`` 2506.13585,
@@ -85,9 +85,9 @@ DEFAULT_PRESET = "agpo"
 
 
 def apply_preset(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``algorithm`` section as written, completed by its preset; a key that is written wins.
+    """Complete the ``algorithm`` section with its preset; a key written in the section wins.
 
-    An unknown preset changes nothing: the schema refuses its name afterwards, with the list of those there are.
+    An unknown preset changes nothing: the schema refuses its name afterwards and lists the known ones.
     """
     name = section.get("preset", DEFAULT_PRESET)
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
@@ -95,7 +95,7 @@ def apply_preset(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def preset_keys(name: str) -> dict[str, Any]:
-    """What a preset sets, by dotted key below ``algorithm``. Raises KeyError for an unknown name."""
+    """Return the settings of a preset, by dotted key below ``algorithm``. Raises KeyError for an unknown name."""
     return _flatten(PRESETS[name], "algorithm.")
 
 

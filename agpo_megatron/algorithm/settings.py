@@ -1,7 +1,7 @@
-"""The settings of the algorithm as frozen pydantic models, in the words of the configuration (``algorithm.*``).
+"""The settings of the algorithm as frozen pydantic models, with the names of the configuration (``algorithm.*``).
 
-They travel as themselves: the configuration holds them, and whoever decides or computes a step is given them. Importing
-this module loads neither torch nor numpy: the supervisor reads configurations too.
+The configuration holds them, and the code that decides or computes a step gets them as they are. Importing this module
+loads neither torch nor numpy: the supervisor reads configurations too.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class LengthRewardSettings(Section):
     groups: Literal["mixed", "all"] = "mixed"
     """``agpo``: pay in groups with right and wrong answers only, or also where all are right."""
     tie: Literal["zero", "full"] = "zero"
-    """``agpo``: what right answers of one length (a single one, for instance) earn: 0 or ``weight``."""
+    """``agpo``: bonus of right answers that all have one length (a single one, for instance): 0 or ``weight``."""
     buffer: int | None = Field(None, ge=1)
     """``dapo_overlong``: tokens below ``rollout.max_response_tokens`` over which the penalty grows; null: a fifth."""
 
 
 class AdvantageSettings(Section):
     estimator: Estimator = "group_norm"
-    """How rewards become advantages (docs/algorithm.md, section 1)."""
+    """Estimator of the advantages from the rewards (docs/algorithm.md, section 1)."""
     zero_variance: ZeroVariance = "zero"
     """Groups whose raw rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or
     replaced by groups of further prompts (DAPO's dynamic sampling)."""
@@ -74,7 +74,7 @@ class MaskSettings(Section):
     truncated: bool = False
     """Drop truncated responses from the loss (DAPO's overlong filtering)."""
     denominators: Literal["exclude", "keep"] = "exclude"
-    """What is dropped leaves the denominators too, or still dilutes the rest."""
+    """Dropped tokens leave the denominators too, or stay in them and dilute the rest."""
 
 
 class ClipSettings(Section):
@@ -85,7 +85,7 @@ class ClipSettings(Section):
     tau: float = Field(1.0, gt=0)
     """Scale of ``exp``, ``elu`` and ``softplus``."""
     scope: Scope = "batch"
-    """What the function is applied to: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
+    """Argument of the function: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
     on: Literal["policy", "total"] = "policy"
     """The policy loss alone, or with KL and entropy terms."""
     tie: Tie = "zero"
@@ -124,15 +124,15 @@ class CorrectionSettings(Section):
     high: float = Field(2.0, gt=0)
     """Upper bound."""
     denominators: Literal["exclude", "keep"] = "keep"
-    """Tokens of weight 0 leave the denominators too, or still dilute the rest."""
+    """Tokens of weight 0 leave the denominators too, or stay in them and dilute the rest."""
 
 
 class LossSettings(Section):
     policy: PolicyLossName = "ppo"
     """Policy loss of a token (docs/algorithm.md, section 3); ``nll`` is the supervised loss of the cold start."""
     old_logprobs: Literal["score", "rollout"] = "score"
-    """What the ratio starts from: log-probs that the trainer scores before the first update of a batch (with one update
-    per batch nothing is scored and the ratio is 1), or the server's."""
+    """Source of the ratio's old log-probs: the trainer, which scores them before the first update of a batch (with one
+    update per batch nothing is scored and the ratio is 1), or the rollout server."""
     clip_low: float = Field(0.2, gt=0, le=1)
     """Ratio clip below 1 (epsilon low)."""
     clip_high: float = Field(0.28, gt=0)
@@ -140,7 +140,7 @@ class LossSettings(Section):
     dual_clip: float | None = Field(None, gt=1)
     """``ppo``: bound of the ratio for negative advantages; null turns it off."""
     aggregation: AggregationMode = "token_mean"
-    """How token losses become one number (docs/algorithm.md, section 4)."""
+    """Aggregation of token losses to one number (docs/algorithm.md, section 4)."""
     norm_length: int | None = Field(None, ge=1)
     """Constant length of ``seq_mean_token_sum_norm``; null: ``rollout.max_response_tokens``."""
     mask: MaskSettings = MaskSettings()
@@ -161,16 +161,16 @@ class LossSettings(Section):
 
     @property
     def has_other_terms(self) -> bool:
-        """Whether something beside the policy loss has gradients."""
+        """Return whether a KL or entropy term has gradients beside the policy loss."""
         return self.kl_coef > 0 or self.entropy.coef > 0
 
     @property
     def gate_needs_the_step(self) -> bool:
-        """Whether the adaptive part looks beyond one micro-batch."""
+        """Return whether the adaptive part depends on more than one micro-batch."""
         return self.clip.kind != "none" and self.clip.scope in ("batch", "group")
 
     def scored_weights(self, updates: int) -> tuple[bool, bool]:
-        """Whether a batch of ``updates`` optimizer steps needs log-probs of (its first weights, the reference)."""
+        """Return whether a batch of ``updates`` optimizer steps needs the trainer's (old, reference) log-probs."""
         own = (
             (updates > 1 and self.old_logprobs == "score")
             or self.correction.kind != "none"
@@ -180,7 +180,7 @@ class LossSettings(Section):
         return own, self.kl.coef > 0
 
     def with_entropy(self, coefficient: float) -> LossSettings:
-        """The same loss with the entropy bonus of one step."""
+        """Return the same settings with the entropy ``coefficient`` of one step."""
         entropy = self.entropy.model_copy(update={"coef": coefficient})
         return self.model_copy(update={"entropy": entropy})
 

@@ -1,7 +1,7 @@
-"""From the finished groups of a batch to everything that its optimizer steps need. Pure and deterministic.
+"""Decisions about a batch: from its finished groups to all inputs of its optimizer steps. Pure and deterministic.
 
-A batch is divided into parts of whole groups, one optimizer step each; advantages come from the whole batch, loss
-weights from each part (design, idea 1).
+A batch is divided into parts of whole groups, one optimizer step each; advantages are computed over the whole batch,
+loss weights over each part (design, idea 1).
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ from agpo_megatron.samples import Floats, Group, Sample, WeightVersion
 
 @dataclass(frozen=True)
 class Scores:
-    """What the trainer was asked before a batch is decided, by sample id: [n] float32 of each response, 0 off its loss
-    mask.
+    """The trainer's log-probs for a batch, by sample id: [n] float32 of each response, 0 off its loss mask.
 
-    ``old``: log-probs under the weights that the batch starts from; ``ref``: under the reference policy; each empty
-    where the loss does not need it. ``entropy``: mean of the current policy's, nats, if it was measured.
+    ``old``: under the weights that the batch starts from; ``ref``: under the reference policy; each empty if the loss
+    does not need it. ``entropy``: mean entropy of the current policy, nats, if it was measured.
     """
 
     old: Mapping[str, Floats] = field(default_factory=dict)
@@ -51,11 +50,11 @@ NO_SCORES = Scores()
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What a batch is decided from beside its groups.
+    """The inputs of ``decide`` beside the groups.
 
-    ``first_step``: the first of its optimizer steps, counted from 1; ``updates``: how many it has. ``entropy_state``:
-    coefficient that the batch before left. ``discarded``: groups generated for it that dynamic sampling replaced, in
-    ``rounds`` of generation.
+    ``first_step``: first optimizer step of the batch, counted from 1; ``updates``: number of its steps.
+    ``entropy_state``: entropy coefficient after the last batch. ``discarded``: number of groups that dynamic sampling
+    replaced, in ``rounds`` of generation.
     """
 
     algorithm: AlgorithmSettings
@@ -71,10 +70,10 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided about S samples, in the order of the groups. ``columns``: those of ``samples.COLUMNS`` with
-    source "step", by name: per sequence a list of S numbers, per token a list of S arrays, None where unknown; a column
-    that nobody has is left out. ``entropy_coef``: weight of the entropy bonus; ``entropy_state``: what the next batch's
-    adaptive coefficient starts from. ``metrics``: what is known before training."""
+    """The decision about S samples, in the order of the groups. ``columns``: those of ``samples.COLUMNS`` with source
+    "step", by name: per sequence a list of S numbers, per token a list of S arrays, None where unknown; a column that
+    no sample has is left out. ``entropy_coef``: weight of the entropy bonus; ``entropy_state``: adaptive coefficient
+    to start the next batch with. ``metrics``: those known before training."""
 
     columns: Mapping[str, Sequence[Any]]
     metrics: Mapping[str, float]
@@ -92,10 +91,10 @@ class Shaped:
 
 
 def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
-    """Rewards, advantages, parts and loss weights of a batch, from all its groups at once.
+    """Compute rewards, advantages, parts and loss weights of a batch from all its groups.
 
-    Every sample gets an entry, also one without weight, so that the record tells the whole batch. Raises KeyError for a
-    sample that trains but was not scored.
+    Every sample gets an entry, even without weight, so that the record describes the whole batch. Raises KeyError for a
+    trained sample that was not scored.
     """
     loss = request.algorithm.loss
     samples = [sample for group in groups for sample in group.samples]
@@ -105,16 +104,17 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     kept = _kept(samples, groups, advantages, request)
     corrections = [_correction(s, k, request) for s, k in zip(samples, kept, strict=True)]
     passing = [
-        n if c is None else int(np.count_nonzero(c))
+        n if c is None else int(np.count_nonzero(c != 0))  # booleans count five times faster
         for c, n in zip(corrections, maskable, strict=True)
     ]
     trained = [n if k else 0 for n, k in zip(passing, kept, strict=True)]
     counted = _counted(maskable, passing, kept, request)
-    part_of = parts(len(groups), request)
+    trains = iter(n > 0 and a != 0.0 for n, a in zip(trained, advantages, strict=True))
+    part_of = parts([sum(next(trains) for _ in group.samples) > 0 for group in groups], request)
     update = [part for part, group in zip(part_of, groups, strict=True) for _ in group.samples]
     weights = _weights(trained, counted, update, request)
     state, applied = _entropy_coefficient(request)
-    # A = 0 gives the policy loss no gradient: without weight the sequence is not packed either.
+    # With A = 0 the policy loss has no gradient: without weight the sequence is not packed either.
     zero_trains = _zero_advantages_matter(request.algorithm, applied)
     columns: dict[str, Sequence[Any]] = {
         "reward": [r for group in shaped.total for r in group],
@@ -135,29 +135,30 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     return Decision(known, metrics, applied, state)
 
 
-def parts(groups: int, request: StepRequest) -> list[int]:
-    """Which update each group belongs to: a seeded shuffle, cut into equal shares."""
+def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
+    """Divide the groups of a batch among its updates: shuffled by the seed and dealt in turn, first those that train at
+    all, so that every update has its share of them. ``train``: by group. Returns the update of each group."""
     if request.updates == 1:
-        return [0] * groups
+        return [0] * len(train)
     order = np.random.Generator(np.random.PCG64([request.seed, request.first_step]))
-    shuffled = np.argsort(order.random(groups), kind="stable")
-    part_of = np.empty(groups, dtype=np.int64)
-    part_of[shuffled] = np.arange(groups) * request.updates // groups
+    shuffled = np.lexsort((order.random(len(train)), np.logical_not(train)))
+    part_of = np.empty(len(train), dtype=np.int64)
+    part_of[shuffled] = np.arange(len(train)) % request.updates
     return [int(part) for part in part_of]
 
 
 def raw_rewards(group: Group) -> list[float]:
-    """What the reward functions gave, which alone decides whether a group has variance."""
+    """Return the rewards of the functions, which alone decide whether a group has variance."""
     return [s.raw_reward for s in group.samples]
 
 
 def has_variance(group: Group, algorithm: AlgorithmSettings) -> bool:
-    """Whether the group tells its samples apart."""
+    """Return whether the raw rewards of the group differ."""
     return not is_zero_variance(raw_rewards(group), algorithm.advantage.zero_variance_tol)
 
 
 def drops_groups(algorithm: AlgorithmSettings) -> bool:
-    """Whether a zero-variance group leaves its batch altogether, so that it need not be scored."""
+    """Return whether zero-variance groups are dropped from the batch entirely, so that they need not be scored."""
     kl, mask = algorithm.loss.kl, algorithm.loss.mask
     if kl.coef > 0 and kl.place == "reward":
         return False
@@ -165,7 +166,7 @@ def drops_groups(algorithm: AlgorithmSettings) -> bool:
 
 
 def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) -> list[float]:
-    """The length reward of every sample of a group."""
+    """Return the length reward of every sample of a group."""
     settings = algorithm.length_reward
     correct = [sample.correct for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in group.samples]
@@ -185,7 +186,7 @@ def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) ->
 
 
 def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
-    """Raw rewards, and what length and KL add to them."""
+    """Return the raw rewards, and those with the length and KL terms."""
     algorithm, kl, scores = request.algorithm, request.algorithm.loss.kl, request.scores
     raw = [raw_rewards(group) for group in groups]
     bonus = [length_terms(group, algorithm, request.max_response_tokens) for group in groups]
@@ -205,7 +206,7 @@ def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
 
 
 def _correction(sample: Sample, kept: bool, request: StepRequest) -> Floats | None:
-    """Rollout correction of each response token; None when there is none, or the sample was dropped unscored."""
+    """Return the rollout correction of each response token; None if it is off or the sample was dropped unscored."""
     settings, old = request.algorithm.loss.correction, request.scores.old
     if settings.kind == "none" or not (kept or sample.sample_id in old):
         return None
@@ -223,7 +224,7 @@ def _correction(sample: Sample, kept: bool, request: StepRequest) -> Floats | No
 def _weights(
     trained: Sequence[int], counted: Sequence[int], update: Sequence[int], request: StepRequest
 ) -> list[float]:
-    """Loss weights, of each optimizer step from its own part of the batch."""
+    """Return the loss weights, computed for each optimizer step over its part of the batch."""
     loss, weights = request.algorithm.loss, [0.0] * len(trained)
     for part in range(request.updates):
         mine = [i for i, u in enumerate(update) if u == part]
@@ -239,7 +240,7 @@ def _weights(
 
 
 def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
-    """(what the next batch starts from, what this batch applies)."""
+    """Return (entropy coefficient to start the next batch with, coefficient of this batch)."""
     settings, entropy = request.algorithm.loss.entropy, request.scores.entropy
     if settings.target is None:
         return settings.coef, settings.coef
@@ -271,7 +272,7 @@ def _kept(
     advantages: Sequence[float],
     request: StepRequest,
 ) -> list[bool]:
-    """Whether each sample passes the loss masks."""
+    """Return, for each sample, whether it passes the loss masks."""
     mask, kept = request.algorithm.loss.mask, [True] * len(samples)
     if mask.zero_variance and mask.criterion == "sample":
         kept = [a != 0.0 for a in advantages]
@@ -290,7 +291,7 @@ def _kept(
 def _counted(
     maskable: Sequence[int], passing: Sequence[int], kept: Sequence[bool], request: StepRequest
 ) -> list[int]:
-    """Tokens that the denominators count: each mask says for itself whether what it drops leaves them."""
+    """Return the tokens in the denominators: each mask has a setting whether dropped tokens leave them."""
     loss = request.algorithm.loss
     tokens = maskable if loss.correction.denominators == "keep" else passing
     keeps = loss.mask.denominators == "keep"
@@ -298,7 +299,7 @@ def _counted(
 
 
 def _zero_advantages_matter(algorithm: AlgorithmSettings, entropy_coef: float) -> bool:
-    """Whether a sequence with A = 0 takes part: in another term, or in the weight of a part of phi (eq. 1e)."""
+    """Return whether sequences with A = 0 count: in another term, or in the weight of a part of phi (eq. 1e)."""
     loss = algorithm.loss
     other = loss.kl_coef > 0 or entropy_coef > 0
     return other or (loss.clip.kind not in ("none", "max0") and loss.clip.scope != "batch")
@@ -311,11 +312,11 @@ def step_metrics(
     kept: Sequence[bool],
     request: StepRequest,
 ) -> dict[str, float]:
-    """Everything about a batch that is known before training on it."""
+    """Return the metrics of a batch that are known before training on it."""
     samples = [sample for group in groups for sample in group.samples]
     lengths = [len(sample.response_tokens) for sample in samples]
     correct_lengths = [n for n, sample in zip(lengths, samples, strict=True) if sample.correct]
-    accuracies = [[sample.correct for sample in group.samples] for group in groups]
+    correct = [[sample.correct for sample in group.samples] for group in groups]
     varied = [has_variance(group, request.algorithm) for group in groups]
     skipped = [
         not (w and n) for w, n in zip(columns["loss_weight"], columns["trained"], strict=True)
@@ -328,8 +329,8 @@ def step_metrics(
         "response/tokens_mean": fmean(lengths),
         "response/truncated_frac": fmean(sample.truncated for sample in samples),
         "group/zero_variance_frac": fmean(not v for v in varied),
-        "group/all_correct_frac": fmean(all(a) for a in accuracies),
-        "group/all_wrong_frac": fmean(not any(a) for a in accuracies),
+        "group/all_correct_frac": fmean(all(c) for c in correct),
+        "group/all_wrong_frac": fmean(not any(c) for c in correct),
         "group/cov_length_advantage": length_advantage_covariance(lengths, columns["advantage"]),
         "mask/kept_tokens": float(sum(columns["trained"])),
         "mask/kept_groups": float(sum(kept) / len(groups[0].samples)),
@@ -347,7 +348,9 @@ def step_metrics(
     if factors := [c for c in columns.get("correction", ()) if c is not None]:
         count = sum(len(c) for c in factors)
         metrics["correction/mean"] = float(sum(c.sum(dtype=np.float64) for c in factors)) / count
-        metrics["correction/dropped_frac"] = 1 - sum(map(np.count_nonzero, factors)) / count
+        metrics["correction/dropped_frac"] = (
+            1 - sum(np.count_nonzero(c != 0) for c in factors) / count
+        )
     return metrics
 
 
@@ -375,7 +378,7 @@ def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def staleness(sample: Sample, current_step: int) -> float:
-    """Mean over the response's tokens of (optimizer steps taken since the weights that generated them)."""
+    """Return the mean staleness over the response's tokens: optimizer steps since the weights that generated them."""
     if not sample.versions or not len(sample.response_tokens):
         return 0.0
     total = sum(
@@ -386,7 +389,7 @@ def staleness(sample: Sample, current_step: int) -> float:
 
 
 def supervised(examples: Sequence[Sample]) -> Decision:
-    """The decision of a supervised step: token-mean likelihood, w = 1 / (response tokens of the batch), A = 1."""
+    """Return the decision of a supervised step: token-mean likelihood, w = 1 / (response tokens of batch), A = 1."""
     counts = [int(np.count_nonzero(s.loss_mask)) for s in examples]
     columns: dict[str, Sequence[Any]] = {
         "advantage": [1.0] * len(examples),

@@ -6,14 +6,17 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.loading import leaves, resolve_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.files import digest, write_durably
+from agpo_megatron.wait import waiting
 
 # What may change while a run goes on: how it is carried out. Everything else is what the run *is*.
 FREE = (
@@ -23,7 +26,9 @@ FREE = (
     "prepare.",
     "model.path",  # paths: their content is compared
     "data.path",
-    "eval.path",
+    "reward.workers",
+    "reward.memory_mb",
+    "reward.max_error_frac",
     "sft.",
     "train.micro_batch_tokens",
     "rollout.servers",
@@ -47,6 +52,7 @@ FREE = (
     "policy.recompute",
     "policy.logprob_chunk",
     "policy.logprob_kernels",
+    "policy.layers",
 )
 
 
@@ -61,17 +67,39 @@ SFT_IDENTITY = (
 )
 
 
+LOCK_PATIENCE = 600.0
+"""Seconds that the start of a requeued job waits for the folder: the lock of a node that has crashed falls when the
+file system gives the node up (Lustre evicts a silent client after minutes)."""
+LOCK_POLL = 2.0
+
+
 @contextmanager
 def only_command_on(folder: RunFolder) -> Iterator[None]:
-    """Hold the folder's lock; it falls with this process, however that ends. Raises ConfigError if another has it."""
+    """Hold the folder's lock; it falls with this process, however that ends. Raises ConfigError if another has it, and
+    where the file system knows no locks."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     with open(folder.lock, "w") as lock:
+        _lock(lock, folder, time.monotonic() + (LOCK_PATIENCE if requeued else 0.0))
+        yield
+
+
+def _lock(lock: TextIO, folder: RunFolder, deadline: float) -> None:
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"{folder.path} is in use by another agpo-megatron; stop that one, or use another --run-dir"
+                ) from None
+            with waiting(f"the lock of {folder.path}", deadline - time.monotonic()):
+                time.sleep(LOCK_POLL)
+        except OSError as error:
             raise ConfigError(
-                f"{folder.path} is in use by another agpo-megatron; stop that one, or use another --run-dir"
+                f"{folder.lock} cannot be locked ({error.strerror}), so two commands could write to one run; mount its "
+                "file system with locks (Lustre: -o flock), or use another --run-dir"
             ) from None
-        yield
 
 
 def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
@@ -85,7 +113,7 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
     changed = [
         f"{key}: {before.get(key)!r} in the run folder, {value!r} now"
         for key, value in leaves(config).items()
-        if before.get(key) != value and is_identity(key, config, mode)
+        if is_identity(key, config, mode) and without_paths(before.get(key)) != without_paths(value)
     ]
     changed += [
         f"{key}: its content has changed since the run began"
@@ -116,6 +144,16 @@ def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
     inner = RunFolder(folder.path / mode)
     changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
     return config.model_copy(update=changes), inner
+
+
+def without_paths(value: object) -> object:
+    """The value of a key, sources in a list without their paths: these may move, their content is compared."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {k: v for k, v in entry.items() if k != "path"} if isinstance(entry, dict) else entry
+        for entry in value
+    ]
 
 
 def already_done(config: Config, folder: RunFolder, mode: str) -> bool:

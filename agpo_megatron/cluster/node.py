@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from agpo_megatron.cluster.address import interface_of, own_address
+from agpo_megatron.cluster.environments import gpu_variables, interpreter
 from agpo_megatron.cluster.preflight import (
     Calls,
     Hello,
@@ -26,7 +26,7 @@ from agpo_megatron.cluster.status import write_report
 from agpo_megatron.cluster.supervisor import Interrupted, Supervisor, first_culprit
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.rollout.server import server_command
+from agpo_megatron.rollout.server import device_of, server_command
 
 MACHINE = "localhost"
 
@@ -121,14 +121,21 @@ def node_roles(
     if own.interface:
         shared["GLOO_SOCKET_IFNAME"] = own.interface
         shared["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME", own.interface)
+    on_gpu = device_of(config) == "cuda"
     urls, roles = server_urls(plan, facts), []
     for local, index in enumerate(here.servers):
         name = f"rollout server {index}"
         launch = server_command(
-            config, config.model.path, host=own.address, port=own.ports[name], index=index
+            config,
+            config.model.path,
+            host=own.address,
+            port=own.ports[name],
+            index=index,
+            python=interpreter("rollout"),
         )
-        devices = server_devices(here, local, config)
-        roles.append(Role(name, launch.argv, {**shared, **launch.env, **devices}, start.log(name)))
+        env = {**shared, **launch.env, **server_devices(here, local, config)}
+        env |= gpu_variables("rollout") if on_gpu else {}
+        roles.append(Role(name, launch.argv, env, start.log(name)))
     for local, rank in enumerate(here.ranks):
         name = f"trainer rank {rank}"
         env = {
@@ -138,8 +145,10 @@ def node_roles(
             "WORLD_SIZE": str(plan.world_size),
             "MASTER_ADDR": master.address,
             "MASTER_PORT": str(master.ports["master"]),
+            **(gpu_variables("trainer") if on_gpu else {}),
         }
-        argv = python_module("agpo_megatron.trainer", str(start.config_file), plan.mode)
+        arguments = ["-m", "agpo_megatron.trainer", str(start.config_file), plan.mode]
+        argv = [interpreter("trainer"), *arguments]
         roles.append(Role(name, argv, env, start.log(name)))
     if here.controller:
         argv = python_module("agpo_megatron.controller", str(start.config_file), plan.mode, *extra)
@@ -159,11 +168,12 @@ def server_urls(plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
 
 
 def server_devices(here: NodeRoles, local: int, config: Config) -> dict[str, str]:
-    """Choose the GPUs of the node's server number ``local``: those behind the ranks', ``tensor_parallel`` each.
+    """Choose the GPUs of the node's server number ``local``: those behind the ranks', ``tensor_parallel`` each. Where
+    there are none behind (``cluster.publish_backend: gloo`` allows it), they are shared from the first on.
 
     Not yet executed on a GPU.
     """
-    if config.cluster.device == "cpu" or not Path("/dev/nvidiactl").exists():
+    if device_of(config) == "cpu":
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = (
@@ -171,4 +181,5 @@ def server_devices(here: NodeRoles, local: int, config: Config) -> dict[str, str
     )
     size = config.rollout.tensor_parallel
     first = len(here.ranks) + local * size
-    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[first : first + size])}
+    chosen = [devices[i % len(devices)] for i in range(first, first + size)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}

@@ -1,4 +1,4 @@
-"""What is checked on every node before rank 0 loads a byte, and the one table that says so.
+"""The checks of every node before rank 0 loads a byte, and the one table of their results.
 
 Each node writes its facts into the start folder (so a node that does not see the folder is missing there), then calls
 every other node over TCP (so an address nobody can reach is found, and clocks are compared), then the master judges.
@@ -17,37 +17,45 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from agpo_megatron.cluster.environments import (
+    VARIABLES,
+    Kind,
+    infiniband_problem,
+    inspect,
+    interpreter,
+)
 from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.cluster.roles import NodeRoles, Plan
+from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
-from agpo_megatron.config.record import package_versions
-from agpo_megatron.rollout.server import refuse_port_in_use
+from agpo_megatron.rollout.server import device_of, refuse_port_in_use
 
-MAX_SKEW = 5.0
-"""Seconds that clocks may differ: the order of events in logs and of exits rests on them."""
 CALL_SECONDS = 10.0
-NEEDED = {"trainer": "megatron-core", "rollout": "sglang"}
-SAME_EVERYWHERE = ("agpo_megatron", "nvidia-nccl-cu13")
-"""Trainers and servers, otherwise of different environments, meet in NCCL groups when weights are published."""
+NEEDED: dict[Kind, str] = {"trainer": "megatron-core", "rollout": "sglang"}
+SAME_EVERYWHERE = ("agpo_megatron", "nccl")
+"""Trainers and servers, otherwise of different environments, meet in NCCL groups when weights are published. ``nccl``:
+the version that torch has loaded, which a package of another version may be installed beside."""
+TE = "transformer_engine.pytorch"
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """``ports``: role -> port chosen on this node. ``gpu_memory``: MiB of each. ``problems``: cause and fix each."""
+    """``ports``: role -> port chosen on this node. ``versions``: of the packages in each environment of the node.
+    ``gpu_memory``: MiB of each. ``problems``: cause and fix each."""
 
     address: str
     interface: str
     hello_port: int
     ports: dict[str, int]
-    versions: dict[str, str]
+    versions: dict[Kind, dict[str, str]]
     gpu_memory: list[int]
     problems: list[str]
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What one node found when it called the others. ``skew``: seconds that their clocks are ahead."""
+    """The result of one node's calls to the others. ``skew``: seconds that their clocks are ahead."""
 
     skew: dict[str, float] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
@@ -70,14 +78,13 @@ def gather_facts(
         except OSError as error:
             problems.append(str(error.strerror))
         ports[f"rollout server {server}"] = port
-    versions = package_versions()
-    kinds = {"trainer": bool(roles.ranks), "rollout": bool(roles.servers)}
-    for kind, present in kinds.items():
-        if present and NEEDED[kind] not in versions:
-            problems.append(f"the {kind} environment has no {NEEDED[kind]}; see launch/images/")
-    recipe = config.policy.fp8.recipe
-    if roles.ranks and recipe != "none" and "transformer-engine" not in versions:
-        problems.append(f"policy.fp8.recipe {recipe} needs Transformer Engine; see launch/images/")
+    versions: dict[Kind, dict[str, str]] = {}
+    for kind in kinds_of(roles):
+        found, wrong = _environment(kind, config, needed=bool(roles.ranks or kind == "rollout"))
+        versions[kind] = found
+        problems += wrong
+    if device_of(config) == "cuda" and (problem := infiniband_problem()):
+        problems.append(problem)
     try:
         check_inputs(config, mode)
         _read_weights(Path(config.model.path))
@@ -85,11 +92,46 @@ def gather_facts(
         problems.append(str(error))
     memory = gpu_memory() if config.cluster.device != "cpu" else []
     needed = len(roles.ranks) + len(roles.servers) * config.rollout.tensor_parallel
+    if config.cluster.publish_backend == "gloo":
+        needed = 1  # roles may share a GPU
     if config.cluster.device == "cuda" and len(memory) < needed:
         problems.append(
             f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"
         )
     return NodeFacts(address, interface, hello_port, ports, versions, memory, problems)
+
+
+def kinds_of(roles: NodeRoles) -> list[Kind]:
+    """The environments that the roles of a node run in; the controller's is the trainers'."""
+    kinds: list[Kind] = ["trainer"] if roles.ranks or roles.controller else []
+    return [*kinds, "rollout"] if roles.servers else kinds
+
+
+def _environment(kind: Kind, config: Config, needed: bool) -> tuple[dict[str, str], list[str]]:
+    """Versions in an environment, and what is wrong with it. ``needed``: its own package, by processes of this node."""
+    on_gpu = device_of(config) == "cuda"
+    imports: tuple[str, ...] = ("torch",) if on_gpu and needed else ()
+    with_te = on_gpu and needed and kind == "trainer" and config.policy.layers == "auto"
+    if with_te:
+        imports += (TE,)
+    try:
+        found = inspect(kind, imports)
+    except RuntimeError as error:
+        return {}, [str(error)]
+    problems = []
+    where = f"the {kind} environment ({interpreter(kind)})"
+    fix = f"set {VARIABLES[kind]} to one that has (launch/install.sh --gpu, launch/images/)"
+    if needed and NEEDED[kind] not in found.versions:
+        problems.append(f"{where} has no {NEEDED[kind]}; {fix}")
+    for module, why in found.broken.items():
+        also = " or set policy.layers to local (slower, no FP8)" if module == TE else ""
+        problems.append(f"{where} cannot import {module} ({why}); {fix}{also}")
+    recipe = config.policy.fp8.recipe
+    if kind == "trainer" and needed and recipe != "none" and not with_te:
+        problems.append(
+            f"policy.fp8.recipe {recipe} needs Transformer Engine on a GPU; set it to none, or policy.layers to auto"
+        )
+    return found.versions, problems
 
 
 def _read_weights(folder: Path) -> None:
@@ -159,14 +201,14 @@ def call_others(host: str, facts: Mapping[str, NodeFacts]) -> Calls:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NodeReport:
     """``failure``: the first problem, with node and fix; "" when the run may start."""
 
     table: str
     failure: str
 
 
-def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]) -> Verdict:
+def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]) -> NodeReport:
     """One line per node and check; the first failure in the order of the plan."""
     failures: list[str] = []
     rows = [("node", "address", "roles", "gpus", "versions", "network", "clock", "inputs, ports")]
@@ -195,7 +237,7 @@ def judge(plan: Plan, facts: Mapping[str, NodeFacts], calls: Mapping[str, Calls]
                 _mark(own.problems, "ok"),
             )
         )
-    return Verdict(_aligned(rows), failures[0] if failures else "")
+    return NodeReport(_aligned(rows), failures[0] if failures else "")
 
 
 def describe(node: NodeRoles) -> str:
@@ -210,17 +252,23 @@ def describe(node: NodeRoles) -> str:
 
 
 def _version_problems(node: NodeRoles, plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
-    """Against the first node of the same kind, and in our own version against the master."""
-    alike = next(n for n in plan.nodes if bool(n.ranks) == bool(node.ranks))
+    """Compare each of its environments with that of the first node that has one, and, in what must be the same
+    everywhere, against the trainers' on the master."""
     problems = []
-    for other, names in ((alike.host, None), (plan.master, SAME_EVERYWHERE)):
-        theirs, own = facts[other].versions, facts[node.host].versions
-        for name in names or sorted(theirs.keys() | own.keys()):
-            if own.get(name) != theirs.get(name):
-                problems.append(
-                    f"{name} is {own.get(name)}, on {other} it is {theirs.get(name)}; give both the same image"
-                )
-    return problems
+    masters = facts[plan.master].versions.get("trainer", {})
+    for kind, own in facts[node.host].versions.items():
+        first = next(n.host for n in plan.nodes if kind in facts[n.host].versions)
+        theirs = facts[first].versions[kind]
+        compared = [(first, kind, theirs, sorted(theirs.keys() | own.keys()))]
+        compared += [(plan.master, "trainer", masters, list(SAME_EVERYWHERE))]
+        for host, its, others, names in compared:
+            for name in names:
+                if own.get(name) != others.get(name):
+                    problems.append(
+                        f"{name} is {own.get(name)} in its {kind} environment, {others.get(name)} in the {its} "
+                        f"environment of {host}; give both the same"
+                    )
+    return list(dict.fromkeys(problems))
 
 
 def _gpu_problems(node: NodeRoles, plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:

@@ -59,6 +59,8 @@ class RunningRole:
     process: subprocess.Popen[bytes]
     restarts: int = 0
     since: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
+    """By the clock, in seconds since the epoch: comparable with other nodes' up to their skew."""
 
 
 def start(role: Role, deaf: bool = False) -> RunningRole:

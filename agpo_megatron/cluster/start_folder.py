@@ -50,7 +50,7 @@ class StartFolder:
             except FileExistsError:
                 path, number = run.logs / f"{label}.{number}", number + 1
         start = StartFolder(path)
-        for name in ("nodes", "exits"):
+        for name in ("nodes", "exits", "hung"):
             (path / name).mkdir()
         write_durably(start.config_file, resolved_yaml(config).encode())
         start.token_file.touch(mode=0o600)
@@ -143,6 +143,20 @@ class StartFolder:
                     )
                 time.sleep(POLL_SECONDS)
 
+    # Roles that hang
+
+    def report_hung(self, role: str) -> None:
+        """Have the supervisor of ``role`` end it, if it is still the process of now; then it is started again."""
+        write_json(self.path / "hung" / f"{file_name(role)}.json", {"time": time.time()})
+
+    def hung_since(self, role: str) -> float:
+        """When ``role`` was last reported; 0 if never. Seconds since the epoch, by the reporter's clock."""
+        try:
+            report = json.loads((self.path / "hung" / f"{file_name(role)}.json").read_text())
+        except FileNotFoundError:
+            return 0.0
+        return float(report["time"])
+
     # How it ended
 
     def end(self, outcome: Outcome, reason: str) -> None:
@@ -173,12 +187,14 @@ class StartFolder:
 
 
 def committed_steps(run: RunFolder) -> int:
-    """Newest step of the newest batch in the journal; 0 while there is none."""
+    """The newest step that a start of the run has reached for good; 0 while there is none."""
     try:
         batches = JournalReader(run.journal).batches()
     except JournalError:
         return 0
-    return batches[-1].last_step if batches else 0
+    # A batch of several steps is committed before the first of them: further ones count when they are saved.
+    committed = batches[-1].first_step if batches else 0
+    return max([committed, *(step for step, _ in run.complete_checkpoints())])
 
 
 def starts(run: RunFolder) -> Iterator[StartFolder]:

@@ -36,6 +36,8 @@ STOPPED = 75
 """Exit code of a controller that ended because it was asked to, after a checkpoint (sysexits: EX_TEMPFAIL)."""
 INTERRUPTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOP_REQUESTS = (signal.SIGUSR1, signal.SIGTERM)
+MAX_SKEW = 5.0
+"""Seconds that the clocks of two nodes may differ (the preflight sees to it)."""
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.5
 """Between looks into the start folder, which other nodes of a shared file system write to."""
@@ -120,7 +122,7 @@ class Supervisor:
     def _watch(self) -> Outcome:
         while True:
             time.sleep(POLL_SECONDS)
-            if outcome := self._ended_elsewhere():
+            if outcome := self._look():
                 return outcome
             for index, role in enumerate(self._running):
                 code = role.process.poll()
@@ -132,15 +134,22 @@ class Supervisor:
             if len(self._gone) == len(self._running):
                 return "finished"  # trainers that were told to stop, servers given up
 
-    def _ended_elsewhere(self) -> Outcome | None:
+    def _look(self) -> Outcome | None:
+        """Obey the start folder: the end of the start, or that of servers that hang."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return None
         self._looked = time.monotonic()
         ended = self._start.ended()
-        if ended is None:
-            return None
-        outcome: Outcome = ended["outcome"]
-        return outcome
+        if ended is not None:
+            outcome: Outcome = ended["outcome"]
+            return outcome
+        for role in self._running:
+            # The report must be of this process, not of the one before it.
+            since = self._start.hung_since(role.role.name) if is_server(role) else 0.0
+            if since > role.started + MAX_SKEW and role.process.poll() is None:
+                log.warning("%s hangs; ending it", role.role.name)
+                signal_group(role, signal.SIGKILL)
+        return None
 
     def _judge(self, index: int, code: int) -> Outcome | None:
         """Decide what the end of a role means; None when the start goes on."""

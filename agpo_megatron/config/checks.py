@@ -136,6 +136,19 @@ def _model_shape(config: Config, found: _Findings) -> dict[str, int]:
 
 def _check_precision(config: Config, found: _Findings) -> None:
     recipe = config.policy.fp8.recipe
+    precision: str = config.rollout.dtype
+    if precision == "auto":
+        precision = {"fp32": "float32", "bf16": "bfloat16"}[config.policy.dtype]
+    corrected = config.algorithm.loss.correction.kind != "none"
+    against_rollout = config.algorithm.loss.old_logprobs == "rollout"
+    if config.cluster.device == "cuda" and not (corrected or against_rollout):
+        what = [f"policy.fp8.recipe {recipe}"] if recipe != "none" else []
+        what += ["servers in bfloat16"] if precision == "bfloat16" else []
+        if what:
+            found.warnings.append(
+                f"algorithm.loss.correction: kind none with {' and '.join(what)}: their log-probs are not those of the "
+                "policy that trains, and nothing makes up for it; set kind tis"
+            )
     if recipe == "none":
         return
     # Without Transformer Engine megatron-core ignores fp8 silently and trains in the base precision. Whether it is
@@ -143,6 +156,10 @@ def _check_precision(config: Config, found: _Findings) -> None:
     if config.cluster.device == "cpu":
         found.errors.append(
             f"policy.fp8: recipe {recipe} runs on a GPU only, but cluster.device is cpu; set recipe none"
+        )
+    if config.policy.layers == "local":
+        found.errors.append(
+            f"policy.fp8: recipe {recipe} needs Transformer Engine, but policy.layers is local; set one to auto or none"
         )
 
 
@@ -161,7 +178,9 @@ def _check_cluster(config: Config, found: _Findings) -> None:
         ("policy", world, layout, cluster.trainer_nodes, "trainer_nodes"),
         ("rollout", servers, fleet, cluster.rollout_nodes, "rollout_nodes"),
     ]
-    if cluster.rollout_nodes == 0:
+    if cluster.rollout_nodes == 0 and cluster.publish_backend == "gloo":
+        demands = []  # roles may share a GPU
+    elif cluster.rollout_nodes == 0:
         both = f"{layout}, and {fleet}"
         demands = [("policy", world + servers, both, cluster.trainer_nodes, "trainer_nodes")]
     for room, need, what, nodes, key in demands:

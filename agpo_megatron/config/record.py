@@ -10,7 +10,7 @@ from typing import Any
 from .schema import Config
 from .yaml_core import yaml_line
 
-_PACKAGES = [
+PACKAGES = [
     "agpo_megatron",
     "torch",
     "megatron-core",
@@ -41,7 +41,7 @@ def resolved_yaml(config: Config, provenance: Mapping[str, str] | None = None) -
 def package_versions() -> dict[str, str]:
     """List the versions of Python and of every installed package that can change a run's numbers."""
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -60,6 +60,12 @@ class RunFolder:
     def curves(self) -> Path:
         return self.path / "curves.png"
 
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Checkpoints with their steps, oldest first; half-written folders do not count."""
+        found = self.checkpoints.glob("step-*")
+        complete = sorted(path for path in found if (path / CHECKPOINT_MARKER).exists())
+        return [(int(path.name.removeprefix("step-")), path) for path in complete]
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 

@@ -132,12 +132,15 @@ class PolicyConfig(Section):
     """Parameter and activation precision; optimizer state is fp32."""
     fp8: Fp8Config = Fp8Config()
     """FP8 matmuls."""
+    layers: Literal["auto", "local"] = "auto"
+    """``auto``: Transformer Engine's on a GPU, an error where it cannot be imported; ``local``: Megatron-Core's own, as
+    on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation."""
     logprob_chunk: int = Field(480, ge=1)
     """Rows of logits held at once: [chunk, V/TP], fp32. More is faster where matmuls outrun memory (a GPU)."""
     logprob_kernels: Literal["auto", "torch", "triton"] = "auto"
-    """What treats logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
+    """Kernels for the logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
 
     @property
     def model_parallel(self) -> int:
@@ -163,6 +166,9 @@ class ClusterConfig(Section):
     """Accelerators per node."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one."""
+    publish_backend: Literal["auto", "gloo"] = "auto"
+    """Backend that carries weights to servers. ``auto``: NCCL on a GPU, gloo on a CPU. ``gloo``: through host memory,
+    where trainers and servers share a GPU, which NCCL refuses."""
     heartbeat_timeout: float = Field(120.0, gt=0)
     """Seconds without a rank's heartbeat after which it counts as lost."""
     command_timeout: float = Field(1800.0, gt=0)
@@ -173,7 +179,7 @@ class ClusterConfig(Section):
 
 class PrepareConfig(Section):
     recipe: Literal["none", "tiny_sums", "smollm2_sums", "smollm2_gsm8k"] = "none"
-    """What ``agpo-megatron prepare`` writes before a demonstration run (data, base checkpoint)."""
+    """Files that ``agpo-megatron prepare`` writes before a demonstration run (data, base checkpoint)."""
     source: str = ""
     """Input of the recipe, where it needs one (a GSM8K folder, for instance)."""
     train_problems: int = Field(4000, ge=1)

@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first real error inside the groups that asyncio task groups raise."""
+    """Return the first real error inside the exception groups that asyncio task groups raise."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}"

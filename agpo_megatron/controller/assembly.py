@@ -1,4 +1,4 @@
-"""Puts one run together: which parts each mode needs, in which order they start and stop."""
+"""Assembly of one run: the parts that each mode needs, and the order in which they start and stop."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from agpo_megatron.observe.summary import read_summary, summary_path
 from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.server import device_of
 from agpo_megatron.samples import Ints
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StartContext:
-    """What the supervisor tells the controller about this start. ``url``: where it listens. ``signal_lead``: seconds
-    between Slurm's signal and the time limit, if there is one."""
+    """The supervisor's settings for this start. ``url``: the controller's address. ``signal_lead``: seconds between
+    Slurm's signal and the time limit, if there is one."""
 
     url: str
     token: str
@@ -60,7 +61,7 @@ class StartContext:
 async def execute(
     mode: str, config: Config, folder: RunFolder, context: StartContext, replayed: Path | None
 ) -> None:
-    """Run ``mode`` to its end. Raises what ended it early, after every part has been closed."""
+    """Run ``mode`` to its end. Closes every part, then raises the error that ended it early, if any."""
     if mode == "eval":
         async with rollouts_of(config, context, False, None) as rollouts:
             rollouts.pool.serve_as_started()
@@ -140,7 +141,7 @@ async def run_of(
 async def rollouts_of(
     config: Config, context: StartContext, training: bool, status: StatusWriter | None
 ) -> AsyncIterator[Rollouts]:
-    """Pool, rewards and prompts (none to train on unless ``training``); every server has generated once."""
+    """Provide pool, rewards and prompts (training prompts only if ``training``), once every server has generated."""
     tokenizer = load_tokenizer(config.model.path)
     sources = config.data.each() if training else []
     problems = await asyncio.to_thread(training_problems, config, sources, tokenizer)
@@ -159,7 +160,11 @@ async def rollouts_of(
         ):
             if status:
                 status.pool = pool
-            # A controller that replaces another must not wait for servers that have been lost since.
+            if device_of(config) == "cuda":
+                # NCCL holds the survivors of a broken broadcast for ever, where gloo's closed connections free them.
+                start = context.start
+                pool.end_hung = lambda number: start.report_hung(f"rollout server {number}")
+            # A controller that replaces another must not wait for servers lost in the meantime.
             await pool.wait_alive(1 if context.start.serving.exists() else None)
             context.start.serving.touch()
             yield Rollouts(

@@ -63,7 +63,7 @@ async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] 
     path = run.folder.evaluation(step)
     if not path.exists():
         if run.version.step != step:
-            return None  # it was not measured then
+            return None  # not measured at that step, and its weights are gone
         with run.phase(f"evaluate step {step}", {}, ""):
             await measure(rollouts, run.folder, step)
     scores: dict[str, float] = json.loads(path.read_text())["scores"]

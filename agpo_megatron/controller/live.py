@@ -1,4 +1,4 @@
-"""Live generation as a source of batches: what AGPO trains on.
+"""Live generation as a source of batches for AGPO.
 
 publish -> prompts -> rollout pool -> rewards -> journal (durable) -> scores, where the loss needs them
         -> advantages and loss weights -> batch committed -> its updates -> publish -> ...
@@ -38,7 +38,7 @@ def live_recipe(config: Config) -> Recipe:
 
 @dataclass(frozen=True)
 class Collected:
-    """The groups of a batch, and what getting them took. ``cursor``: the prompt position behind all that was used."""
+    """The groups of a batch, and those discarded for it. ``cursor``: the position after the last prompt used."""
 
     groups: list[JournaledGroup]
     discarded: list[JournaledGroup]
@@ -47,10 +47,10 @@ class Collected:
 
 
 async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
-    """Generate one batch after the other to ``train.steps``, each under the weights that the one before left.
+    """Generate batches up to ``train.steps``, each under the weights after the batch before.
 
-    Whoever takes a batch has taken its optimizer steps when it asks for the next: then their weights are published.
-    Evaluates before the first, on schedule and after the last.
+    The consumer must have taken the optimizer steps of a batch when it asks for the next: their weights are published
+    then. Evaluates before the first batch, on schedule and after the last.
     """
     config = run.config
     prompts = map(rollouts.stream.prompt_at, itertools.count())
@@ -82,7 +82,7 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
 async def commit(
     run: Run, collected: Collected, entropy_state: float, timings: dict[str, float]
 ) -> Batch:
-    """Decide about the groups of a batch, and commit it."""
+    """Score and decide a batch, and commit it to the journal."""
     config, groups = run.config, [journaled.group for journaled in collected.groups]
     scored = [
         journaled
@@ -117,11 +117,11 @@ async def collect(
     pending: dict[int, JournaledGroup],
     timings: dict[str, float],
 ) -> Collected:
-    """The next batch's groups, from the prompts at ``cursor`` on.
+    """Collect the groups of the next batch, from the prompts at ``cursor`` on.
 
-    Under ``resample`` (dynamic sampling) groups without variance are replaced by those of the next prompts, in at
-    most ``resample_rounds`` rounds; if that is not enough, the earliest of them fill the batch after all. Which prompts
-    a batch uses depends on what is durable alone, so that a resumed run takes the same ones.
+    Under ``resample`` (dynamic sampling) zero-variance groups are replaced by those of the next prompts, in at most
+    ``resample_rounds`` rounds; if that is not enough, the earliest of them fill the batch after all. The prompts of a
+    batch depend only on durable data, so that a resumed run uses the same ones.
     """
     config, size = run.config, run.config.train.prompts_per_batch
     advantage = config.algorithm.advantage
@@ -154,7 +154,7 @@ async def generate(
     pending: dict[int, JournaledGroup],
     timings: dict[str, float],
 ) -> list[JournaledGroup]:
-    """Groups of these prompts in their order, each durable before it counts; journaled ones are not generated again."""
+    """Return the groups of these prompts in order, all durable; those already journaled are not generated again."""
     size = len(positions)
     ready = {p: pending.pop(p) for p in positions if p in pending}
     missing = [p for p in positions if p not in ready]
@@ -184,7 +184,7 @@ async def generate(
 
 
 async def publish(run: Run, publisher: Publisher, timings: dict[str, float]) -> None:
-    """Give every server the trainer's weights; on return they generate under ``run.version``."""
+    """Publish the trainer's weights to every server; on return they generate under ``run.version``."""
     with run.phase(f"publish weights {run.version.step}", timings, "time/publish"):
         publication = await publisher.publish(run.version)
     run.version = publication.version

@@ -1,4 +1,4 @@
-"""The stepping loop: every kind of run is this, over its own sources."""
+"""The training loop, the same for every kind of run; only the sources of batches differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the lengths of sequences to balanced micro-batches. Pure and deterministic."""
+"""Packing of sequences into balanced micro-batches by their lengths. Pure and deterministic."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def plan_micro_batches(
     """Pack sequences into micro-batches: ``plan[dp_rank][micro_batch] = [sequence numbers]``.
 
     Every DP rank gets the same number of micro-batches, a multiple of ``multiple_of`` (the interleaved pipeline
-    schedule wants multiples of PP); missing ones are empty and become weight-0 fillers. Sequences go, most costly
-    first, to the micro-batch with the least cost that still has room in ``token_budget``; a sequence longer than the
-    budget gets one of its own. Cost of n tokens: n + n^2 / (6 h), linear layers plus attention.
+    schedule wants multiples of PP); missing ones are empty and become weight-0 fillers. Sequences are assigned,
+    most costly first, to the cheapest micro-batch with room in ``token_budget``; a sequence longer than the budget
+    gets a micro-batch of its own. Cost of n tokens: n + n^2 / (6 h), linear layers plus attention.
     """
 
     def cost(n: int) -> float:
@@ -33,7 +33,7 @@ def plan_micro_batches(
         if bins is not None:
             break
         per_rank += max(1, per_rank // 50)
-    # Heaviest first, dealt to the ranks back and forth, so that ranks and pipeline slots see like costs.
+    # Heaviest first, dealt to the ranks back and forth, so that ranks and pipeline slots have similar costs.
     bins.sort(key=lambda b: (-sum(cost(lengths[i]) for i in b), b))
     plan: list[list[list[int]]] = [[] for _ in range(data_parallel)]
     for slot in range(per_rank):
@@ -50,7 +50,7 @@ def pack(
     count: int,
     budget: int,
 ) -> list[list[int]] | None:
-    """Least-cost-first packing into ``count`` bins; None when a sequence finds no bin with room."""
+    """Pack into ``count`` bins, cheapest bin first; None if a sequence fits in no bin."""
     bins: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     by_cost = [(0.0, b) for b in range(count)]  # a heap: the least costly bin first

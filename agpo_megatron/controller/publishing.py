@@ -1,4 +1,4 @@
-"""Connects the publish protocol (sync/) with this run's trainer commands, pool and layout."""
+"""Connection of the publish protocol (sync/) with this run's trainer commands, pool and layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher
 
 BUCKET_BYTES = 512 * 1024**2
-# Allowed difference of log-probs by precision, of the coarser of server and policy: a wrong weight shows far above.
-# bf16: 0.5 nats are seen between the two ends at single tokens of SmolLM2's own samples.
+# Allowed difference of log-probs by precision (the coarser of server and policy); a wrong weight exceeds it by far.
+# bf16: differences of 0.5 nats occur at single tokens of SmolLM2's own samples.
 PROBE_TOLERANCE = {"float32": 1e-3, "fp32": 1e-3, "bfloat16": 2.0, "bf16": 2.0}
 PROBE_LENGTH = 32
 COMMAND_MARGIN = 30.0
-"""Seconds that a trainer command may outlast its own deadline (a failed broadcast still takes part in the gathers of
-the other ranks) before the trainer counts as lost, which ends the run."""
+"""Seconds after its deadline until a trainer command counts as lost, which ends the run: a failed broadcast still takes
+part in the gathers of the other ranks."""
 
 BucketPlan = Sequence[Sequence[Sequence[TensorSpec]]]
 
@@ -64,23 +64,23 @@ class PublishingTrainer:
 
 
 def probe_tokens(prompts: Iterable[Prompt]) -> list[int]:
-    """The first ``PROBE_LENGTH`` tokens of the prompts in a row, fixed for the run.
+    """Return the first ``PROBE_LENGTH`` tokens of the concatenated prompts, fixed for the run.
 
-    Text of the task, not random ids: the log-probs of absurd tokens differ by nats in bf16 for rounding alone.
+    They are text of the task, not random ids: in bf16, rounding alone changes log-probs of absurd tokens by nats.
     """
     tokens = (int(token) for prompt in prompts for token in prompt.tokens)
     return list(islice(tokens, PROBE_LENGTH))
 
 
 def probe_tolerance(config: Config) -> float:
-    """By how much server and policy may differ in the probe's log-probs."""
+    """Return the allowed difference between server and policy in the probe's log-probs."""
     return max(PROBE_TOLERANCE[server_dtype(config)], PROBE_TOLERANCE[config.policy.dtype])
 
 
 def stage_layers(layers: int, policy: PolicyConfig) -> list[list[int]]:
-    """Global layer numbers of each pipeline stage: even split, interleaved over ``virtual_pipeline`` chunks.
+    """Return the global layer numbers of each pipeline stage: an even split, interleaved over virtual chunks.
 
-    As megatron-core 0.19.2 places them (transformer_block.get_transformer_layer_offset).
+    This is the placement of megatron-core 0.19.2 (transformer_block.get_transformer_layer_offset).
     """
     stages, chunks = policy.pipeline_parallel, policy.virtual_pipeline
     per_chunk = layers // (stages * chunks)
@@ -101,11 +101,11 @@ def make_publisher(
     backend: str,
     prompts: Iterable[Prompt],
 ) -> Publisher:
-    """The publisher of one run. ``backend``: that of the trainer's device, gloo or nccl. ``prompts``: to probe with."""
+    """Build the publisher of a run. ``backend``: gloo or nccl, by the trainer's device. ``prompts``: for the probe."""
     hf_config = read_config(config.model.path)
     shape = ModelShape.from_hf(hf_config)
     layers = stage_layers(shape.layers, config.policy)
-    # What a server receives it copies into its own tensors: only in its own precision do all ends hash the same bytes.
+    # A server copies what it receives into its own tensors: only in its precision do all ends hash the same bytes.
     manifest = publish_manifest(hf_config, layers, server_dtype(config))
     plan = [buckets(stage, BUCKET_BYTES) for stage in manifest]
     return Publisher(
@@ -113,7 +113,7 @@ def make_publisher(
         PublishingTrainer(trainers, plan),
         plan,
         server_ranks=config.rollout.tensor_parallel,
-        backend=backend,
+        backend=backend if config.cluster.publish_backend == "auto" else "gloo",
         probe_tokens=probe_tokens(prompts),
         probe_tolerance=probe_tolerance(config),
         timeout=config.cluster.command_timeout,

@@ -1,4 +1,4 @@
-"""What the controller's loops share: one run's journal, trainer, metrics and progress, and its steps of work."""
+"""The run as the controller drives it: its journal, trainer, metrics and progress, and the operations on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,15 +29,15 @@ from agpo_megatron.journal import (
     JournalReader,
 )
 from agpo_megatron.journal.reader import read_file
-from agpo_megatron.journal.records import at_the_masked_tokens, read_scores, sequence_columns
+from agpo_megatron.journal.records import place_on_loss_mask, read_scores, sequence_columns
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.samples import Floats, WeightVersion
+from agpo_megatron.samples import Floats, Sample, WeightVersion
 from agpo_megatron.wait import waiting
 
 log = logging.getLogger(__name__)
 LEAD_MARGIN = 60.0
-"""Seconds beside step and save: Slurm may signal late, processes end."""
+"""Seconds beside step and save, for a late signal of Slurm and the end of the processes."""
 
 
 class StoppedOnRequest(Exception):
@@ -46,7 +46,7 @@ class StoppedOnRequest(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many optimizer steps one kind of run takes, and at which learning rates."""
+    """The number of optimizer steps of one kind of run, and their learning rates."""
 
     lr: float
     warmup_steps: int
@@ -55,7 +55,7 @@ class Recipe:
     min_lr: float = 0.0
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to ``min_lr``."""
+        """Return the learning rate of step ``step`` (from 1): linear warm-up, then the schedule down to ``min_lr``."""
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
         if self.schedule == "constant":
@@ -68,7 +68,7 @@ class Recipe:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A committed batch on its way to the trainer. ``journal``: the folder that holds its file ``name``. ``timings``:
-    what making it took. ``replayed``: it was committed by an earlier start, or by another run."""
+    seconds spent on it. ``replayed``: it was committed by an earlier start, or by another run."""
 
     record: BatchRecord
     journal: Path
@@ -81,9 +81,9 @@ class Batch:
 class Run:
     """One start (attempt) of a run.
 
-    ``version``: identity of the weights the trainer holds now. ``backend``: of its collectives, once it has loaded.
-    ``stop_requested``: whether to end after the step under way. ``signal_lead``: seconds that it may take from the
-    request to the saved checkpoint; None where there is no limit.
+    ``version``: the trainer's current weight version. ``backend``: backend of its collectives, set by ``load``.
+    ``stop_requested``: returns whether to end after the current step. ``signal_lead``: seconds allowed from the
+    request to the saved checkpoint; None without a limit.
     """
 
     config: Config
@@ -96,7 +96,7 @@ class Run:
     hidden_size: int
     version: WeightVersion = field(init=False)
     backend: str = field(init=False)
-    stop_requested: Callable[[], bool] = field(init=False, default=lambda: False)
+    stop_requested: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
     signal_lead: float | None = field(init=False, default=None)
     _longest: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -112,15 +112,16 @@ class Run:
             yield
 
     async def load(self, recorded: JournalReader | None = None) -> int:
-        """Load the newest complete checkpoint, or the initial weights; returns the step that the trainer then holds.
+        """Load the newest complete checkpoint, or the initial weights; return the step that the trainer then holds.
 
-        Trainers that outlived their last controller may be further than that, and stay where they are. ``recorded``:
-        the journal that is trained on, if it is not this run's.
+        Trainers that outlived their last controller may be at a later step, and stay there. ``recorded``: the journal
+        to train on, if it is not this run's.
         """
-        step, path = latest_checkpoint(self.folder)
+        saved = self.folder.complete_checkpoints()
+        step, path = saved[-1] if saved else (0, None)
         with self.phase("load weights", {}, ""):
             answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
-        # Only now: trainers that outlived their controller may have been in the middle of saving.
+        # Only now: trainers that outlived their controller may still have been saving.
         await asyncio.to_thread(remove_leftovers, self.folder)
         self.backend = answers[0]["backend"]
         held: int = answers[0]["step"]
@@ -132,18 +133,21 @@ class Run:
         return held
 
     async def advance(self, batch: Batch) -> None:
-        """Take the optimizer steps of ``batch`` that the trainer has not taken yet, each reported, and saved when due.
+        """Take the steps of ``batch`` that the trainer has not taken yet; report each, and save when due.
 
-        Raises StoppedOnRequest after a step when the run is asked to end, JournalError when the batch does not follow
-        the weights.
+        Raises StoppedOnRequest after a step when the run is asked to end, JournalError when the batch is not the next
+        one for the weights.
         """
-        timings = batch.timings
+        timings, whole, tokens = batch.timings, 0.0, int(batch.record.tokens.sum())
         for step in batch.record.steps:
             if not self.version.step < step <= self.recipe.steps:
                 continue
             name = f"{'replay' if batch.replayed else 'update'} step {step}"
             with seconds_into(timings, "time/step"), self.phase(name, timings, "time/update"):
                 result = await self.update(batch, step)
+            whole += timings["time/step"]
+            if step == batch.record.steps[-1]:
+                timings["throughput/tokens_per_s"] = tokens / whole
             self.report(batch.record, step, result, timings)
             timings = {}
             await self._save_if_due()
@@ -157,7 +161,7 @@ class Run:
         cursor: int,
         timings: dict[str, float],
     ) -> Batch:
-        """Commit what was decided about ``groups`` as the batch of the next ``updates`` optimizer steps."""
+        """Commit the decision about ``groups`` as the batch of the next ``updates`` optimizer steps."""
         samples = [sample for journaled in groups for sample in journaled.group.samples]
         record = BatchRecord(
             first_step=self.version.step + 1,
@@ -178,10 +182,7 @@ class Run:
         return Batch(record, self.folder.journal, name, timings)
 
     async def _save_if_due(self) -> None:
-        """Checkpoint every ``run.checkpoint_every`` steps, at the last, and when asked to end.
-
-        Raises StoppedOnRequest after the latter.
-        """
+        """Save every ``run.checkpoint_every`` steps, at the last, and if asked to end; then raise StoppedOnRequest."""
         step, last = self.version.step, self.recipe.steps
         stop = self.stop_requested() and step < last
         if step % self.config.run.checkpoint_every == 0 or step == last or stop:
@@ -190,9 +191,9 @@ class Run:
             raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
 
     async def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """One optimizer step on its part of the batch; afterwards ``version`` is one step further.
+        """Take one optimizer step on its part of the batch and advance ``version``.
 
-        Raises JournalError when it is not the step after the weights'.
+        Raises JournalError when ``step`` is not the next one.
         """
         if step != self.version.step + 1:
             raise JournalError(
@@ -213,7 +214,7 @@ class Run:
         return results[0]
 
     async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
-        """Micro-batches of sequences of these lengths, by data-parallel rank."""
+        """Plan the micro-batches of sequences of these lengths, by data-parallel rank."""
         policy = self.config.policy
         return await asyncio.to_thread(
             plan_micro_batches,
@@ -225,7 +226,7 @@ class Run:
         )
 
     async def score(self, groups: Sequence[JournaledGroup], timings: dict[str, float]) -> Scores:
-        """What the decisions about a batch need of the trainer before it is committed; nothing if they need nothing."""
+        """Let the trainer compute the log-probs that the decision about a batch needs; empty if it needs none."""
         config = self.config
         wanted = config.algorithm.loss.scored_weights(config.train.updates_per_batch)
         if not groups or not any(wanted):
@@ -249,18 +250,15 @@ class Run:
                     weights=weights,
                     path=str(path),
                 )
-                data = await asyncio.to_thread(read_file, path, results[0]["digest"])
-            found[weights] = {
-                sample_id: at_the_masked_tokens(logprobs, samples[sample_id])
-                for sample_id, logprobs in read_scores(path, data).items()
-            }
+                digest = results[0]["digest"]
+                found[weights] = await asyncio.to_thread(_scores_of, samples, path, digest)
             path.unlink()
             if weights == "policy":
                 entropy = float(results[0]["entropy"])
         return Scores(found["policy"], found["reference"], entropy)
 
     async def save(self) -> None:
-        """Checkpoint the trainer at the current step; keep the newest ``run.keep_checkpoints``."""
+        """Save a checkpoint of the current step; keep the newest ``run.keep_checkpoints``."""
         step = self.version.step
         timings: dict[str, float] = {}
         with self.phase(f"save step {step}", timings, "time/save"):
@@ -269,7 +267,7 @@ class Run:
         await asyncio.to_thread(self._remove_old)
 
     def _check_lead(self, timings: dict[str, float]) -> None:
-        """Warn, once per record, when the longest step, save and a minute do not fit between signal and time limit."""
+        """Warn, at each new maximum, when the longest step, the longest save and a minute exceed ``signal_lead``."""
         before = sum(self._longest.values())
         for key in ("time/step", "time/save"):
             self._longest[key] = max(self._longest.get(key, 0.0), timings.get(key, 0.0))
@@ -285,14 +283,14 @@ class Run:
         sys.stderr.write(f"warning: {text}\n")
 
     def _remove_old(self) -> None:
-        """Checkpoints behind the newest ``run.keep_checkpoints``, and the journal behind those if so configured."""
-        checkpoints = complete_checkpoints(self.folder)
+        """Remove all but the newest ``run.keep_checkpoints``, and the journal before those if so configured."""
+        checkpoints = self.folder.complete_checkpoints()
         kept = checkpoints[-self.config.run.keep_checkpoints :]
-        for old in checkpoints[: -len(kept)]:
+        for _, old in checkpoints[: -len(kept)]:
             (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint
             shutil.rmtree(old)
         if self.config.journal.keep == "checkpoints":
-            self.journal.prune(before_step=step_of(kept[0]) + 1)
+            self.journal.prune(before_step=kept[0][0] + 1)
 
     async def export(self, path: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
@@ -302,20 +300,23 @@ class Run:
     def report(
         self, record: BatchRecord, step: int, result: dict[str, float], timings: dict[str, float]
     ) -> None:
-        """Write the step's metrics, once: a replayed step that was already reported is not reported again. What is
-        known of the whole batch stands with its first step."""
+        """Write the metrics of a step, once: a replayed step that has been reported is skipped. Metrics of the whole
+        batch are written with its first step."""
         self._check_lead(timings)
         if self.metrics.has(step):
             return
         whole = record.metrics if step == record.first_step else {}
         metrics = {**whole, **result, "lr": self.recipe.lr_at(step), **timings, "step": step}
-        if metrics.get("time/step"):
-            part = record.columns["update"] == step - record.first_step
-            metrics["throughput/tokens_per_s"] = (
-                int(record.tokens[part].sum()) / metrics["time/step"]
-            )
         self.metrics.write(metrics)
         self.progress.step(metrics)
+
+
+def _scores_of(samples: Mapping[str, Sample], path: Path, digest: str) -> dict[str, Floats]:
+    """Read what a trainer has scored; each log-prob at its place in the response."""
+    return {
+        sample_id: place_on_loss_mask(logprobs, samples[sample_id])
+        for sample_id, logprobs in read_scores(path, read_file(path, digest)).items()
+    }
 
 
 @contextmanager
@@ -328,27 +329,12 @@ def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
         timings[key] = timings.get(key, 0.0) + time.monotonic() - started
 
 
-def complete_checkpoints(folder: RunFolder) -> list[Path]:
-    """Checkpoints of a run, oldest first; half-written folders do not count."""
-    return sorted(p for p in folder.checkpoints.glob("step-*") if (p / CHECKPOINT_MARKER).exists())
-
-
 def remove_leftovers(folder: RunFolder) -> None:
-    """What a killed attempt left half-done: checkpoints without their marker, their temporary folders, scores."""
+    """Remove the leftovers of a killed attempt: checkpoints without a marker, their temporary folders, scores."""
     for path in folder.path.glob("*scores-*.arrow*"):
         path.unlink()
     if folder.checkpoints.is_dir():
-        complete = set(complete_checkpoints(folder))
+        complete = {path for _, path in folder.complete_checkpoints()}
         for path in folder.checkpoints.iterdir():
             if path not in complete and re.fullmatch(r"\.?step-\d+(\.\w+)?", path.name):
                 shutil.rmtree(path)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def latest_checkpoint(folder: RunFolder) -> tuple[int, Path | None]:
-    """Newest complete checkpoint and its step; (0, None) when there is none."""
-    found = complete_checkpoints(folder)
-    return (step_of(found[-1]), found[-1]) if found else (0, None)

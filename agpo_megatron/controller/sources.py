@@ -1,4 +1,4 @@
-"""Sources of batches beside live generation (live.py): what was recorded before, and worked examples."""
+"""Sources of batches other than live generation (live.py): recorded batches and worked examples."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from agpo_megatron.samples import Group
 async def recorded(
     run: Run, journal: JournalReader, last: int | None = None
 ) -> AsyncGenerator[Batch, None]:
-    """The committed batches of a journal behind the weights that the trainer holds; nothing is generated. In the same
-    layout on a CPU the weights come out equal, bit for bit.
+    """Yield the committed batches of a journal after the trainer's step; nothing is generated. In the same layout on a
+    CPU the resulting weights are equal, bit for bit.
 
-    ``last``: a step up to which each must be there. Raises JournalError when one is missing.
+    ``last``: the step up to which every step must be there. Raises JournalError when one is missing.
     """
     names = [name for name in journal.batches() if name.last_step > run.version.step]
     if last is not None:
@@ -44,7 +44,7 @@ def supervised_recipe(sft: SftConfig) -> Recipe:
 async def worked_examples(
     run: Run, examples: Sequence[Group], sft: SftConfig
 ) -> AsyncGenerator[Batch, None]:
-    """Batches of worked solutions for the cold start: the same trainer, journal and fused loss, with likelihood."""
+    """Yield batches of worked solutions for the cold start: same trainer, journal and fused loss, with likelihood."""
     journaled = await asyncio.to_thread(_journal_examples, run, examples)
     while run.version.step < sft.steps:
         first = run.version.step * sft.batch_size
@@ -56,13 +56,13 @@ async def worked_examples(
         with seconds_into(timings, "time/step"):
             groups = [journaled[p] for p in positions]
             decision = supervised([j.group.samples[0] for j in groups])
-            # Cursor 0: examples are drawn again and again, they stay pending.
+            # Cursor 0: examples are drawn repeatedly, so they stay pending.
             batch = await run.commit(groups, decision, updates=1, cursor=0, timings=timings)
         yield batch
 
 
 def _journal_examples(run: Run, examples: Sequence[Group]) -> list[JournaledGroup]:
-    """All examples as one segment, written once: an example is a group of one sample at its place in the file."""
+    """Journal all examples as one segment, once: each is a group of one sample at its position in the file."""
     known = run.journal.pending_groups()
     if len(known) != len(examples):
         known = {j.group.prompt.position: j for j in run.journal.append(examples)}

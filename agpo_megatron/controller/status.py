@@ -1,4 +1,4 @@
-"""What everybody is doing, as the controller knows it: for ``agpo-megatron status`` and the report of a failure."""
+"""Status of all processes as the controller knows it, for ``agpo-megatron status`` and the report of a failure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PHASES_SHOWN = 8
 
 
 class StatusWriter:
-    """Writes the start folder's ``status.json`` every few seconds; of a start that fails the last from before it did.
+    """Writer of the start folder's ``status.json``, every few seconds; after a failure the last status before it stays.
 
-    ``pool`` is known later than the trainers, and not in every mode.
+    ``pool`` is set later than the trainers, and not in every mode.
     """
 
     def __init__(self, start: StartFolder, trainers: TrainerClient) -> None:
@@ -53,7 +53,7 @@ class StatusWriter:
         await asyncio.to_thread(write_json, self._start.status, self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
-        """Times are seconds since the epoch."""
+        """Return the status; times are seconds since the epoch."""
         now, clock = time.time(), time.monotonic()
         return {
             "time": now,

@@ -8,8 +8,8 @@ Trainers connect out to this HTTP server (so only the controller's address must 
     POST /failure             any rank: {rank, command, error}           before it exits
 
 Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0 asks
-for what comes after the last seq it carried out, so a command is carried out once however often it is fetched. Trainers
-outlive a controller that is killed: the next one, of another attempt, counts its commands from 1.
+for the command after the last seq it has executed, so each command is executed once, however often it is fetched.
+Trainers outlive a controller that is killed: the next one, of another attempt, counts its commands from 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TrainerError(RuntimeError):
 
 @dataclass
 class RankStatus:
-    """Last heartbeat of one rank (``seen``: monotonic seconds of this process). ``last``: the phase it ended last."""
+    """Last heartbeat of one rank (``seen``: monotonic seconds of this process). ``last``: its last finished phase."""
 
     phase: str
     since: float
@@ -42,7 +42,7 @@ class RankStatus:
 
 
 class TrainerClient:
-    """Commands for the trainer, one at a time, each answered by all ranks."""
+    """Client for trainer commands, one at a time, each answered by all ranks."""
 
     def __init__(
         self,
@@ -86,9 +86,9 @@ class TrainerClient:
     async def call(
         self, name: str, *, timeout: float | None = None, **args: Any
     ) -> list[dict[str, Any]]:
-        """Carry out one command on all ranks; returns their results in rank order.
+        """Execute one command on all ranks; return their results in rank order.
 
-        Raises TrainerError when a rank fails or goes silent, WaitExpired at the deadline.
+        Raises TrainerError when a rank fails or sends no heartbeat, WaitExpired at the deadline.
         """
         seconds = timeout or self._command_timeout
         async with self._one_at_a_time:
@@ -114,14 +114,14 @@ class TrainerClient:
                 return self._result.result()
             if self._failure is not None:
                 raise self._failure
-            silent = [
+            unheard = [
                 r
                 for r, s in self.ranks.items()
                 if time.monotonic() - s.seen > self._heartbeat_timeout
             ]
-            if silent:
+            if unheard:
                 raise TrainerError(
-                    f"trainer rank(s) {silent} sent no heartbeat for {self._heartbeat_timeout:.0f} s "
+                    f"trainer rank(s) {unheard} sent no heartbeat for {self._heartbeat_timeout:.0f} s "
                     f"during {name}; {self.report()}"
                 )
             if time.monotonic() > deadline:
@@ -129,13 +129,13 @@ class TrainerClient:
 
     @property
     def command_under_way(self) -> str:
-        """Name and number of the command that the trainers have not answered yet; "" when there is none."""
+        """The name and number of the command that the trainers have not answered yet; "" when there is none."""
         if self._command is None or self._result is None or self._result.done():
             return ""
         return f"{self._command['name']} ({self._command['seq']})"
 
     def report(self) -> str:
-        """One line: what every rank was doing when last heard of."""
+        """Return one line with the last known phase of every rank."""
         now = time.monotonic()
         seen = [
             f"rank {r}: {s.phase} (heard {now - s.seen:.0f} s ago)"
@@ -181,7 +181,7 @@ class TrainerClient:
 
     async def _on_failure(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if self._failure is None:  # the first culprit; the others fail because of it
+        if self._failure is None:  # the first is the cause of the others
             self._failure = TrainerError(
                 f"trainer rank {body['rank']} failed in {body['command']}: {body['error']}"
             )

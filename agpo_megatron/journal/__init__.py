@@ -1,4 +1,4 @@
-"""Durable record of samples and batches: resume, replay, inspection and audit all read these files."""
+"""Durable record of samples and batches, which resume, replay, inspection and audit read."""
 
 from agpo_megatron.journal.blocks import Block, JournalError
 from agpo_megatron.journal.reader import JournalReader

@@ -1,9 +1,9 @@
 """Files of blocks: an Arrow file whose record batches, one per sample, can each be read and checked alone.
 
-A block is known by (file, offset, length, digest): whoever needs some samples of a file reads their bytes alone and
-notices damage. Blocks are read with plain reads, not mapped: an error of the file system is then an exception that
-names the file, and no descriptor outlives the read. The files are ordinary Arrow IPC files besides (`datasets`, pandas
-and duckdb read them).
+A block is identified by (file, offset, length, digest): a reader of some samples reads only their bytes and notices
+damage. Blocks are read with plain reads, not mapped: an error of the file system is then an exception that names the
+file, and no descriptor outlives the read. The files are ordinary Arrow IPC files (`datasets`, pandas and duckdb read
+them).
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from agpo_megatron.files import WriteError, digest, rename_durably, write_all
 
+T = TypeVar("T")
 MAGIC = 8
-"""Bytes before the schema in an Arrow file."""
+"""Number of bytes before the schema in an Arrow file."""
 SCHEMA_BYTES = 2**16
-"""No schema of this project is longer."""
+"""Upper limit of the length of a schema."""
 DIGEST = 16
-"""Hexadecimal digits of SHA-256 that are kept."""
+"""Number of hexadecimal digits of SHA-256 that are kept."""
 
 
 class JournalError(RuntimeError):
@@ -33,7 +36,7 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Block:
-    """Where one record batch lies: bytes ``[offset, offset + length)`` of ``file``, whose SHA-256 begins with
+    """The place of one record batch: bytes ``[offset, offset + length)`` of ``file``, whose SHA-256 begins with
     ``digest``."""
 
     file: str
@@ -43,7 +46,7 @@ class Block:
 
 
 class _Sink:
-    """What an Arrow writer writes to: a file that hashes what goes through it, but for its first ``header`` bytes."""
+    """File for an Arrow writer that hashes everything written to it after the first ``header`` bytes."""
 
     closed = False
 
@@ -55,13 +58,12 @@ class _Sink:
 
     def write(self, data: bytes) -> int:
         write_all(self._file, data)
-        if self.position >= self._header:  # the header ends with a write of its own
-            self._hash.update(data)
+        self._hash.update(memoryview(data)[max(0, self._header - self.position) :])
         self.position += len(data)
         return len(data)
 
     def take_digest(self) -> str:
-        """Digest of what was written since the last call."""
+        """Return the digest of the bytes written since the last call."""
         found, self._hash = self._hash.hexdigest()[:DIGEST], hashlib.sha256()
         return found
 
@@ -81,10 +83,10 @@ def write_blocks(
     schema: pa.Schema,
     batches: Iterable[pa.RecordBatch],
 ) -> list[Block]:
-    """Write one file of ``batches``, durable on return; its blocks, in order.
+    """Write one file of ``batches``, durable on return; return its blocks, in order.
 
-    ``name``: from the digest of all blocks' digests to the file's name. Batches are written as they come, so that no
-    two need be in memory. Raises WriteError.
+    ``name``: maps the digest of all blocks' digests to the file name. Batches are written one by one, so that no two
+    need to be in memory. Raises WriteError.
     """
     temporary = folder / f".{name('new')}.{os.getpid()}.tmp"
     header = MAGIC + schema.serialize().size
@@ -111,31 +113,33 @@ def write_blocks(
 def read_blocks(
     folder: Path, blocks: Sequence[Block], patience: float = 5.0
 ) -> Iterator[pa.RecordBatch]:
-    """The record batch of each block, in order, each read when it is asked for.
+    """Yield the record batch of each block, in order, each read when it is requested.
 
     Waits up to ``patience`` seconds for a shared file system to show a file with that content. Raises JournalError when
     a block stays missing or different.
     """
     schemas: dict[str, pa.Schema] = {}
     for block in blocks:
-        deadline = time.monotonic() + patience
-        while (found := _read(folder / block.file, block, schemas)) is None:
-            if time.monotonic() > deadline:
-                path = folder / block.file
-                what = (
-                    f"does not hold the block {block.digest} it was announced with"
-                    if path.exists()
-                    else "is missing"
-                )
-                raise JournalError(
-                    f"{path} {what}. Restore it from a copy; the run cannot be resumed without it."
-                )
-            time.sleep(0.05)
-        yield found
+        path = folder / block.file
+        yield when_shown(partial(_read, path, block, schemas), path, block.digest, patience)
+
+
+def when_shown(read: Callable[[], T | None], path: Path, wanted: str, patience: float) -> T:
+    """Return the result of ``read`` as soon as it is not None. Raises JournalError after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
+    while (found := read()) is None:
+        if time.monotonic() > deadline:
+            cause = f"does not hold the content {wanted} it was announced with"
+            raise JournalError(
+                f"{path} {cause if path.exists() else 'is missing'}. "
+                "Restore it from a copy; the run cannot be resumed without it."
+            )
+        time.sleep(0.05)
+    return found
 
 
 def _read(path: Path, block: Block, schemas: dict[str, pa.Schema]) -> pa.RecordBatch | None:
-    """The block, or None when the file does not hold it."""
+    """Read the block; None when the file does not hold it."""
     try:
         with open(path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), block.length, block.offset)
@@ -152,7 +156,7 @@ def _read(path: Path, block: Block, schemas: dict[str, pa.Schema]) -> pa.RecordB
 
 
 def find_blocks(folder: Path, name: str, whole: str) -> list[Block]:
-    """The blocks of a file whose places are not known any more, in order; ``whole``: the digest that its name holds.
+    """Find the blocks of a file by scanning it, in order; ``whole``: the digest in its name.
 
     Raises JournalError for a damaged file.
     """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agpo_megatron.files import digest
-from agpo_megatron.journal.blocks import Block, JournalError, find_blocks, read_blocks
+from agpo_megatron.journal.blocks import Block, JournalError, find_blocks, read_blocks, when_shown
 from agpo_megatron.journal.records import (
     BatchRecord,
     JournaledGroup,
@@ -29,7 +28,7 @@ BATCH = re.compile(r"batch-(\d{8})-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
 
 @dataclass(frozen=True)
 class SegmentName:
-    """What a segment's name says: prompt positions from ``first`` to ``last``."""
+    """The parsed name of a segment, with prompt positions ``first`` to ``last``."""
 
     name: str
     first: int
@@ -46,7 +45,7 @@ class SegmentName:
 
 @dataclass(frozen=True)
 class BatchName:
-    """What the name of a batch's file says: its optimizer steps."""
+    """The parsed name of a batch file, with its first and last optimizer step."""
 
     name: str
     first_step: int
@@ -57,26 +56,31 @@ class BatchName:
     def parse(name: str) -> BatchName:
         match = BATCH.fullmatch(name)
         if match is None:
-            raise JournalError(f"{name} is not the name of a batch's file")
+            raise JournalError(f"{name} is not the name of a batch file")
         return BatchName(name, int(match[1]), int(match[2]), match[4])
 
 
 def owners(folder: Path) -> list[int]:
-    """Attempts that have written to this journal, in order."""
+    """Return the attempts that have written to this journal, in order."""
     return sorted(int(m[1]) for p in folder.glob("owner-*.json") if (m := OWNER.search(p.name)))
 
 
 def valid_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the segments and of the batches that count.
+    """Return the names of the valid segments and of the valid batches.
 
-    Truth = the inventory the newest attempt took over, plus what that attempt wrote itself. What an older attempt
-    wrote after it was superseded is in neither and is ignored.
+    Valid files = the inventory that the newest attempt took over, plus the files it wrote itself. Files that an older
+    attempt wrote after it was superseded are in neither and are ignored.
     """
     attempts = owners(folder)
     if not attempts:
         return [], []
     newest = attempts[-1]
     inventory = json.loads((folder / f"owner-{newest:06d}.json").read_text())
+    if "batches" not in inventory:
+        raise JournalError(
+            f"{folder} was written by an earlier release, which this one cannot read. Finish that run with the release "
+            "it began with, or start in another --run-dir."
+        )
     segments, batches = set(inventory["segments"]), set(inventory["batches"])
     for path in (folder / "samples").iterdir():
         if (m := SEGMENT.fullmatch(path.name)) and int(m[1]) == newest:
@@ -88,24 +92,24 @@ def valid_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 class JournalReader:
-    """Reads one journal folder: the small records of batches whole, samples block by block."""
+    """Reader of one journal folder: it reads the small records of batches whole, samples block by block."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise JournalError(f"{folder} is not a journal. Name the folder of a run that has one.")
         self.folder = folder
-        self.read_patience = 5.0  # seconds a shared file system is given to show a file
+        self.read_patience = 5.0  # seconds to wait for a shared file system to show a file
 
     def batches(self) -> list[BatchName]:
-        """The committed batches, in order."""
+        """Return the committed batches, in order."""
         return [BatchName.parse(name) for name in valid_files(self.folder)[1]]
 
     def segments(self) -> list[SegmentName]:
-        """The segments that count."""
+        """Return the valid segments."""
         return [SegmentName.parse(name) for name in valid_files(self.folder)[0]]
 
     def batch_of(self, step: int) -> BatchName:
-        """The committed batch that optimizer step ``step`` belongs to. Raises JournalError when there is none."""
+        """Return the committed batch of optimizer step ``step``. Raises JournalError when there is none."""
         batches = self.batches()
         for batch in batches:
             if batch.first_step <= step <= batch.last_step:
@@ -114,16 +118,16 @@ class JournalReader:
         raise JournalError(f"{self.folder} has no committed batch with step {step} (it has {held})")
 
     def record(self, name: str) -> BatchRecord:
-        """The batch file ``name``, checked against the digest in its name. Raises JournalError."""
+        """Read the batch file ``name`` and check it against the digest in its name. Raises JournalError."""
         path, wanted = self.folder / "batches" / name, BatchName.parse(name).digest
         return decode_record(path, read_file(path, wanted, self.read_patience))
 
     def samples(self, blocks: Sequence[Block]) -> list[Sample]:
-        """The samples of some blocks, in their order."""
+        """Read the samples of some blocks, in their order."""
         return [batch_to_sample(b) for b in read_blocks(self._samples, blocks, self.read_patience)]
 
     def sequences(self, record: BatchRecord, rows: Sequence[int]) -> list[TrainSequence]:
-        """The sequences of some rows of a batch, in that order; nothing else is read."""
+        """Read the sequences of some rows of a batch, in that order, and nothing else."""
         samples = read_blocks(self._samples, [record.samples[r] for r in rows], self.read_patience)
         found = [record.details[r] for r in rows]
         details = read_blocks(
@@ -135,11 +139,11 @@ class JournalReader:
         ]
 
     def score_sequences(self, blocks: Sequence[Block]) -> list[TrainSequence]:
-        """Journaled samples whose batch is not decided yet, in their order."""
+        """Read journaled samples for scoring, before their batch is decided, in their order."""
         return [score_sequence(b) for b in read_blocks(self._samples, blocks, self.read_patience)]
 
     def groups(self, segment: SegmentName) -> list[JournaledGroup]:
-        """All groups of a segment and where their samples lie. Raises JournalError for a damaged file."""
+        """Read all groups of a segment, with the blocks of their samples. Raises JournalError for a damaged file."""
         blocks = find_blocks(self._samples, segment.name, segment.digest)
         groups = batches_to_groups(list(read_blocks(self._samples, blocks, self.read_patience)))
         places = iter(blocks)
@@ -151,23 +155,14 @@ class JournalReader:
 
 
 def read_file(path: Path, wanted: str, patience: float = 5.0) -> bytes:
-    """Whole file. ``wanted``: SHA-256 it must have, or the beginning of it.
+    """Read a whole file. ``wanted``: the SHA-256 it must have, or the beginning of it.
 
-    Waits up to ``patience`` seconds for a shared file system to show the file, with that content.
+    Waits up to ``patience`` seconds for a shared file system to show the file with that content.
     Raises JournalError when it stays missing or different.
     """
-    deadline = time.monotonic() + patience
-    while True:
+
+    def read() -> bytes | None:
         data = path.read_bytes() if path.exists() else None
-        if data is not None and digest(data).startswith(wanted):
-            return data
-        if time.monotonic() > deadline:
-            cause = (
-                "is missing"
-                if data is None
-                else f"does not have the digest {wanted} it was announced with"
-            )
-            raise JournalError(
-                f"{path} {cause}. Restore it from a copy; the run cannot be resumed without it."
-            )
-        time.sleep(0.05)
+        return data if data is not None and digest(data).startswith(wanted) else None
+
+    return when_shown(read, path, wanted, patience)

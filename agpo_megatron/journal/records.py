@@ -1,17 +1,17 @@
-"""What the journal's files hold, and how samples become rows and come back.
+"""Contents of the journal's files, and the conversion of samples to rows and back.
 
 Three kinds of immutable Arrow file:
 
 * ``samples/segment-...``: a segment, one block per sample of some finished groups;
-* ``batches/details-...``: what was decided or scored per token for a batch, one block per sample that has any;
+* ``batches/details-...``: per-token decisions and scores of a batch, one block per sample that has any;
 * ``batches/batch-...``: one committed batch, one small row per sample. It refers to blocks of the other two and adds
-  what was decided per sequence. It knows nothing of the parallel layout, so a batch can be replayed in any.
+  the decisions per sequence. It does not depend on the parallel layout, so a batch can be replayed in any.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,12 @@ BATCH_SCHEMA = pa.schema(
     ]
 )
 SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
-"""What a trainer hands the controller before a batch is decided: log-probs of the tokens of each sample's loss mask."""
+"""Scores from the trainer, before a batch is decided: log-probs of the tokens in each sample's loss mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class JournaledGroup:
-    """A group whose samples are durable, and where they lie (one block per sample)."""
+    """A group whose samples are durable, and their blocks (one per sample)."""
 
     group: Group
     blocks: list[Block]
@@ -88,14 +88,13 @@ class JournaledGroup:
 
 @dataclass(frozen=True, eq=False)
 class BatchRecord:
-    """A committed batch of S samples, for the optimizer steps ``first_step`` (counted from 1) and those after it,
-    ``updates`` in all.
+    """A committed batch of S samples, for ``updates`` optimizer steps from ``first_step`` (counted from 1) on.
 
     ``cursor``: the prompt position after this batch's prompts. ``weight_version``: the weights it starts from.
     ``sample_ids``; ``tokens`` [S]: lengths of the sequences; ``samples``: their blocks; ``details``: blocks of their
     per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
-    ``metrics``: what is known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy
-    bonus; ``entropy_state``: what the next batch's adaptive coefficient starts from.
+    ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
+    ``entropy_state``: adaptive coefficient to start the next batch with.
     """
 
     first_step: int
@@ -114,40 +113,46 @@ class BatchRecord:
 
     @property
     def steps(self) -> range:
-        """Its optimizer steps."""
+        """The optimizer steps of the batch."""
         return range(self.first_step, self.first_step + self.updates)
 
     def rows(self, step: int) -> list[int]:
-        """The samples that ``step`` trains on: those of its part that have weight."""
+        """Return the samples that ``step`` trains on: those of its part with a weight."""
         part, weight = self.columns["update"], self.columns["loss_weight"]
         mine = (part == step - self.first_step) & (weight != 0) & (self.columns["trained"] > 0)
         return [int(i) for i in np.flatnonzero(mine)]
 
 
-def sample_batch(group: Group, sample: Sample) -> pa.RecordBatch:
-    """One sample as a record batch of one row."""
-    values = {
-        "group_id": group.group_id,
-        "position": group.prompt.position,
-        "index": sample.index,
-        "prompt_text": group.prompt.text,
-        "answer": group.prompt.answer,
-        "prompt_tokens": sample.prompt_tokens,
-        **{c.name: getattr(sample, c.name) for c in columns("token", "sample")},
-        "versions": json.dumps([asdict(span) for span in sample.versions]),
-        "finish_reason": sample.finish_reason,
-        "text": sample.text,
-        "source": group.prompt.source,
-        "raw_reward": sample.raw_reward,
-        "correct": sample.correct,
-        "reward_parts": json.dumps(dict(sample.reward_parts)),
-        "reward_error": sample.reward_error,
+def sample_batches(group: Group) -> Iterator[pa.RecordBatch]:
+    """Yield the samples of a group as record batches of one row each."""
+    samples, prompt = group.samples, group.prompt
+    plain = {
+        "group_id": [group.group_id] * len(samples),
+        "position": [prompt.position] * len(samples),
+        "index": [s.index for s in samples],
+        "prompt_text": [prompt.text] * len(samples),
+        "answer": [prompt.answer] * len(samples),
+        "versions": [json.dumps([asdict(span) for span in s.versions]) for s in samples],
+        "finish_reason": [s.finish_reason for s in samples],
+        "text": [s.text for s in samples],
+        "source": [prompt.source] * len(samples),
+        "raw_reward": [s.raw_reward for s in samples],
+        "correct": [s.correct for s in samples],
+        "reward_parts": [json.dumps(dict(s.reward_parts)) for s in samples],
+        "reward_error": [s.reward_error for s in samples],
     }
-    return _one_row(values, SEGMENT_SCHEMA)
+    # An array for the group, cut: making one costs as much as writing a thousand tokens.
+    made = {n: pa.array(values, SEGMENT_SCHEMA.field(n).type) for n, values in plain.items()}
+    for i, sample in enumerate(samples):
+        cells = [
+            made[c.name].slice(i, 1) if c.name in made else _cell(getattr(sample, c.name), c.type)
+            for c in SEGMENT_SCHEMA
+        ]
+        yield pa.record_batch(cells, schema=SEGMENT_SCHEMA)
 
 
 def details_batch(sample_id: str, values: Mapping[str, Array | None]) -> pa.RecordBatch:
-    """The per-token decisions about one sample as a record batch of one row."""
+    """Return the per-token decisions about one sample as a record batch of one row."""
     return _one_row({"sample_id": sample_id, **values}, DETAILS_SCHEMA)
 
 
@@ -168,16 +173,14 @@ def _cell(value: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _lists(batch: pa.RecordBatch, names: Iterable[str]) -> dict[str, Any]:
-    """The entries of the one list of each column, without a copy; a column without one is left out."""
-    return {
-        name: batch.column(name).values.to_numpy()
-        for name in names
-        if batch.column(name).null_count == 0
-    }
+    """Return the list of each column as an array, without a copy; null columns are left out, and those that the file
+    was written without."""
+    known = [n for n in names if n in batch.schema.names and batch.column(n).null_count == 0]
+    return {name: batch.column(name).values.to_numpy() for name in known}
 
 
 def batch_to_sample(batch: pa.RecordBatch) -> Sample:
-    """Inverse of ``sample_batch``."""
+    """Invert ``sample_batches``."""
     fields: dict[str, Any] = {
         name: batch.column(name)[0].as_py()
         for name in (
@@ -193,11 +196,17 @@ def batch_to_sample(batch: pa.RecordBatch) -> Sample:
     fields["reward_parts"] = json.loads(batch.column("reward_parts")[0].as_py())
     spans = json.loads(batch.column("versions")[0].as_py())
     fields["versions"] = tuple(VersionSpan(**span) for span in spans)
-    return Sample(**fields, **_lists(batch, _LISTS))
+    lists = _lists(batch, _LISTS)
+    missing: dict[str, Any] = {
+        c.name: np.full(len(lists["response_tokens"]), c.default, dtype=c.dtype)
+        for c in columns("token", "sample")
+        if c.name not in lists
+    }
+    return Sample(**fields, **lists, **missing)
 
 
 def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
-    """The groups of a segment, from all of its blocks."""
+    """Rebuild the groups of a segment from all of its blocks."""
     groups: dict[str, Group] = {}
     for batch in batches:
         sample = batch_to_sample(batch)
@@ -213,7 +222,7 @@ def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
 def train_sequence(
     record: BatchRecord, row: int, sample: pa.RecordBatch, details: pa.RecordBatch | None
 ) -> TrainSequence:
-    """A journaled sample with what its batch decided about it."""
+    """Join a journaled sample with the decisions of its batch."""
     lists = _lists(sample, _LISTS)
     if details is not None:
         lists |= _lists(details, [c.name for c in columns("token", "step")])
@@ -228,7 +237,7 @@ def train_sequence(
 
 
 def score_sequence(batch: pa.RecordBatch) -> TrainSequence:
-    """A journaled sample before its batch is decided: every token of its mask is scored."""
+    """Build the sequence to score a sample before its batch is decided: every token of its loss mask."""
     sample = batch_to_sample(batch)
     return TrainSequence(
         sample.sample_id,
@@ -240,7 +249,7 @@ def score_sequence(batch: pa.RecordBatch) -> TrainSequence:
 
 
 def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[str, Array]:
-    """Every per-sequence column of source "step", [count]: what was decided, or the default."""
+    """Return every per-sequence column of source "step", [count]: as decided, or the default."""
     return {
         c.name: np.asarray(values.get(c.name, [c.default] * count), dtype=c.dtype)
         for c in COLUMNS
@@ -249,7 +258,7 @@ def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[st
 
 
 def encode_record(record: BatchRecord) -> bytes:
-    """The file of a batch."""
+    """Encode a batch as its file."""
     header = {
         name: getattr(record, name)
         for name in (
@@ -277,7 +286,7 @@ def encode_record(record: BatchRecord) -> bytes:
 
 
 def decode_record(path: Path, data: bytes) -> BatchRecord:
-    """Inverse of ``encode_record``. Raises JournalError naming ``path``."""
+    """Invert ``encode_record``. Raises JournalError naming ``path``."""
     table = decode_table(path, data)
     header = json.loads(table.schema.metadata[b"batch"])
     return BatchRecord(
@@ -296,7 +305,7 @@ def decode_record(path: Path, data: bytes) -> BatchRecord:
 
 
 def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
-    """Log-probs by sample id, as ``SCORE_SCHEMA``; returns the file's digest."""
+    """Write log-probs by sample id in ``SCORE_SCHEMA``; return the file's digest."""
     ends = np.cumsum([0, *(len(values) for values in logprobs.values())])
     entries = np.concatenate([np.zeros(0, np.float32), *logprobs.values()])
     lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(entries, pa.float32()))
@@ -306,7 +315,7 @@ def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
 
 
 def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
-    """Inverse of ``write_scores``."""
+    """Invert ``write_scores``."""
     table = decode_table(path, data).combine_chunks()
     lists = table.column("logprobs").chunk(0)
     ends, entries = lists.offsets.to_numpy(), lists.values.to_numpy()
@@ -314,8 +323,8 @@ def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
     return {n: entries[a:b] for n, a, b in zip(names, ends, ends[1:], strict=False)}
 
 
-def at_the_masked_tokens(scored: Floats, sample: Sample) -> Floats:
-    """Log-probs of the tokens of a loss mask at their places in the response, 0 elsewhere."""
+def place_on_loss_mask(scored: Floats, sample: Sample) -> Floats:
+    """Spread log-probs of the tokens in the loss mask over the whole response, [n]; 0 off the mask."""
     placed = np.zeros(len(sample.response_tokens), dtype=np.float32)
     placed[sample.loss_mask != 0] = scored
     return placed

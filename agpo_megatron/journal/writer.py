@@ -1,8 +1,8 @@
-"""Writing a journal: one writer at a time, nothing acknowledged before it is durable.
+"""Writing a journal: one writer at a time, and nothing is acknowledged before it is durable.
 
 Folder::
 
-    owner-000002.json                     who writes now, and which files of earlier attempts count
+    owner-000002.json                     current writer, and the valid files of earlier attempts
     samples/segment-a000002-00000007-p000000112-000000115-DIGEST.arrow      attempt, number, prompt positions
     batches/details-00000012-a000002-DIGEST.arrow                           first step, attempt
     batches/batch-00000012-00000015-a000002-DIGEST.arrow                    first and last step, attempt
@@ -29,7 +29,7 @@ from agpo_megatron.journal.records import (
     JournaledGroup,
     details_batch,
     encode_record,
-    sample_batch,
+    sample_batches,
 )
 from agpo_megatron.samples import Group, columns
 
@@ -46,7 +46,7 @@ class Journal:
         self._segments_written = 0
 
     def _claim(self) -> int:
-        """Take the next attempt number with an O_EXCL file that lists what is taken over."""
+        """Claim the next attempt number with an exclusive file that lists the files taken over."""
         segments, batches = valid_files(self.folder)
         attempt = max(owners(self.folder), default=0) + 1
         path = self.folder / owner_name(attempt)
@@ -64,7 +64,8 @@ class Journal:
         return attempt
 
     def append(self, groups: Sequence[Group]) -> list[JournaledGroup]:
-        """Make finished groups durable as one segment; they count only once this has returned."""
+        """Write finished groups durably as one segment; they are valid only once this has returned. The returned groups
+        have no texts: from here on the journal alone keeps them."""
         positions = [group.prompt.position for group in groups]
         stem = (
             f"segment-a{self.attempt:06d}-{self._segments_written:08d}"
@@ -75,19 +76,22 @@ class Journal:
                 self.folder / "samples",
                 lambda whole: f"{stem}-{whole}.arrow",
                 SEGMENT_SCHEMA,
-                (sample_batch(group, sample) for group in groups for sample in group.samples),
+                (batch for group in groups for batch in sample_batches(group)),
             )
         )
         self._segments_written += 1
-        return [JournaledGroup(group, [next(blocks) for _ in group.samples]) for group in groups]
+        return [
+            JournaledGroup(without_texts(group), [next(blocks) for _ in group.samples])
+            for group in groups
+        ]
 
     def commit(
         self, record: BatchRecord, decided: Mapping[str, Sequence[Any]]
     ) -> tuple[BatchRecord, str]:
-        """Commit a batch; the record with the places of its details, and its file's name. From here on it will be
-        trained, by this attempt or by a later one.
+        """Commit a batch; return the record with the blocks of its details, and its file name. This attempt or a
+        later one will train on it.
 
-        ``decided``: per-token columns of source "step", by name one array (or None) per sample.
+        ``decided``: per-token columns of source "step", by name, one array (or None) per sample.
         """
         record = replace(record, details=self._write_details(record, decided))
         data = encode_record(record)
@@ -120,19 +124,21 @@ class Journal:
         return [next(blocks) if k else None for k in known]
 
     def last(self) -> BatchRecord | None:
-        """The newest committed batch."""
+        """Return the newest committed batch, or None."""
         batches = self.reader.batches()
         return self.reader.record(batches[-1].name) if batches else None
 
     def pending_groups(self) -> dict[int, JournaledGroup]:
-        """Groups that are durable but in no committed batch, by prompt position (read once, at resume).
+        """Return the durable groups that are in no committed batch, by prompt position (used once, on resume).
 
-        Batches take prompts in order of position, so these are the ones at or behind the last batch's cursor.
+        Batches take prompts in order of position, so these are the groups at or after the cursor of the last batch.
         """
         last = self.last()
         cursor = last.cursor if last else 0
         return {
-            journaled.group.prompt.position: journaled
+            journaled.group.prompt.position: replace(
+                journaled, group=without_texts(journaled.group)
+            )
             for segment in self.reader.segments()
             if segment.last >= cursor
             for journaled in self.reader.groups(segment)
@@ -140,24 +146,24 @@ class Journal:
         }
 
     def prune(self, before_step: int) -> int:
-        """Remove batches whose steps are all below ``before_step`` and the segments only they used. Returns the number
+        """Remove batches whose steps are all below ``before_step`` and the segments only they used; return the number
         of batches and segments removed.
 
-        Raises JournalError when another attempt has become the writer: the files are its own now.
+        Raises JournalError when another attempt has become the writer: the files belong to it now.
         """
         if owners(self.folder)[-1] != self.attempt:
             raise JournalError(
                 f"{self.folder} has another writer now; this run has been superseded"
             )
         batches = self.reader.batches()
-        # The newest batch stays in any case: its cursor says which groups are pending.
+        # The newest batch always stays: its cursor determines the pending groups.
         old = [b for b in batches[:-1] if b.last_step < before_step]
         if not old:
             return 0
-        # What lies before the cursor of the last of them was used, or replaced, by them.
+        # Groups before the cursor of the last removed batch were used or discarded by removed batches.
         cursor = self.reader.record(old[-1].name).cursor
         segments = self.reader.segments()
-        dead = [s for s in segments if s.last < cursor]
+        dead = {s for s in segments if s.last < cursor}
         write_durably(
             self.folder / owner_name(self.attempt),
             inventory(
@@ -165,17 +171,23 @@ class Journal:
                 [b.name for b in batches if b not in old],
             ),
         )
-        for batch in old:
-            self._remove_batch(batch)
+        self._remove_batches(old)
         for segment in dead:
             (self.folder / "samples" / segment.name).unlink()
         return len(old) + len(dead)
 
-    def _remove_batch(self, batch: BatchName) -> None:
-        folder = self.folder / "batches"
-        for details in folder.glob(f"details-{batch.first_step:08d}-*.arrow"):
-            details.unlink()
-        (folder / batch.name).unlink()
+    def _remove_batches(self, old: Sequence[BatchName]) -> None:
+        folder, steps = self.folder / "batches", {batch.first_step for batch in old}
+        for details in list(folder.glob("details-*.arrow")):
+            if int(details.name.split("-")[1]) in steps:
+                details.unlink()
+        for batch in old:
+            (folder / batch.name).unlink()
+
+
+def without_texts(group: Group) -> Group:
+    """The group as the controller holds it: a text takes as much memory as the tokens that it was made of."""
+    return Group(group.prompt, [replace(sample, text="") for sample in group.samples])
 
 
 def owner_name(attempt: int) -> str:

@@ -32,9 +32,9 @@ TokenGradient = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor | None]]
 
 LN_2 = math.log(2.0)
 ONE_PASS_COLUMNS = 1984
-"""Of a tile. The rows of a tile are those of the buffer."""
+"""Size of a tile. The rows of a tile are those of the buffer."""
 TWO_PASS_ROWS, TWO_PASS_COLUMNS = 1024, 992
-"""Of a tile, which is all that two passes hold."""
+"""Size of a tile, which is all that two passes hold."""
 
 
 def values(stats: Tensor) -> tuple[Tensor, Tensor]:

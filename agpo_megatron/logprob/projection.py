@@ -56,7 +56,7 @@ class Head:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits and of sums: fp32 (fp64 for fp64 inputs)."""
+        """The dtype of logits and of sums: fp32 (fp64 for fp64 inputs)."""
         wide: torch.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         return wide
 
@@ -118,7 +118,7 @@ class Gradients:
             self._weight = torch.zeros_like(head.weight, dtype=head.dtype)
 
     def add(self, rows: slice, tiles: Iterable[tuple[slice, Tensor]]) -> None:
-        """What ``rows`` contribute; ``tiles``: columns and dL/d(hidden . weight) of them."""
+        """Add the contribution of ``rows``; ``tiles``: columns and dL/d(hidden . weight) of them."""
         head = self._head
         shape = (rows.stop - rows.start, head.hidden.shape[1])
         total = torch.zeros(shape, dtype=head.dtype, device=head.hidden.device)
@@ -131,7 +131,7 @@ class Gradients:
             self.hidden[rows] = total
 
     def weight(self) -> Tensor | None:
-        """What autograd gets for the weight."""
+        """Return the weight's gradient as autograd gets it."""
         weight = self._head.weight
         if self._weight is None:
             return None

@@ -43,7 +43,7 @@ class RowGradients:
 
 
 class Tiles(Protocol):
-    """What is done to a tile y [n, columns], contiguous, fp32 (or fp64).
+    """The operations on a tile y [n, columns], contiguous, fp32 (or fp64).
 
     ``target`` [n] int64: the target's column in the tile, outside [0, columns) where it is elsewhere.
     """

@@ -17,7 +17,7 @@ BLOCK = 4096
 WARPS = 8
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _LOWEST = tl.constexpr(NO_COLUMNS)
-"""Of lanes without a column. Finite: its weight 2^(y - m) is 0, and so is (y - m) 2^(y - m)."""
+"""Value of lanes without a column. Finite: its weight 2^(y - m) is 0, and so is (y - m) 2^(y - m)."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -60,6 +60,8 @@ METRIC_KEYS = (
     "loss/entropy_coef",
     "correction/mean",
     "correction/dropped_frac",
+    "policy/old_logprob_abs_diff_mean",
+    "policy/old_logprob_abs_diff_max",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""

@@ -54,11 +54,14 @@ class Progress:
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Show a finished step."""
-        self._history.append(dict(metrics))
+        before = self._history[-1] if self._history else {}
+        # What is known of a whole batch stands with its first step: it is shown with the others too.
+        shown = dict(metrics) if "reward/mean" in metrics else {**before, **metrics}
+        self._history.append(shown)
         if self._live:
             self._live.refresh()
         elif len(self._history) % self._every == 0 or metrics["step"] == self._total:
-            self._line(plain_line(metrics, self._total))
+            self._line(plain_line(shown, self._total))
 
     def close(self) -> None:
         """Leave the last state on the screen. Harmless when closed already."""

@@ -1,8 +1,7 @@
 """The recorded batch that every layout trains on, and the ways to cut it into micro-batches.
 
-It holds what has gone wrong elsewhere: sequences of 1 to 40 tokens, one longer than the packing budget, groups that
-end up on different ranks, a sequence whose mask trains nothing, a group that AGPO's loss mask drops, ratios on both
-sides of the clip.
+It covers known pitfalls: sequences of 1 to 40 tokens, one longer than the packing budget, groups split over ranks, a
+sequence with an empty loss mask, a group that AGPO's loss mask drops, ratios on both sides of the clip.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.settings import AggregationMode
-from agpo_megatron.samples import TrainSequence
+from agpo_megatron.samples import TrainSequence, group_of
 
 LENGTHS = (40, 7, 23, 1, 2, 16, 31, 12, 9, 26, 5)
 GROUP = 3
@@ -31,11 +30,10 @@ Division = list[list[list[TrainSequence]]]
 
 @dataclass(frozen=True)
 class Recorded:
-    """One sequence of the batch, without any loss weight: those follow from the whole batch.
+    """One sequence of the batch, without a loss weight: weights are computed from the whole batch.
 
-    ``loss_mask``: 1 where a token trains. ``old_logprobs``, ``ref_logprobs``: aligned with the tokens; empty: ratio 1,
-    no reference.
-    ``kept``: false for sequences of a group that the loss mask drops.
+    ``loss_mask``: 1 for trained tokens. ``old_logprobs``, ``ref_logprobs``: aligned with the tokens; empty: ratio 1,
+    no reference. ``kept``: false for sequences of a group that the loss mask drops.
     """
 
     sample_id: str
@@ -48,12 +46,12 @@ class Recorded:
 
     @property
     def group_id(self) -> str:
-        return self.sample_id.rpartition(".")[0]
+        return group_of(self.sample_id)
 
 
 def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> list[Recorded]:
-    """A seeded batch: the first third of each sequence is prompt, one trained token in six is masked, advantages have
-    both signs. In every tenth sequence nothing trains; the last group is dropped."""
+    """Make a seeded batch: the first third of each sequence is prompt, one response token in six is off the loss mask,
+    advantages have both signs. Every tenth sequence has an empty mask; the last group is dropped."""
     rng = random.Random(seed)
     batch = []
     for i, n in enumerate(lengths):
@@ -72,8 +70,8 @@ def recorded(lengths: Sequence[int] = LENGTHS, *, vocab: int, seed: int = 0) -> 
 
 
 def off_policy(batch: Sequence[Recorded], logprobs: Mapping[str, Tensor]) -> list[Recorded]:
-    """The batch with old and reference log-probs: ``logprobs`` ([n - 1] by sample id, of the current weights) and
-    shifts, which take about every third ratio beyond its clip."""
+    """Add old and reference log-probs to the batch: ``logprobs`` ([n - 1] by sample id, of the current weights) plus
+    random shifts, which take about every third ratio beyond its clip."""
     rng = random.Random(1)
 
     def shifted(values: list[float], by: float) -> list[float]:
@@ -90,14 +88,14 @@ def off_policy(batch: Sequence[Recorded], logprobs: Mapping[str, Tensor]) -> lis
 def train_sequences(
     batch: Sequence[Recorded], aggregation: AggregationMode, norm_length: int
 ) -> list[TrainSequence]:
-    """As the controller would send them: loss weights from the masks of the whole batch."""
+    """Build the sequences as the controller does: loss weights from the masks of the whole batch."""
     trained = [sum(s.loss_mask) if s.kept else 0 for s in batch]
     weights = sequence_weights(trained, trained, aggregation, norm_length)
     return [_train_sequence(s, w) for s, w in zip(batch, weights, strict=True)]
 
 
 def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
-    """Everything after the first token is the response: the mask says what trains."""
+    """Build one sequence whose response is everything after the first token; the mask selects trained tokens."""
     columns = {
         name: np.array(values[1:], dtype=np.float32)
         for name, values in (("old_logprobs", s.old_logprobs), ("ref_logprobs", s.ref_logprobs))
@@ -108,12 +106,18 @@ def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
         np.array(s.tokens[:1], dtype=np.int32),
         np.array(s.tokens[1:], dtype=np.int32),
         np.array(s.loss_mask[1:], dtype=np.uint8),
-        {"loss_weight": weight, "advantage": s.advantage, **columns},
+        # Old log-probs count from the second update of a batch on.
+        {
+            "loss_weight": weight,
+            "advantage": s.advantage,
+            "update": int(bool(s.old_logprobs)),
+            **columns,
+        },
     )
 
 
 def split(sequences: Sequence[TrainSequence], replicas: int, how: Split) -> Division:
-    """Deal the sequences out to replicas in turn (groups come apart), then cut each share: "one" sequence per
+    """Deal the sequences out to replicas in turn (which splits groups), then cut each share: "one" sequence per
     micro-batch, "packed" in order up to the budget, or one "big" micro-batch."""
     shares = [list(sequences[r::replicas]) for r in range(replicas)]
     if how == "one":

@@ -1,4 +1,4 @@
-"""What the ranks of a layout execute: build the policy, score, update, report."""
+"""The program of the ranks of a layout: build the policy, score, update, report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from agpo_megatron.samples import Floats
 
 @dataclass(frozen=True)
 class Case:
-    """Updates in one layout. ``plans``: one per optimizer step.
+    """Optimizer steps in one layout. ``plans``: one per step.
 
     ``before``/``after``: checkpoint folders to load first and to save last. ``gradients``: report those of the last
-    step; ``scores``: those of the last plan, under the weights before it. ``fault``: makes a context inside which all
-    of it happens (tests of the tests plant bugs there).
+    step; ``scores``: those of the last plan, under the weights before it. ``fault``: makes a context around the whole
+    case, in which tests of the contract plant bugs.
     """
 
     hf_dir: str
@@ -42,8 +42,8 @@ class Case:
 
 @dataclass
 class CaseResult:
-    """What a rank reports; tensors only from the rank that publishes its stage. ``stats``: one per step;
-    ``scores``: log-probs and mean entropy by sample id; ``layers``: of each stage; ``random``: digest of the random
+    """The report of a rank; tensors only from the rank that publishes its stage. ``stats``: one per step;
+    ``scores``: log-probs and mean entropy by sample id; ``layers``: numbers by stage; ``random``: digest of the random
     states at each (stage, tensor, expert) position."""
 
     stats: list[dict[str, float]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class CaseResult:
 
 
 def execute(rank: int, case: Case) -> CaseResult:
-    """Build the policy of ``case``, update it, take the groups down again."""
+    """Build the policy of ``case``, update it, and destroy the process groups."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     from agpo_megatron.policy import backend
@@ -104,7 +104,7 @@ def _execute(policy: Any, case: Case) -> CaseResult:
 
 
 def merged(outcomes: list[CaseResult]) -> CaseResult:
-    """One outcome of all ranks: stages' tensors united. Raises ValueError when ranks report different statistics."""
+    """Merge the results of all ranks and stages. Raises ValueError when ranks report different statistics."""
     whole = CaseResult(stats=outcomes[0].stats, step=outcomes[0].step)
     for rank, outcome in enumerate(outcomes):
         if outcome.stats != whole.stats:

@@ -1,5 +1,5 @@
-"""``agpo-megatron parity``: the contract on the layout of a user's own config, scaled down to a model and a number of
-ranks that this machine holds. On the CPU: it shows that the layout is right, not how fast it is."""
+"""``agpo-megatron parity``: the contract on the layout of a user's config, scaled down to a model and a number of ranks
+for this machine. It runs on the CPU and shows that the layout is correct, not how fast it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPLITS: tuple[Split, ...] = ("one", "packed", "big")
 
 @dataclass(frozen=True)
 class Finding:
-    """One way to cut the batch in one precision. ``tensors``: the gradient of each, worst first."""
+    """The result for one division of the batch in one precision. ``tensors``: gradient of each, worst first."""
 
     dtype: str
     how: Split
@@ -39,8 +39,8 @@ class Finding:
 
 
 def scaled_layout(policy: PolicyConfig, ranks: int, *, experts: bool) -> PolicyConfig:
-    """The layout of ``policy`` on at most ``ranks`` ranks: axes are divided, the longest first, and stay above 1 as
-    long as they can; the last to go is context parallelism."""
+    """Scale the layout of ``policy`` to at most ``ranks`` ranks: axes are divided, the largest first, and stay above 1
+    as long as possible; the last to become 1 is context parallelism."""
     sizes = {axis: getattr(policy, axis) for axis in AXES}
     while math.prod(sizes.values()) > ranks:
         wide = [a for a in AXES if sizes[a] > 2] or [a for a in AXES if sizes[a] > 1]
@@ -61,8 +61,8 @@ def scaled_layout(policy: PolicyConfig, ranks: int, *, experts: bool) -> PolicyC
 
 
 def scaled_model(hf_config: dict[str, Any] | None, policy: PolicyConfig) -> dict[str, Any]:
-    """A tiny model of the same architecture and with the same features as ``hf_config`` (None: a Llama), of sizes that
-    ``policy``, scaled already, divides. Raises ConversionError for an architecture without a table."""
+    """Return a tiny model config with the architecture and features of ``hf_config`` (None: a Llama), of sizes that the
+    scaled ``policy`` divides. Raises ConversionError for an architecture without a table."""
     source = hf_config or models.LLAMA
     shape = ModelShape.from_hf(source)
     heads = max(4, policy.tensor_parallel)
@@ -95,7 +95,7 @@ def scaled_model(hf_config: dict[str, Any] | None, policy: PolicyConfig) -> dict
 
 
 def check(config: Config, ranks: int) -> Iterator[str]:
-    """Lines of the report, as they are known; the last is "pass" or begins with "FAIL"."""
+    """Yield the lines of the report; the last is "pass" or begins with "FAIL"."""
     path = Path(config.model.path) / "config.json"
     source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     experts = source is not None and architecture_of(source).has_experts
@@ -108,7 +108,7 @@ def check(config: Config, ranks: int) -> Iterator[str]:
     yield f"layout   {_layout_of(config.policy)} scaled to {_layout_of(policy)} = {policy.world_size} ranks"
     objective = objective_of(config)
     yield (
-        f"loss     ppo, {objective.aggregation}, adaptive {objective.adaptive} of each {objective.scope}, "
+        f"loss     {objective.kind}, {objective.aggregation}, adaptive {objective.adaptive} of each {objective.scope}, "
         f"temperature {objective.temperature:g}"
     )
     worst: list[tuple[Finding, Deviation]] = []
@@ -136,7 +136,7 @@ def findings(
     *,
     experts: bool,
 ) -> Iterator[Finding]:
-    """In fp32, for each way to cut the batch; then once in bf16 where that is the config's precision."""
+    """Check in fp32, for each division of the batch; then once in bf16 if that is the config's precision."""
     exact = policy.model_copy(update={"dtype": "fp32"})
     folder = contract.model("scaled", model)
     for how in SPLITS:
@@ -144,20 +144,22 @@ def findings(
         step = contract.step(folder, exact, objective, how)
         yield Finding("fp32", how, step.deviations(limits), step.tensors(limits))
     if policy.dtype == "bf16" and not experts:  # rounding would choose other experts
-        plain = replace(objective, kl=0.0)  # at ratio 1, and without a reference
+        plain = replace(objective, kl=0.0)  # ratio 1, without a reference
         step = contract.step(folder, policy, plain, "packed", on_policy=True)
         yield Finding("bf16", "packed", step.deviations(BF16), step.tensors(BF16))
 
 
 def objective_of(config: Config) -> Objective:
-    """The loss of ``config`` as far as the reference defines it; never a closed gate, which has no gradient."""
+    """Return the loss of ``config`` as far as the reference defines it; the gate is open, to have a gradient."""
     loss = config.algorithm.loss
     adaptive = loss.clip.kind if loss.clip.kind in ("max0", "exp") else "none"
     return Objective(
+        kind=loss.policy,
         aggregation=loss.aggregation,
         adaptive=adaptive,  # type: ignore[arg-type]
         scope="group" if loss.clip.scope == "group" else "batch",
         minimum=-1e3,
+        tau=loss.clip.tau,
         clip=(loss.clip_low, loss.clip_high),
         kl=loss.kl.coef if loss.kl.place == "loss" else 0.0,
         entropy=loss.entropy.coef,

@@ -1,4 +1,4 @@
-"""What a layout found against the truth: one figure per quantity, its limit, and the tensor that is worst."""
+"""Comparison of a layout with the reference: per quantity the deviation, its limit, and the worst tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agpo_megatron.parity.reference import AdamW, Truth
 class Limits:
     """Largest deviation of each quantity, relative to its largest entry (loss and norm: to the larger of them and 1).
 
-    ``step``: of the change of the parameters by the optimizer. It holds the rounding of the parameters themselves,
+    ``step``: for the change of the parameters by the optimizer. It includes the rounding of the parameters themselves,
     lr / |parameter| above the rest.
     """
 
@@ -31,15 +31,15 @@ class Limits:
 
 FP32 = Limits()
 EXPERTS = Limits(gradient=1e-4, step=1e-3)
-"""Mixtures of experts: token sums in another order per expert."""
+"""Limits for mixtures of experts: the order of token sums differs per expert."""
 BF16 = Limits(loss=2e-2, logprob=2e-2, entropy=2e-2, gradient=1e-1, step=float("inf"))
-"""Activations keep 8 bits (2^-8 = 4e-3) and pass through four layers; the sums of many roundings stay within a few of
-them, single entries of a gradient, themselves sums of both signs, within some more."""
+"""Limits for bf16: activations keep 8 bits (2^-8 = 4e-3) and pass through four layers. Sums of many roundings stay
+within a few of them; single entries of a gradient, which are sums of both signs, within some more."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """``error`` of one quantity; ``worst``: the tensor or sample that has it."""
+    """The ``error`` of one quantity; ``worst``: the tensor or sample that has it."""
 
     quantity: str
     error: float
@@ -58,7 +58,7 @@ def deviations(
     train: TrainConfig,
     limits: Limits = FP32,
 ) -> list[Deviation]:
-    """Of one step of ``found`` from the weights ``start`` [Hugging Face names, fp64].
+    """Return the deviations of one step of ``found`` from the weights ``start`` [Hugging Face names, fp64].
 
     Raises ValueError for tensors or samples that are missing or too many.
     """
@@ -92,10 +92,10 @@ def update_deviations(
     weights: Mapping[str, Tensor],
     limits: Limits,
 ) -> list[Deviation]:
-    """Of several steps from the weights ``start`` to ``weights``: loss, mean ratio and gradient norm of each, the
-    gradient of the last, and the change of the parameters over all of them.
+    """Return the deviations of several steps from the weights ``start`` to ``weights``: loss, mean ratio and gradient
+    norm of each, the gradient of the last, and the change of the parameters over all of them.
 
-    Deviations of one step move the weights of the next: limits are for each step alone, times their number.
+    Deviations of one step change the weights of the next: the limits are those of one step times the number of steps.
     """
     count = len(truths)
     each = []
@@ -122,7 +122,7 @@ def update_deviations(
 
 
 def optimizer(train: TrainConfig) -> AdamW:
-    """The reference's optimizer with the settings of ``train``."""
+    """Return the reference's optimizer with the settings of ``train``."""
     return AdamW(
         lr=train.lr,
         weight_decay=train.weight_decay,
@@ -133,7 +133,7 @@ def optimizer(train: TrainConfig) -> AdamW:
 
 
 def gradient_of_each_tensor(found: CaseResult, truth: Truth, limits: Limits) -> list[Deviation]:
-    """Worst first."""
+    """Return the deviation of each tensor's gradient, worst first."""
     each = [
         worst("gradient", {n: found.gradients[n]}, {n: g}, limits.gradient)
         for n, g in truth.gradients.items()
@@ -149,8 +149,8 @@ def worst(
     *,
     together: bool = False,
 ) -> Deviation:
-    """The largest |found - expected| of any tensor over that tensor's largest entry (``together``: over the largest of
-    all). Raises ValueError when names or shapes differ."""
+    """Return the largest |found - expected| of any tensor over that tensor's largest entry (``together``: over the
+    largest of all). Raises ValueError when names or shapes differ."""
     if found.keys() != expected.keys():
         raise ValueError(f"{quantity}: {sorted(found.keys() ^ expected.keys())} on one side only")
     scale = max((_largest(e) for e in expected.values()), default=0.0) if together else None
@@ -169,7 +169,7 @@ def worst(
 
 
 def failures(found: list[Deviation]) -> Iterator[str]:
-    """A line for each that does not pass."""
+    """Yield a line for each deviation that does not pass."""
     for d in found:
         if not d.passes:
             at = f" in {d.worst}" if d.worst else ""
@@ -185,5 +185,5 @@ def _largest(x: Tensor) -> float:
 
 
 def _order(error: float) -> float:
-    """NaN is worst."""
+    """Return the sort key of an error; NaN is worst."""
     return float("inf") if error != error else error

@@ -1,4 +1,4 @@
-"""The contract, executed: one recorded batch through one layout of the real policy, compared with the reference."""
+"""Execution of the contract: one recorded batch through one layout of the real policy, compared with the reference."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ from agpo_megatron.samples import TrainSequence
 
 
 def one_step(expected: Truth) -> TrainConfig:
-    """Optimizer settings of a single step that can be compared. AdamW's first step is lr g / (|g| + eps): with eps a
-    tenth of the largest entry it deviates at most ten times as far as the gradient; a small eps would turn the rounding
-    of small entries into whole steps, a small lr drown them in the rounding of the parameters. The norm never clips."""
+    """Return optimizer settings for a comparable single step. AdamW's first step is lr g / (|g| + eps): with eps a
+    tenth of the largest entry its deviation is at most ten times that of the gradient. A small eps would turn the
+    rounding of small entries into whole steps, a small lr hide them in that of the parameters. The norm never clips."""
     largest = max(float(g.abs().max()) for g in expected.gradients.values())
     return TrainConfig(lr=1.0, weight_decay=0.01, adam_eps=0.1 * largest or 1.0, grad_clip=1e6)
 
 
 RENEWED_AFTER = 25
-"""Calls to one pool of ranks: of every layout a few gloo groups outlive their destruction, and each keeps three threads
-that wake for ever; after a hundred layouts these cost more than new processes do."""
+"""Calls to one pool of ranks: a few gloo groups of every layout outlive their destruction, and each keeps three threads
+that never stop waking; after a hundred layouts they cost more than new processes."""
 
 Divider = Callable[[list[TrainSequence], int], Division]
-"""From the sequences and the number of replicas to micro-batches."""
+"""Function from the sequences and the number of replicas to micro-batches."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One step: what was found, from the weights ``start`` with the optimizer ``train``, and the truth."""
+    """One step from the weights ``start`` with the optimizer ``train``: the result of a layout, and the truth."""
 
     found: CaseResult
     truth: Truth
@@ -73,15 +73,15 @@ class Compared:
         return deviations(self.found, self.truth, self.start, self.train, limits)
 
     def tensors(self, limits: Limits = FP32) -> list[Deviation]:
-        """Of the gradient of each tensor, worst first."""
+        """Return the deviation of each tensor's gradient, worst first."""
         return gradient_of_each_tensor(self.found, self.truth, limits)
 
 
 class Contract:
-    """Models, truths and ranks, made once and used by many cases. ``folder``: for checkpoints; ``ranks``: how many to
+    """Models, truths and ranks, made once and used by many cases. ``folder``: for checkpoints; ``ranks``: number to
     start, more if a case needs them.
 
-    A context manager: leaving it ends the ranks.
+    Use it as a context manager: leaving it ends the ranks.
     """
 
     def __init__(self, folder: Path, ranks: int) -> None:
@@ -99,7 +99,7 @@ class Contract:
             self._pool.close()
 
     def ranks(self, world: int) -> Ranks:
-        """At least ``world`` processes, started when first asked for, again after a failure and ``RENEWED_AFTER``."""
+        """Return at least ``world`` processes, started on the first call, after a failure and ``RENEWED_AFTER``."""
         if self._pool is not None:
             worn = not self._pool.alive or self._pool.calls >= RENEWED_AFTER
             if worn or world > self._size:
@@ -111,7 +111,7 @@ class Contract:
         return self._pool
 
     def model(self, name: str, config: dict[str, Any]) -> Path:
-        """The checkpoint folder of ``config``, written when first asked for."""
+        """Return the checkpoint folder of ``config``, written on the first call."""
         path = self.folder / name
         if name not in self._weights:
             models.write(path, config)
@@ -121,7 +121,7 @@ class Contract:
     def truth(
         self, model: Path, objective: Objective, *, on_policy: bool = False
     ) -> tuple[list[Recorded], Truth]:
-        """The recorded batch and what the reference says of it. ``on_policy``: at ratio 1, without a reference."""
+        """Return the recorded batch and its truth. ``on_policy``: at ratio 1, without reference log-probs."""
         key = (model.name, objective, on_policy)
         if key not in self._truths:
             config = json.loads((model / "config.json").read_text())
@@ -143,8 +143,7 @@ class Contract:
         train: TrainConfig,
         how: Split = "packed",
     ) -> Updates:
-        """One batch of several updates, its ``parts``: each one optimizer step, with old log-probs of the weights
-        before the first."""
+        """Take one optimizer step per part of a batch, all with old log-probs of the weights before the first step."""
         config = json.loads((model / "config.json").read_text())
         start = self._weights[model.name]
         scored, truths, weights = reference_updates(
@@ -173,13 +172,13 @@ class Contract:
         train: TrainConfig,
         **more: Any,
     ) -> CaseResult:
-        """Any case in any layout. ``more``: further fields of ``Case``."""
+        """Run any case in any layout. ``more``: further fields of ``Case``."""
         case = Case(str(model), policy, train, list(plans), loss, **more)
         world = policy.world_size
         return merged(self.ranks(world).run(world, execute, case))
 
     def build(self, model: Path, policy: PolicyConfig, **more: Any) -> CaseResult:
-        """The policy as built (or loaded, ``before=``), not updated."""
+        """Build (or load, ``before=``) the policy, without an update."""
         return self.run(model, policy, [], LossSettings(), TrainConfig(), **more)
 
     def step(
@@ -193,8 +192,8 @@ class Contract:
         settings: Callable[[Truth], TrainConfig] = one_step,
         **more: Any,
     ) -> Compared:
-        """One step of the recorded batch, cut as ``how`` says, beside the truth. ``settings``: of the optimizer;
-        ``more``: as for ``run``."""
+        """Take one step on the recorded batch, divided by ``how``, and pair it with the truth. ``settings``: makes the
+        optimizer's; ``more``: as for ``run``."""
         batch, expected = self.truth(model, objective, on_policy=on_policy)
         sequences = train_sequences(batch, objective.aggregation, objective.norm_length)
         cut = partial(split, how=how) if isinstance(how, str) else how
@@ -213,7 +212,7 @@ class Contract:
 
 @dataclass(frozen=True)
 class Updates:
-    """Several optimizer steps on one batch: what a layout found, the truth of each, and the weights at the end."""
+    """Several optimizer steps on one batch: the result of a layout, the truth of each step, and the final weights."""
 
     found: CaseResult
     truths: list[Truth]
@@ -221,12 +220,12 @@ class Updates:
     weights: dict[str, Tensor]
 
     def deviations(self, limits: Limits = FP32) -> list[Deviation]:
-        """Of the loss, the mean ratio and the gradient norm of every step, and of the last gradient and the weights."""
+        """Return the deviations: loss, mean ratio and gradient norm of every step, last gradient, and weights."""
         return update_deviations(self.found, self.truths, self.start, self.weights, limits)
 
 
 def loss_settings(objective: Objective) -> LossSettings:
-    """``objective`` in the policy's words."""
+    """Convert ``objective`` to the policy's settings."""
     return LossSettings(
         policy=objective.kind,
         clip_low=objective.clip[0],

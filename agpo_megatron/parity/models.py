@@ -28,7 +28,7 @@ LLAMA: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-"""67 tokens: no tensor parallel size divides the vocabulary. Two KV heads: at TP 4 they are replicated."""
+"""Llama with 67 tokens: no tensor parallel size divides the vocabulary. Its two KV heads are replicated at TP 4."""
 
 LLAMA3: dict[str, Any] = {
     **LLAMA,
@@ -72,9 +72,9 @@ EXPERTS = {"untied": MIXTRAL, "tied": QWEN3_MOE}
 
 
 def write(folder: Path, config: Mapping[str, Any], seed: int = 7) -> Path:
-    """A checkpoint folder with seeded weights, large enough that every part of the model matters; of values that bf16
-    holds exactly. The seed is one whose gradients are well conditioned: that of the keys' bias is a difference of large
-    numbers (attention hardly feels what all keys share), which other seeds round up to twice as coarsely."""
+    """Write a checkpoint folder with seeded weights, large enough that every part of the model matters, and exact in
+    bf16. The default seed has well-conditioned gradients: that of the keys' bias is a difference of large numbers
+    (attention hardly depends on a shift of all keys), which other seeds round up to twice as coarsely."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -93,5 +93,5 @@ def write(folder: Path, config: Mapping[str, Any], seed: int = 7) -> Path:
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors in fp64."""
+    """Load all tensors in fp64."""
     return {name: t.double() for name, t in load_file(folder / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives through many cases: importing Megatron costs seconds, a new world milliseconds."""
+"""A pool of gloo ranks for many cases: importing Megatron takes seconds, a new process group milliseconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 AFTERMATH = 20.0
-"""Seconds for the other ranks to notice that one has failed."""
+"""Seconds in which the other ranks must notice that one has failed."""
 
 
 class RankFailed(RuntimeError):
@@ -20,7 +20,7 @@ class RankFailed(RuntimeError):
 
 
 class Ranks:
-    """``size`` processes. ``run`` has some of them join over gloo and execute the same function."""
+    """A pool of ``size`` processes. ``run`` lets some of them join over gloo and execute the same function."""
 
     def __init__(self, size: int) -> None:
         with socket.socket() as probe:
@@ -39,10 +39,10 @@ class Ranks:
     def run(
         self, world: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0
     ) -> list[Any]:
-        """``function(rank, *args)`` on the first ``world`` ranks; results in rank order. The others sit out.
+        """Run ``function(rank, *args)`` on the first ``world`` ranks; return the results in rank order.
 
         Raises RankFailed with the traceback of the first rank that failed, or after ``timeout`` seconds. Ranks that
-        do not answer at all end the pool; where all fail in order, as over a refusal, it lives on.
+        do not answer at all end the pool; where all report their failure, as with a refused config, it stays usable.
         """
         joined = self._pipes[:world]
         self.calls += 1
@@ -86,7 +86,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
             call, world, function, args = pipe.recv()
         except EOFError:
             return
-        # Every call joins anew and leaves again: a layout makes dozens of groups, each with threads of its own.
+        # Every call makes new process groups and destroys them: a layout has dozens, each with threads of its own.
         rendezvous = dist.PrefixStore(f"call-{call}", store)
         dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=world)
         try:

@@ -22,17 +22,17 @@ Weights = Mapping[str, Tensor]
 """fp64 tensors by their Hugging Face names."""
 
 ROUTE_MARGIN = 1e-5
-"""Router probabilities this close could order differently in fp32: such a batch decides nothing."""
+"""Router probabilities closer than this could be ordered differently in fp32: such a batch proves nothing."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """The loss of a whole step by its definition (docs/algorithm.md).
 
-    ``aggregation``: how token losses become L. ``adaptive``: phi of L, or (``scope`` "group") of each group's share of
+    ``aggregation``: from token losses to L. ``adaptive``: phi of L, or (``scope`` "group") of each group's share of
     it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL term (k3)
     and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from 1.
-    ``norm_length``: of the aggregation seq_mean_token_sum_norm.
+    ``norm_length``: constant of the aggregation seq_mean_token_sum_norm.
     """
 
     kind: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"] = "ppo"
@@ -52,7 +52,7 @@ class Objective:
 
 
 def logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> Tensor:
-    """[n, vocabulary] of one sequence."""
+    """Return the logits of one sequence, [n, vocabulary]."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // heads
     n, eps = len(tokens), config["rms_norm_eps"]
@@ -91,7 +91,7 @@ def logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -
 
 
 def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
-    """Inverse frequencies [head_dim / 2], with llama3 scaling (Llama 3.1 report, section 3.2) where asked for."""
+    """Return inverse frequencies [head_dim / 2], with llama3 scaling (Llama 3.1 report, section 3.2) if configured."""
     rope = config.get("rope_parameters") or {}
     theta = config.get("rope_theta") or rope.get("rope_theta") or 10000.0
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -106,7 +106,7 @@ def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 def feed_forward(weights: Weights, config: Mapping[str, Any], x: Tensor, layer: str) -> Tensor:
-    """SwiGLU, or the mixture of its copies: x [n, hidden] to the same."""
+    """Apply SwiGLU, or a mixture of SwiGLU experts: x [n, hidden] to the same shape."""
 
     def swiglu(gate: str, up: str, down: str) -> Tensor:
         hidden = F.silu(x @ weights[gate + ".weight"].T) * (x @ weights[up + ".weight"].T)
@@ -127,10 +127,10 @@ def feed_forward(weights: Weights, config: Mapping[str, Any], x: Tensor, layer: 
 
 
 def expert_shares(router: Tensor, chosen: int, *, renormalise: bool) -> Tensor:
-    """[n, experts]: softmax of the router's logits, kept for the ``chosen`` largest of each token, 0 elsewhere;
-    ``renormalise``: what is kept sums to 1.
+    """Return the expert weights, [n, experts]: softmax of the router's logits, kept for the ``chosen`` largest of each
+    token, 0 elsewhere; with ``renormalise`` those of a token sum to 1.
 
-    Raises ValueError where rounding could choose other experts: gradients of other routes cannot be compared.
+    Raises ValueError if rounding could choose other experts, whose gradients could not be compared.
     """
     share = router.softmax(-1)
     ranked = share.sort(-1, descending=True).values
@@ -144,7 +144,7 @@ def expert_shares(router: Tensor, chosen: int, *, renormalise: bool) -> Tensor:
 def log_probs(
     weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of ``tokens[1:]`` and entropy at those positions, each [n - 1]."""
+    """Return the log-probs of ``tokens[1:]`` and the entropy at those positions, each [n - 1]."""
     table = (logits(weights, config, tokens)[:-1] / temperature).log_softmax(-1)
     chosen = table.gather(1, torch.tensor(list(tokens[1:]), dtype=torch.int64)[:, None])[:, 0]
     return chosen, -(table.exp() * table).sum(-1)
@@ -155,9 +155,9 @@ def log_probs(
 
 @dataclass(frozen=True)
 class Truth:
-    """What every layout must reproduce. ``loss``: L before, ``value``: after the adaptive part. ``gradients``: of
-    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: of every
-    token but the first. ``ratios``: of the trained tokens."""
+    """The values that every layout must reproduce. ``loss``: L before, ``value``: after phi. ``gradients``: of
+    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: for every
+    token but the first. ``ratios``: for the trained tokens."""
 
     loss: float
     value: float
@@ -171,11 +171,11 @@ class Truth:
 def token_losses(
     chosen: Tensor, old: Tensor, advantage: float, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """(l of each trained token of a sequence, to be differentiated; the value that L reports), [n] each.
+    """Return (l of each trained token of a sequence, to be differentiated; its value in the reported L), [n] each.
 
-    By the definitions in docs/algorithm.md, section 3, with r = p / p_old of a token. L reports -min(r A, clip(r) A),
-    with the ratio of the sequence where the method has one, but -clip(r) A for cispo and -r A for sapo, whose l is not
-    the objective.
+    The definitions are those of docs/algorithm.md, section 3, with r = p / p_old of a token. The reported value is
+    -min(r A, clip(r) A), with the ratio of the sequence where the method has one, but -clip(r) A for cispo and -r A for
+    sapo, whose l is not the objective.
     """
     a, (low, high) = torch.as_tensor(advantage, dtype=torch.float64), objective.clip
 
@@ -207,7 +207,7 @@ def token_losses(
 
 
 def aggregate(losses: Sequence[Tensor], objective: Objective) -> Tensor:
-    """L of the trained tokens' losses, one tensor per sequence that has any (docs/algorithm.md, section 4)."""
+    """Return L of the trained tokens' losses, one tensor per sequence that has any (docs/algorithm.md, section 4)."""
     match objective.aggregation:
         case "token_mean":
             return torch.cat(list(losses)).mean()
@@ -221,7 +221,7 @@ def aggregate(losses: Sequence[Tensor], objective: Objective) -> Tensor:
 
 
 def adapt(loss: Tensor, objective: Objective) -> Tensor:
-    """phi(L)."""
+    """Return phi(L)."""
     match objective.adaptive:
         case "max0":
             return loss if loss > objective.minimum else 0 * loss + objective.minimum
@@ -231,8 +231,8 @@ def adapt(loss: Tensor, objective: Objective) -> Tensor:
 
 
 def adapted_loss(losses: Mapping[str, list[Tensor]], objective: Objective) -> tuple[Tensor, Tensor]:
-    """L and phi of it; per group p of weight W_p and loss S_p it is sum W_p phi(S_p / W_p). ``losses``: of each group's
-    sequences."""
+    """Return L and phi of it; with scope group, over groups p of weight W_p and loss S_p, sum W_p phi(S_p / W_p).
+    ``losses``: one tensor per sequence, by group."""
     everything = [x for group in losses.values() for x in group]
     loss = aggregate(everything, objective)
     if objective.scope == "batch":
@@ -249,7 +249,7 @@ def adapted_loss(losses: Mapping[str, list[Tensor]], objective: Objective) -> tu
 
 
 def other_terms(chosen: Tensor, entropy: Tensor, s: Recorded, objective: Objective) -> Tensor:
-    """beta k3 - c H of each token after the first, with k3 = e^-d + d - 1 of the log-ratio d to the reference."""
+    """Return beta k3 - c H of each token after the first; k3 = e^-d + d - 1, d the log-ratio to the reference."""
     total = -objective.entropy * entropy
     if objective.kl:
         d = chosen - torch.tensor(s.ref_logprobs[1:], dtype=torch.float64)
@@ -260,7 +260,7 @@ def other_terms(chosen: Tensor, entropy: Tensor, s: Recorded, objective: Objecti
 def truth(
     weights: Weights, config: Mapping[str, Any], batch: Sequence[Recorded], objective: Objective
 ) -> Truth:
-    """Loss, gradient, log-probs and entropies of one step on ``batch``."""
+    """Compute loss, gradient, log-probs and entropies of one step on ``batch``."""
     leaves = {name: w.double().clone().requires_grad_() for name, w in weights.items()}
     losses: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}
@@ -316,7 +316,7 @@ class AdamW:
         self.steps = 0
 
     def step(self, weights: Weights, gradients: Weights) -> tuple[dict[str, Tensor], float]:
-        """The weights after one more step, and the norm of the gradient before it is clipped."""
+        """Return the weights after one more step, and the gradient norm before clipping."""
         self.steps += 1
         norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
         scale = min(1.0, self.grad_clip / (norm + 1e-6)) if self.grad_clip else 1.0
@@ -339,7 +339,7 @@ def updates(
     objective: Objective,
     optimizer: AdamW,
 ) -> tuple[list[list[Recorded]], list[Truth], dict[str, Tensor]]:
-    """Several optimizer steps on one batch, one for each of its ``parts``; all ratios start from the first weights.
+    """Take one optimizer step for each of the ``parts`` of a batch; all old log-probs are those of the first weights.
 
     Returns the parts with their old log-probs, the truth of each step, and the weights after the last.
     """

@@ -31,7 +31,7 @@ With any other name q, k, v stay [T, 1, heads, head_dim] and are rotated at once
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """A run of neighbouring sequences attended to in one call, padded to [``count``, ``longest``].
 
     ``tokens``: how many packed tokens it covers; ``slots`` [tokens] int64, on the device of what is attended to: where
@@ -44,13 +44,13 @@ class Bucket:
     count: int
     longest: int
     slots: Tensor | None
-    keys: Bucket | None = None
+    keys: LengthBucket | None = None
     visible: Tensor | None = None
 
 
 def buckets_of(
     lengths: Sequence[int], device: torch.device, ranks: int = 1, rank: int = 0
-) -> tuple[Bucket, ...]:
+) -> tuple[LengthBucket, ...]:
     """Cut ``lengths`` (longest first) wherever padding would more than double a sequence. ``device``: of the indices.
     ``ranks``, ``rank``: of the context-parallel group."""
     cuts = [0]
@@ -64,17 +64,19 @@ def buckets_of(
     return tuple(_shared_bucket(run, device, ranks, rank) for run in runs)
 
 
-def _bucket(lengths: Sequence[int], device: torch.device) -> Bucket:
+def _bucket(lengths: Sequence[int], device: torch.device) -> LengthBucket:
     longest, tokens = max(lengths), sum(lengths)
     if tokens == longest * len(lengths):
-        return Bucket(tokens, len(lengths), longest, None)
+        return LengthBucket(tokens, len(lengths), longest, None)
     sizes = torch.tensor(lengths)
     starts = torch.arange(len(lengths)) * longest - (sizes.cumsum(0) - sizes)
     slots = torch.arange(tokens) + torch.repeat_interleave(starts, sizes)
-    return Bucket(tokens, len(lengths), longest, slots.to(device, non_blocking=True))
+    return LengthBucket(tokens, len(lengths), longest, slots.to(device, non_blocking=True))
 
 
-def _shared_bucket(lengths: Sequence[int], device: torch.device, ranks: int, rank: int) -> Bucket:
+def _shared_bucket(
+    lengths: Sequence[int], device: torch.device, ranks: int, rank: int
+) -> LengthBucket:
     """The bucket of this rank's queries. Slots between sequences get position 0, so that no softmax is empty."""
     keys, queries = _bucket(lengths, device), _bucket([n // ranks for n in lengths], device)
     positions = torch.zeros(queries.count, queries.longest, dtype=torch.int64)
@@ -90,7 +92,7 @@ class PackedSequences(PackedSeqParams):
     without context parallelism."""
 
     positions: Tensor | None = None
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[LengthBucket, ...] = ()
     exchange: Exchange | None = None
 
     @staticmethod
@@ -209,7 +211,7 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend: ``query`` [T, 1, heads, d], ``key``/``value`` [T, 1, kv_heads, d] to [T, 1, heads * d]. Under context
         parallelism T / CP tokens."""
-        buckets: tuple[Bucket, ...] = packed_seq_params.buckets
+        buckets: tuple[LengthBucket, ...] = packed_seq_params.buckets
         keys = torch.cat((key, value), dim=1)  # [T, 2, kv_heads, d]: one exchange for both
         if packed_seq_params.exchange is not None:
             keys = all_keys(keys, packed_seq_params.exchange)
@@ -225,7 +227,7 @@ class PackedAttention(torch.nn.Module):
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out.reshape(query.shape[0], 1, -1)
 
-    def _attend(self, q: Tensor, kv: Tensor, bucket: Bucket) -> Tensor:
+    def _attend(self, q: Tensor, kv: Tensor, bucket: LengthBucket) -> Tensor:
         """One bucket: q [n, heads, d], kv [m, 2, kv_heads, d] to [n, heads, d]; n = m without context parallelism."""
         k, v = kv.unbind(1)
         seen = bucket.keys or bucket
@@ -242,7 +244,7 @@ class PackedAttention(torch.nn.Module):
         return out if bucket.slots is None else _FromDense.apply(out, bucket.slots)
 
 
-def _spread(x: Tensor, bucket: Bucket) -> Tensor:
+def _spread(x: Tensor, bucket: LengthBucket) -> Tensor:
     """Packed [tokens, heads, d] to dense [count, heads, longest, d]."""
     if bucket.slots is not None:
         x = _ToDense.apply(x, bucket.slots, bucket.count * bucket.longest)

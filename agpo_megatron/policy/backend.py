@@ -63,11 +63,15 @@ _scoped = threading.local()
 _active: Backend | None = None
 
 
-def activate(device: Literal["auto", "cpu", "cuda"] = "auto") -> Backend:
+def activate(
+    device: Literal["auto", "cpu", "cuda"] = "auto", layers: Literal["auto", "local"] = "auto"
+) -> Backend:
     """Prepare this process for megatron-core on ``device`` and say what it runs on. Idempotent.
 
-    Raises BackendError: wrong megatron-core version, no CUDA device where one is asked for, megatron imported
-    already, or a second call for another device.
+    ``layers``: "auto" takes Transformer Engine's on CUDA, "local" megatron-core's own on every device, and torch's
+    optimizer with them. Raises BackendError: wrong megatron-core version, no CUDA device where one is asked for, no
+    Transformer Engine that can be imported where it is to be used, megatron imported already, or a second call for
+    another device.
     """
     global _active
     _check_version()
@@ -81,10 +85,14 @@ def activate(device: Literal["auto", "cpu", "cuda"] = "auto") -> Backend:
     if kind == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(index)
-        _active = Backend("cuda", "nccl", torch.device("cuda", index), _transformer_engine())
+        if layers == "local":
+            _refuse_early_megatron()
+            _hide_gpu_libraries()
+        else:
+            _require_transformer_engine()
+        _active = Backend("cuda", "nccl", torch.device("cuda", index), layers == "auto")
     else:
-        if "megatron.core" in sys.modules:
-            raise BackendError("activate() must run before the first import of megatron.core")
+        _refuse_early_megatron()
         _hide_gpu_libraries()
         _guard_imports()
         _answer_for_torch_cuda()
@@ -133,13 +141,21 @@ def _choose(device: str) -> Literal["cpu", "cuda"]:
     return "cpu"
 
 
-def _transformer_engine() -> bool:
-    """Transformer Engine can be absent (ImportError) or broken (missing library, wrong torch)."""
+def _refuse_early_megatron() -> None:
+    if "megatron.core" in sys.modules:
+        raise BackendError("activate() must run before the first import of megatron.core")
+
+
+def _require_transformer_engine() -> None:
+    """Transformer Engine can be absent (ImportError) or broken (missing library, wrong torch). megatron-core would go
+    on without it, with slower layers, another optimizer and no FP8, and say nothing that anyone reads."""
     try:
         import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        return False
-    return True
+    except (ImportError, RuntimeError, OSError) as error:
+        raise BackendError(
+            f"Transformer Engine cannot be imported ({type(error).__name__}: {error}); install the trainers' "
+            "environment again (launch/install.sh --gpu, launch/images/) or set policy.layers to local (slower, no FP8)"
+        ) from error
 
 
 # ---------------------------------------------------------------- 1. import guards

@@ -22,6 +22,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -37,12 +45,19 @@ from agpo_megatron.policy.marker import (
     write_marker,
 )
 from agpo_megatron.policy.model import unwrap
+from agpo_megatron.policy.optimizer import begin_state
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
 from agpo_megatron.policy.stored import MODEL_KEYS
 
 SHARDING = "fully_reshardable"
 """Megatron's format of optimizer state in terms of whole parameters."""
+
+
+EXTRA_STATE = "_extra_state"
+"""State that Transformer Engine's layers keep beside their weights: the history of the ``delayed`` FP8 recipe, and
+nothing with the others. It is left out, so that checkpoints do not depend on whose layers wrote them; that history
+begins anew after a resume."""
 
 
 def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:
@@ -82,7 +97,7 @@ def _write(
             layout,
             f"writing {partial}",
             lambda: dist_checkpointing.save(
-                state, str(partial), content_metadata={"format": FORMAT}
+                state, str(partial), _parallel_save(), content_metadata={"format": FORMAT}
             ),
         )
     digests = _together(layout, f"syncing {partial}", lambda: _digest_share(partial, layout))
@@ -118,11 +133,11 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
         loaded = _together(
             layout,
             f"loading {source}",
-            lambda: dist_checkpointing.load(state, str(source)),
+            lambda: dist_checkpointing.load(state, str(source), _parallel_load()),
             share=False,
         )[0]
         for key, chunk in _chunk_keys(policy.chunks):
-            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+            _fill(chunk, loaded[key])
         policy.optimizer.load_state_dict(_optimizer_state(policy, loaded["optimizer"]))
         if with_rng:
             _set_rng(loaded["rng"])
@@ -158,11 +173,11 @@ def load_weights(
         loaded = _together(
             layout,
             f"loading {source}",
-            lambda: dist_checkpointing.load(state, str(source)),
+            lambda: dist_checkpointing.load(state, str(source), _parallel_load()),
             share=False,
         )[0]
         for key, chunk in _chunk_keys(chunks):
-            unwrap(chunk).load_state_dict(loaded[key], strict=True)
+            _fill(chunk, loaded[key])
     return dict(marker["extra"])
 
 
@@ -183,6 +198,30 @@ def _check_all_read(source: Path, state: dict[str, Any], layout: Layout) -> None
         )
 
 
+# ---------------------------------------------------------------- who writes and reads what
+
+SAVE_THREADS = 4
+"""Files that each rank writes at once: one thread does not fill a network file system."""
+
+
+def _replicas() -> dist.ProcessGroup:
+    """Ranks that hold the same parameters: their optimizer shards are gathered on all of them."""
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
+
+
+def _parallel_save() -> FullyParallelSaveStrategyWrapper:
+    """Every replica writes its part of what all of them hold, instead of the first everything."""
+    return FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy(thread_count=SAVE_THREADS), _replicas()
+    )
+
+
+def _parallel_load() -> FullyParallelLoadStrategyWrapper:
+    """Every replica reads a part and hands it on, instead of all of them everything."""
+    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
+
+
 # ---------------------------------------------------------------- what is saved
 
 
@@ -191,9 +230,23 @@ def _weights(chunks: Sequence[Any], metadata: dict[str, Any] | None = None) -> d
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
     }
     return {
-        key: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        key: {
+            name: part
+            for name, part in unwrap(chunk).sharded_state_dict(metadata=metadata).items()
+            if not name.endswith(EXTRA_STATE)
+        }
         for key, chunk in _chunk_keys(chunks)
     }
+
+
+def _fill(chunk: Any, loaded: dict[str, Any]) -> None:
+    """Put what was loaded into the model. Raises RuntimeError naming what is missing or has no place."""
+    found = unwrap(chunk).load_state_dict(loaded, strict=False)
+    missing = [name for name in found.missing_keys if not name.endswith(EXTRA_STATE)]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(
+            f"missing in the checkpoint: {missing}, unknown to the model: {found.unexpected_keys}"
+        )
 
 
 def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]:
@@ -204,6 +257,8 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
+    if backend.current().transformer_engine:
+        begin_state(policy.optimizer)
     state = _weights(policy.chunks, metadata)
     models = dict(state)
     if len(policy.chunks) == 1:
@@ -217,7 +272,7 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
 
 
 def _optimizer_state(policy: Policy, loaded: dict[Any, Any]) -> dict[Any, Any]:
-    """What was loaded, in the shape that this layout's optimizer wants.
+    """Return the loaded state in the shape that this layout's optimizer wants.
 
     Megatron chains a second distributed optimizer for experts when they are shared out, and keeps what is not a tensor
     per optimizer of the saving layout. Of that only the step count matters: rates are set before each step, the rest
@@ -266,7 +321,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def random_digest() -> str:
-    """Of all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
+    """Digest all random states that a checkpoint holds for this rank: equal where the same would be drawn."""
     states = _random_states()
     parts = [states["torch"], states["accelerator"], *states["tracker"].values()]
     text = repr((states["python"], sorted(states["tracker"]), [p.tolist() for p in parts]))
@@ -311,8 +366,8 @@ def _publish(partial: Path, target: Path) -> None:
 
 
 def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
-    """Whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together, with one
-    answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
+    """Return whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together,
+    with one answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
     try:
         marker = _checked_marker(target, layout)
     except CheckpointError:

@@ -1,11 +1,11 @@
-"""Context parallelism: which tokens of a pack this rank holds, and what it exchanges with the others.
+"""Context parallelism: the tokens of a pack on this rank, and its exchange with the other ranks.
 
 Each sequence is cut into 2 CP equal chunks; rank r holds chunks r and 2 CP - 1 - r of every sequence, so that causal
-attention costs all ranks the same (the order Transformer Engine expects of packed sequences). Rows are told apart
-before the cut: the row of position t goes to whoever holds t and takes its target t + 1 with it, across any border.
+attention costs all ranks the same (the order that Transformer Engine expects of packed sequences). Rows are selected
+before the cut: the row of position t goes to the rank that holds t, with its target t + 1, across any border.
 
-A token's log-prob is computed by its holder alone and then gathered, so that every rank has the loss of the whole pack,
-with terms that look at whole sequences. Its gradient reaches the rank's own rows; summing parameter gradients over CP
+A token's log-prob is computed by its rank alone and then gathered, so that every rank has the loss of the whole pack,
+with the terms over whole sequences. Its gradient reaches only the rank's own rows; summing parameter gradients over CP
 then counts each row once.
 """
 
@@ -24,14 +24,14 @@ from agpo_megatron.policy.packing import PackedBatch
 
 
 def zigzag(length: int, ranks: int, rank: int) -> Tensor:
-    """Positions [length / ranks] that ``rank`` holds of a sequence of ``length`` tokens, a multiple of 2 ``ranks``."""
+    """Return the positions [length / ranks] on ``rank`` of ``length`` tokens, a multiple of 2 ``ranks``."""
     chunk = length // (2 * ranks)
     within = torch.arange(chunk)
     return torch.cat([rank * chunk + within, (2 * ranks - 1 - rank) * chunk + within])
 
 
 def held_tokens(lengths: Sequence[int], ranks: int, rank: int) -> Tensor:
-    """Places [T / ranks] in a pack of sequences of ``lengths`` whose tokens ``rank`` holds, in its order."""
+    """Return the indices [T / ranks] of the tokens on ``rank`` in a pack of sequences of ``lengths``, in its order."""
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     parts = [start + zigzag(n, ranks, rank) for start, n in zip(starts, lengths, strict=True)]
     return torch.cat(parts)
@@ -41,8 +41,8 @@ def held_tokens(lengths: Sequence[int], ranks: int, rank: int) -> Tensor:
 class Share:
     """This rank's part of a pack of T tokens and N rows; all of it without context parallelism.
 
-    ``tokens``, ``positions`` [T / CP] int64: positions in their sequences. ``rows`` [n] int64, on the host: places in
-    ``tokens``; ``targets`` [n] int64: the tokens they predict. ``exchange``: None without context parallelism.
+    ``tokens``, ``positions`` [T / CP] int64: positions in their sequences. ``rows`` [n] int64, on the host: indices
+    into ``tokens``; ``targets`` [n] int64: the tokens they predict. ``exchange``: None without context parallelism.
     """
 
     tokens: Tensor
@@ -52,11 +52,11 @@ class Share:
     exchange: Exchange | None = None
 
     def own(self, rows: LossRows) -> LossRows:
-        """What is said of this rank's rows."""
+        """Select this rank's rows."""
         return rows if self.exchange is None else rows.part(self.exchange.own_rows)
 
     def whole(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of this rank's rows, [n], to those of all the pack's, [N], differentiable."""
+        """Gather log-prob and entropy of this rank's rows, [n], to those of the whole pack, [N], differentiable."""
         if self.exchange is None:
             return logprob, entropy
         both: tuple[Tensor, Tensor] = _GatherRows.apply(logprob, entropy, self.exchange)
@@ -65,9 +65,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Between the ranks of ``group``. ``token_order`` [T]: where the pack's tokens lie among those of all ranks, end to
-    end; ``own_tokens`` [T / CP]: places in the pack of this rank's. ``counts``: rows of each rank; ``row_order`` [N],
-    ``own_rows`` [n]: the same for rows, which lie padded to the largest count."""
+    """The exchange between the ranks of ``group``. ``token_order`` [T]: index of each token of the pack in the
+    concatenation over ranks; ``own_tokens`` [T / CP]: indices of this rank's tokens in the pack. ``counts``: rows of
+    each rank; ``row_order`` [N], ``own_rows`` [n]: the same for rows, which are padded to the largest count."""
 
     group: dist.ProcessGroup
     token_order: Tensor
@@ -78,7 +78,7 @@ class Exchange:
 
 
 def share_of(batch: PackedBatch, group: dist.ProcessGroup) -> Share:
-    """The part of ``batch`` (on the model's device) that this rank of the context-parallel ``group`` holds."""
+    """Return the part of ``batch`` (on the model's device) for this rank of the context-parallel ``group``."""
     ranks, rank = group.size(), group.rank()
     if ranks == 1:
         return Share(batch.tokens, batch.positions, batch.rows, batch.targets)
@@ -109,8 +109,8 @@ def share_of(batch: PackedBatch, group: dist.ProcessGroup) -> Share:
 
 
 def all_keys(keys: Tensor, exchange: Exchange) -> Tensor:
-    """Gather ``keys`` [T / CP, ...] of this rank's tokens to [T, ...] of the pack's, in its order. Backward sums, over
-    the ranks, what their queries asked of this rank's keys."""
+    """Gather ``keys`` [T / CP, ...] of this rank's tokens to [T, ...] of the pack's, in its order. Backward sums the
+    gradients of this rank's keys over the ranks."""
     whole: Tensor = _GatherTokens.apply(
         keys, exchange.token_order, exchange.own_tokens, exchange.group
     )

@@ -152,8 +152,8 @@ def _fp8(policy: PolicyConfig, device: backend.Backend) -> dict[str, Any]:
         return {}
     if not device.transformer_engine:
         raise ModelError(
-            f"policy.fp8.recipe {policy.fp8.recipe} needs Transformer Engine on a GPU, which is not importable here; "
-            "install it or set policy.fp8.recipe to none (megatron-core would silently train without FP8)"
+            f"policy.fp8.recipe {policy.fp8.recipe} needs Transformer Engine on a GPU, which is not in use here; "
+            "set policy.layers to auto or policy.fp8.recipe to none (megatron-core would silently train without FP8)"
         )
     return {"fp8": policy.fp8.format, "fp8_recipe": policy.fp8.recipe}
 

@@ -32,6 +32,22 @@ def build_optimizer(chunks: Sequence[Any], policy: PolicyConfig, train: TrainCon
     return get_megatron_optimizer(config, list(chunks))
 
 
+def begin_state(optimizer: Any) -> None:
+    """Give an optimizer that has never stepped the state that its first step would start from, so that it can be saved.
+
+    Fused optimizers make moments and count of steps at their first step; megatron-core's checkpoint code takes both for
+    granted (``distrib_optimizer.py``: ``get_parameter_state_dp_zero``, ``state_dict``).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is None or all(
+            part.optimizer.state.get(p) for g in part.optimizer.param_groups for p in g["params"]
+        ):
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
+
+
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
     """Set ``lr`` for all groups, and weight decay times each group's factor, as Megatron's parameter scheduler does."""
     for group in optimizer.param_groups:

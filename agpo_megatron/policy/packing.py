@@ -1,6 +1,6 @@
-"""Packed sequences: a micro-batch is one row of tokens, its sequences end to end, and the few positions that train.
+"""Packed sequences: a micro-batch is one row of tokens, its sequences end to end, with the indices of trained rows.
 
-Row selection comes first: position t of a sequence predicts token t + 1, and only positions whose next token has a
+Rows are selected first: position t of a sequence predicts token t + 1, and only positions whose next token has a
 non-zero loss weight become rows. Their indices are host integers, so later stages never wait for the device.
 """
 
@@ -36,11 +36,11 @@ class RowSpan:
 class PackedBatch:
     """One micro-batch on the host (CPU). T tokens, N rows, S sequences (without padding).
 
-    ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: of the sequences,
-    longest first, each with the padding that makes it divisible, the rest of the padding as trailing sequences of
-    their own (``sum(lengths) == T``).
-    ``rows`` [N] int64: positions in [0, T) whose next token trains; ``targets`` [N] int64: that token; ``loss``: what
-    the loss looks at.
+    ``tokens`` [T] int64, ``positions`` [T] int64 (restart at 0 in each sequence), ``lengths``: sequence lengths,
+    longest first, each including the padding to its multiple; the remaining padding forms trailing sequences
+    (``sum(lengths) == T``).
+    ``rows`` [N] int64: positions in [0, T) whose next token is trained; ``targets`` [N] int64: that token; ``loss``:
+    the inputs of the loss for these rows.
     """
 
     tokens: Tensor
@@ -52,7 +52,7 @@ class PackedBatch:
     spans: tuple[RowSpan, ...]
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The batch with its tensors on ``device``, but for ``rows``, which are read on the host."""
+        """Move all tensors to ``device``, except ``rows``, which are read on the host."""
         if device.type == "cpu":
             return self
 
@@ -68,15 +68,27 @@ class PackedBatch:
         )
 
 
+FP8_ROWS = {"none": 16, "tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+"""Rows that the activations of one matmul must be a multiple of, by FP8 recipe. Transformer Engine 2.20.2 asserts 8
+(``utils.py``, ``assert_dim_for_fp8_exec``), the gradient of the weights sums over the rows and needs 16, and tensors
+whose rows are not whole blocks (``Float8BlockQuantizer``: 128, ``MXFP8Quantizer``: 32) are exchanged in bf16."""
+
+
 def pack_multiple(policy: PolicyConfig) -> int:
-    """What the token count of a pack must divide by. A context-parallel rank's part of it, by TP (sequence parallelism
-    cuts it into equal parts) and by the block of rows of an FP8 matmul, 16, MXFP8 32."""
-    block = 32 if policy.fp8.recipe == "mxfp8" else 16
-    return policy.context_parallel * math.lcm(policy.tensor_parallel, block)
+    """Return the divisor of a pack's token count, so that every rank's matmuls get whole blocks of rows.
+
+    A context-parallel rank has 1 / CP of the rows. Sequence parallelism cuts those into TP equal parts, and Transformer
+    Engine quantises each part before it gathers them, so each part must be whole blocks with FP8. Without FP8 the parts
+    must only be equal.
+    """
+    rows = FP8_ROWS[policy.fp8.recipe]
+    if policy.fp8.recipe != "none" and policy.sequence_parallel:
+        return policy.context_parallel * policy.tensor_parallel * rows
+    return policy.context_parallel * math.lcm(policy.tensor_parallel, rows)
 
 
 def sequence_multiple(policy: PolicyConfig) -> int:
-    """What each sequence's length must divide by: context-parallel ranks hold two equal chunks of it each."""
+    """Return the divisor of each sequence's length: every context-parallel rank holds two equal chunks of it."""
     return 2 * policy.context_parallel if policy.context_parallel > 1 else 1
 
 
@@ -88,8 +100,8 @@ def pack(
     every_token: bool = False,
     total: int | None = None,
 ) -> PackedBatch:
-    """Lay ``sequences`` end to end, longest first, and pad to a multiple of ``multiple`` (or to ``total`` tokens), each
-    one to a multiple of ``each`` before, which divides ``multiple``.
+    """Lay ``sequences`` end to end, longest first: pad each to a multiple of ``each``, then the pack to a multiple of
+    ``multiple``, which ``each`` divides, or to ``total`` tokens.
 
     ``every_token``: all tokens but the first of each sequence become rows, whatever their weight (scoring).
     An empty list gives a filler: ``multiple`` padding tokens and no rows.
@@ -102,7 +114,7 @@ def pack(
     tokens = np.full(sum(lengths), PAD_TOKEN, dtype=np.int64)
     for start, s in zip(starts, ordered, strict=False):
         tokens[start : start + s.length] = s.tokens
-    # Places of the predicted tokens in their sequences.
+    # Indices of the predicted tokens in their sequences.
     chosen = [
         np.arange(1, s.length) if every_token else len(s.prompt_tokens) + s.trained()
         for s in ordered
@@ -124,7 +136,7 @@ def pack(
 
 
 def _loss_rows(sequences: Sequence[TrainSequence], chosen: Sequence[Array]) -> LossRows:
-    """Every column that some sequence has, at the chosen places of each; prompts and other sequences have its
+    """Collect every column that some sequence has, at the chosen tokens of each; prompts and other sequences have its
     default."""
     per_token, per_sequence = {}, {}
     for column in COLUMNS:
@@ -160,7 +172,7 @@ def pack_all(
     same_length: bool,
     every_token: bool = False,
 ) -> list[PackedBatch]:
-    """``count`` packs: one per micro-batch, then fillers of weight 0 for a rank with less work than others.
+    """Return ``count`` packs: one per micro-batch, then fillers of weight 0 for a rank with fewer micro-batches.
 
     ``same_length``: pad all to the longest (the interleaved pipeline exchanges tensors of one shape).
     """
@@ -179,7 +191,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def _padding(length: int, lengths: Sequence[int], multiple: int, total: int | None) -> list[int]:
-    """Lengths of the padding's sequences: none is longer than the longest real one."""
+    """Return the lengths of the padding sequences: none is longer than the longest real one."""
     pad = (total or _round_up(max(length, 1), multiple)) - length
     longest = lengths[0] if lengths else pad
     return [min(longest, pad - done) for done in range(0, pad, longest)] if pad else []

@@ -1,4 +1,4 @@
-"""The policy as the trainer sees it: build, update, score, load, publish. One object per rank, same calls on all."""
+"""The policy for the trainer: build, update, score, publish. One object per rank; all ranks make the same calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agpo_megatron.algorithm.gate import Gate, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import SUMS, check_rows, loss_metrics, scored_parts
+from agpo_megatron.algorithm.loss import MAXIMA, SUMS, check_rows, loss_metrics, scored_parts
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
@@ -32,15 +32,15 @@ MicroBatches = Sequence[Sequence[TrainSequence]]
 
 @dataclass(frozen=True)
 class Score:
-    """``logprobs``: of each token given those before it, aligned with the tokens (entry 0 is 0.0) when every token was
-    scored, else of the trained tokens in order; ``entropy``: mean over the scored positions, in nats."""
+    """Scores of one sequence. ``logprobs``: of each token given those before it, aligned with the tokens (entry 0 is
+    0.0) if every token was scored, else of the trained tokens in order; ``entropy``: mean over scored tokens, nats."""
 
     logprobs: Floats
     entropy: float
 
 
 class Policy:
-    """A Megatron model with its optimizer in one layout. Build with ``Policy.build``."""
+    """A Megatron model with its optimizer in one layout, built by ``Policy.build``."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class Policy:
         seed: int,
         timeout: float = 1800.0,
     ) -> Policy:
-        """The policy of ``hf_dir``'s architecture with its weights. ``backend.activate()`` must have run;
-        ``parallel.initialize`` runs here unless it has. ``timeout``: seconds, of every collective.
+        """Build the policy of ``hf_dir``'s architecture with its weights. ``backend.activate()`` must have run;
+        ``parallel.initialize`` runs here unless it has. ``timeout``: limit of every collective, seconds.
 
         Raises ConversionError (checkpoint), ModelError (sizes), LayoutError (ranks), each naming cause and fix.
         """
@@ -91,20 +91,17 @@ class Policy:
     def update(
         self, micro_batches: MicroBatches, *, loss: LossSettings, lr: float
     ) -> dict[str, float]:
-        """One optimizer step on this DP replica's ``micro_batches`` (the same on its TP and PP ranks).
+        """Take one optimizer step on this DP replica's ``micro_batches`` (the same on its TP and PP ranks).
 
         Replicas may have different numbers of them, or none: fillers of weight 0 make up the difference.
 
-        The adaptive part acts on the loss of the whole step, exactly, in every layout. Where that loss is known
-        before backward (ratio 1; otherwise, for other terms beside it or per group, by a forward pass) its gain is
-        folded into the weights of the policy loss alone; if all gains are 0 and nothing else has gradients, forward
-        and backward are not run. Otherwise the gradient is scaled by the gain before it is clipped. At a gain of 0
-        the optimizer steps on a zero gradient (``step``: moments decay, weights still move) or not (``skip_step``).
+        The adaptive part acts on the loss of the whole step, exactly, in every layout. If that loss is known before
+        backward (at ratio 1; else from a forward pass, when there are other terms or group scope), its gain is folded
+        into the weights of the policy loss alone; if all gains are 0 and nothing else has gradients, forward and
+        backward are not run. Otherwise the gradient is scaled by the gain before it is clipped. At a gain of 0 the
+        optimizer steps on a zero gradient (``step``: moments decay, weights still move) or not (``skip_step``).
 
-        Returns global statistics, the same on every rank: loss/policy, loss/unclipped, grad_norm, tokens/trained; of a
-        step that has tokens loss/clip_gate; where forward ran on some, policy/entropy, (but for "nll")
-        policy/ratio_mean, policy/clip_frac, (with a KL term) loss/kl and, where rollout log-probs of trained tokens are
-        known, rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max.
+        Returns global statistics, the same on every rank: those of ``algorithm.loss.loss_metrics``, and grad_norm.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
         process are then unusable.
         """
@@ -127,7 +124,7 @@ class Policy:
         return metrics
 
     def _skip(self, gate: Gate, lr: float, when_clipped: WhenClipped) -> dict[str, float]:
-        """A step whose gradient is known to be 0: neither forward nor backward."""
+        """Take a step whose gradient is known to be 0, without forward and backward."""
         return {
             "loss/policy": gate.value,
             "loss/unclipped": gate.loss,
@@ -139,7 +136,7 @@ class Policy:
     def _known_gate(
         self, micro_batches: MicroBatches, batches: Sequence[PackedBatch], loss: LossSettings
     ) -> Gate | None:
-        """The adaptive part before backward, the same on every rank; None where it acts afterwards or not at all."""
+        """Return the gate if it acts before backward, the same on every rank; None if it acts later or not at all."""
         if not loss.gate_needs_the_step or loss.clip.on == "total":
             return None
         sequences = [s for batch in micro_batches for s in batch]
@@ -156,13 +153,13 @@ class Policy:
         return gate_of(loss, shares)
 
     def _everyones(self, value: Any) -> list[Any]:
-        """``value`` of all ranks, in rank order."""
+        """Gather ``value`` of all ranks, in rank order."""
         everyones: list[Any] = [None] * self.layout.world
         dist.all_gather_object(everyones, value, group=self.layout.control_group)
         return everyones
 
     def keep_reference(self) -> None:
-        """Remember the weights held now, on the host: the reference policy of a KL term."""
+        """Copy the current weights to the host as the reference policy of a KL term."""
         self._reference = [
             [parameter.detach().to("cpu", copy=True) for parameter in chunk.parameters()]
             for chunk in self.chunks
@@ -170,8 +167,8 @@ class Policy:
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """Inside, the policy has the weights of ``keep_reference``, for scoring; afterwards its own again, bit for
-        bit. Raises RuntimeError when there are none."""
+        """Give the policy the weights of ``keep_reference`` inside the context, for scoring; afterwards its own again,
+        bit for bit. Raises RuntimeError when there are none."""
         if self._reference is None:
             raise RuntimeError("no reference weights are kept; set algorithm.loss.kl.coef")
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
@@ -194,9 +191,9 @@ class Policy:
         temperature: float | None = None,
         every_token: bool = True,
     ) -> dict[str, Score]:
-        """Log-probs and entropy under the current weights, of all replicas' sequences, on rank 0 (an empty dict
-        elsewhere). Sample ids must be unique. ``temperature``: that of rollouts by default. ``every_token``: or only
-        those that train, whose log-probs then follow one another without gaps."""
+        """Return log-probs and entropy of all replicas' sequences under the current weights, on rank 0 (an empty dict
+        elsewhere). Sample ids must be unique. ``temperature``: that of rollouts by default. ``every_token``: if false,
+        only trained tokens are scored, and their log-probs follow one another without gaps."""
         batches = self._pack(micro_batches, every_token=every_token)
         with self.backend.scope():
             head = self.head if temperature is None else replace(self.head, temperature=temperature)
@@ -220,7 +217,7 @@ class Policy:
         }
 
     def named_hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """This stage's weights as full Hugging Face tensors, on its TP0 rank of DP0, in publishing order.
+        """Yield this stage's weights as full Hugging Face tensors, on its TP0 rank of DP0, in publishing order.
 
         Every rank must exhaust the iterator. See ``weights.named_hf_tensors``.
         """
@@ -228,7 +225,7 @@ class Policy:
         yield from weights.named_hf_tensors(self.chunks, self.weight_map, self.layout)
 
     def named_hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradients of the last update, as ``named_hf_tensors``. See ``weights.named_hf_gradients``."""
+        """Yield the gradients of the last update, like ``named_hf_tensors``. See ``weights.named_hf_gradients``."""
         yield from weights.named_hf_gradients(self.chunks, self.weight_map, self.layout)
 
     def _pack(
@@ -237,7 +234,7 @@ class Policy:
         *,
         every_token: bool,
     ) -> list[PackedBatch]:
-        """Packs of this replica, as many as the replica with the most has; a multiple of PP when interleaved."""
+        """Pack this replica's micro-batches, as many as the largest replica has; a multiple of PP when interleaved."""
         count = torch.tensor([max(len(micro_batches), 1)])
         dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.layout.control_group)
         total = int(count)
@@ -254,22 +251,23 @@ class Policy:
         )
 
     def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Statistics of the whole step on every rank: one rank of each replica's last stage contributes."""
-        names = [*SUMS, "rollout_diff_max"]
+        """Return the statistics of the whole step on every rank; one rank of each replica's last stage contributes."""
+        names = [*SUMS, *MAXIMA]
         mine = torch.zeros(len(names), dtype=torch.float64)
         if results and self.layout.speaks_for_replica:
             stacked = torch.stack([torch.stack([r[n] for n in names]) for r in results]).cpu()
-            mine[:-1] = stacked[:, :-1].sum(0)
-            mine[-1] = stacked[:, -1].max()
+            mine[: len(SUMS)] = stacked[:, : len(SUMS)].sum(0)
+            mine[len(SUMS) :] = stacked[:, len(SUMS) :].amax(0)
         parts = [torch.empty_like(mine) for _ in range(self.layout.world)]
         # A gather, not a reduction: all ranks add the same numbers in the same order and take the same decision.
         dist.all_gather(parts, mine, group=self.layout.control_group)
         every = torch.stack(parts)
-        values = [*every[:, :-1].sum(0).tolist(), float(every[:, -1].max())]
+        sums, maxima = every[:, : len(SUMS)].sum(0), every[:, len(SUMS) :].amax(0)
+        values = [*sums.tolist(), *maxima.tolist()]
         return dict(zip(names, values, strict=True))
 
     def _step(self, gate: float, lr: float, when_clipped: WhenClipped) -> float:
-        """Gate, clip, step. Returns the gradient norm after the gate."""
+        """Scale gradients by the gate, clip, step. Returns the gradient norm after the gate."""
         if gate == 0.0 and when_clipped == "skip_step":
             return 0.0
         if gate != 1.0:
@@ -286,7 +284,7 @@ class Policy:
 
 
 def _with_gains(batch: PackedBatch, gate: Gate) -> PackedBatch:
-    """The pack with the gain of each sequence's group folded in."""
+    """Fold the gain of each sequence's group into the pack."""
     groups = [group_of(span.sample_id) for span in batch.spans]
     gains = torch.tensor([gate.gains.get(group, 1.0) for group in groups], dtype=torch.float32)
     return replace(batch, loss=replace(batch.loss, gains=gains))

@@ -1,8 +1,8 @@
 """One pass of all micro-batches through Megatron's pipeline schedule, with the loss at its end.
 
-The LM head is not the model's: GPTModel hands its final hidden states to ``output_processor``, here ``_Head``, which
-keeps the rows that train and computes their log-probs without ever holding the logits. Token losses are summed with
-the weights of the batch; nothing divides afterwards (design, idea 1).
+GPTModel does not apply the LM head itself: it passes its final hidden states to ``output_processor``, here ``_Head``,
+which keeps the trained rows and computes their log-probs without materialising all logits. Token losses are summed with
+the weights of the batch, without a later division (design, idea 1).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from agpo_megatron.policy.parallel import Layout
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Of the log-prob computation. ``vocab_size``: real vocabulary; ``chunk``: rows of logits held at once."""
+    """Settings of the log-prob computation. ``vocab_size``: real vocabulary; ``chunk``: rows of logits held at once."""
 
     vocab_size: int
     temperature: float
@@ -39,8 +39,8 @@ class HeadSettings:
 
 
 def sum_only_gradients(model: list[Any], num_tokens: Tensor | None, **keywords: Any) -> None:
-    """Megatron's gradient synchronisation without its division by a token count (whose clamp to 1 would leave ours
-    unchanged, for two collectives and a pass over all gradients)."""
+    """Synchronise gradients as Megatron does, but without dividing by a token count (it is clamped to 1, so it would
+    change nothing, at the cost of two collectives and a pass over all gradients)."""
     finalize_model_grads(model, None, **keywords)
 
 
@@ -51,10 +51,10 @@ def run_training(
     head: HeadSettings,
     loss: LossSettings,
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward of all ``batches``; gradients are summed into the buffers and over DP and CP.
+    """Run forward and backward of all ``batches``; gradients are summed into the buffers and over DP and CP.
 
     Returns, on the last pipeline stage, per micro-batch the ``SUMS`` and ``rollout_diff_max`` (fp64 scalars); elsewhere
-    nothing.
+    an empty list.
     """
     return _run(chunks, layout, batches, _Head(layout, head, loss), forward_only=False)
 
@@ -62,7 +62,7 @@ def run_training(
 def run_scoring(
     chunks: Sequence[Any], layout: Layout, batches: Sequence[PackedBatch], head: HeadSettings
 ) -> list[dict[str, Tensor]]:
-    """Forward only, no autograd state. Returns, on the last stage, per micro-batch ``logprob``, ``entropy`` [N]."""
+    """Run forward without autograd. Returns, on the last stage, per micro-batch ``logprob``, ``entropy`` [N]."""
     with torch.no_grad():
         return _run(chunks, layout, batches, _Head(layout, head, None), forward_only=True)
 
@@ -74,7 +74,7 @@ def run_values(
     head: HeadSettings,
     loss: LossSettings,
 ) -> list[Tensor]:
-    """Forward only: on the last stage, per micro-batch the policy loss sums of its sequences, [S] fp64."""
+    """Run forward without autograd. Returns, on the last stage, per micro-batch ``sequence_values``, [S] fp64."""
     with torch.no_grad():
         values = _Head(layout, head, loss, values_only=True)
         return [r["values"] for r in _run(chunks, layout, batches, values, forward_only=True)]
@@ -127,7 +127,7 @@ def _packed_params(batch: PackedBatch, share: Share) -> Any:
 
 
 class _Head:
-    """The ``output_processor``: hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
+    """The ``output_processor``: from hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class _Head:
         context: tuple[PackedBatch, Share],
         **_: Any,
     ) -> Tensor:
-        """``hidden_states`` [T / CP, 1, H] ([T / CP / TP, 1, H] under sequence parallelism); returns a scalar."""
+        """Map ``hidden_states`` [T / CP, 1, H] ([T / CP / TP, 1, H] under sequence parallelism) to a scalar."""
         batch, share = context
         weight = output_layer.weight if output_weight is None else output_weight
         group = self.layout.tp_group if self.layout.tp > 1 else None
@@ -183,6 +183,6 @@ class _Head:
         return loss if result.loss is None else result.loss
 
     def result(self, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function: (sum of w l, 0 tokens, statistics): with a token count of 0 nothing divides."""
+        """Return (sum of w l, 0 tokens, statistics) as Megatron's loss function; 0 tokens: nothing is divided."""
         stats, self.stats = self.stats, {}
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), stats

@@ -11,7 +11,6 @@ import math
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import aiohttp
@@ -19,18 +18,19 @@ import msgspec
 import numpy as np
 from aiohttp.connector import AddrInfoType
 
+from agpo_megatron.rollout.numbers import read_logprobs, read_tokens
 from agpo_megatron.samples import Floats, Ints, VersionSpan
 from agpo_megatron.wait import waiting
 
 GONE_SECONDS = 30
-"""Without an acknowledgement from a server's machine; then its requests fail."""
+"""Time without an acknowledgement from a server's machine after which its requests fail."""
 
 
 def server_connector() -> aiohttp.TCPConnector:
-    """Connections to all servers: as many as the pool asks for, and ended when the other end is gone without a word.
+    """Return a connector without a connection limit that detects a lost node.
 
-    A node that loses its power resets nothing: a request that waits there for its answer would wait for its whole
-    timeout. With keep-alive probes it fails after ``GONE_SECONDS``.
+    A node that loses power does not reset its connections: a request would wait for its whole timeout. With keep-alive
+    probes it fails after ``GONE_SECONDS``.
     """
     # SGLang closes a connection that was idle for 5 s, perhaps just as it is used.
     return aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, socket_factory=_probed_socket)
@@ -57,7 +57,7 @@ class ServerError(RuntimeError):
 
     @property
     def retryable(self) -> bool:
-        """Whether another server, or this one later, may do better: not after a 4xx, which blames the request."""
+        """Return whether a retry may succeed: false for a 4xx, which means that the request is wrong."""
         return not 400 <= self.status < 500
 
 
@@ -78,13 +78,6 @@ class NonFiniteLogprob(ServerError):
         return False
 
 
-class _Entry(msgspec.Struct, array_like=True, gc=False):
-    """Log-prob and token of ``output_token_logprobs``. JSON has no NaN: the server writes null."""
-
-    logprob: float | None
-    token: int
-
-
 class _Span(msgspec.Struct):
     version: str
     start: int
@@ -96,21 +89,20 @@ class _Finish(msgspec.Struct):
 
 
 class _Meta(msgspec.Struct):
-    output_token_logprobs: list[_Entry]
+    output_token_logprobs: msgspec.Raw
     finish_reason: _Finish | None = None
     weight_version: str = ""
     weight_versions: list[_Span] = []
 
 
 class _Output(msgspec.Struct):
-    """What of an answer to ``/generate`` is read; the rest is skipped, not built."""
+    """The fields of an answer to ``/generate`` that are decoded; the others are skipped."""
 
-    output_ids: list[int]
+    output_ids: msgspec.Raw
     meta_info: _Meta
 
 
 _OUTPUTS = msgspec.json.Decoder(list[_Output] | _Output)
-_LOGPROB, _TOKEN = attrgetter("logprob"), attrgetter("token")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +118,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy; ``stop``: texts that end a response (their tokens stay in it);
+    """Sampling parameters. ``temperature`` 0: greedy; ``stop``: texts that end a response (their tokens stay in it);
     ``top_p``: nucleus."""
 
     max_new_tokens: int
@@ -137,7 +129,7 @@ class Sampling:
 
 
 def _covers(spans: Sequence[VersionSpan], count: int) -> bool:
-    """Whether ``spans``, one after the other, name the version of each of ``count`` tokens."""
+    """Return whether ``spans``, one after the other, name the weight version of each of ``count`` tokens."""
     edges = [0, *(span.end for span in spans)]
     return edges[-1] == count and all(
         span.version and edge == span.start <= span.end
@@ -146,7 +138,7 @@ def _covers(spans: Sequence[VersionSpan], count: int) -> bool:
 
 
 class ServerClient:
-    """``url``: http://host:port. ``session`` is shared and owned by the caller; it needs no connection limit."""
+    """Client of one server. ``url``: http://host:port. ``session``: owned by the caller, needs no limit."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, timeout: float = 600.0) -> None:
         self.url = url.rstrip("/")
@@ -156,7 +148,7 @@ class ServerClient:
     async def generate(
         self, prompt_tokens: Sequence[int] | Ints, sampling: Sampling, n: int = 1
     ) -> list[Generation]:
-        """``n`` samples of one prompt, which is prefilled once."""
+        """Generate ``n`` samples of one prompt, which is prefilled once."""
         body = {
             "input_ids": np.asarray(prompt_tokens).tolist(),
             "sampling_params": {
@@ -178,27 +170,26 @@ class ServerClient:
         outputs = parsed if isinstance(parsed, list) else [parsed]
         if len(outputs) != n:
             raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
-        return [self._generation(output) for output in outputs]
+        try:
+            return [self._generation(output) for output in outputs]
+        except msgspec.MsgspecError as error:
+            raise ServerError(self.url, "/generate", 200, f"unexpected answer: {error}") from error
 
     def _generation(self, output: _Output) -> Generation:
-        meta, entries = output.meta_info, output.meta_info.output_token_logprobs
+        meta = output.meta_info
         finish = (meta.finish_reason or _Finish()).type
         spans = tuple(VersionSpan(s.version, s.start, s.end) for s in meta.weight_versions)
-        tokens = np.array(output.output_ids, dtype=np.int32)
+        tokens = read_tokens(output.output_ids)
         if finish not in ("stop", "length", "abort"):
             raise ServerError(self.url, "/generate", 200, f"unexpected finish_reason {finish!r}")
         if finish == "abort":
             return Generation(tokens, np.zeros(0, np.float32), finish, spans)
-        if not np.array_equal(tokens, np.fromiter(map(_TOKEN, entries), np.int32, len(entries))):
+        logprobs, echoed = read_logprobs(meta.output_token_logprobs)
+        if not np.array_equal(tokens, echoed):
             raise ServerError(self.url, "/generate", 200, "log-probs are not of the output tokens")
-        try:
-            logprobs = np.fromiter(map(_LOGPROB, entries), np.float32, len(entries))
-        except TypeError:
-            nulls = [math.nan if e.logprob is None else e.logprob for e in entries]
-            logprobs = np.array(nulls, dtype=np.float32)
         if (broken := np.flatnonzero(~np.isfinite(logprobs))).size:
             first = int(broken[0])
-            raise NonFiniteLogprob(self.url, first, entries[first].logprob, meta.weight_version)
+            raise NonFiniteLogprob(self.url, first, float(logprobs[first]), meta.weight_version)
         # Without them nobody could tell how stale the tokens are.
         if not _covers(spans, len(tokens)):
             raise ServerError(
@@ -215,14 +206,14 @@ class ServerClient:
         start: int = 1,
         timeout: float | None = None,
     ) -> list[float]:
-        """Log-probs at temperature 1 of ``tokens[start:]``, each given all before it; nothing is generated."""
+        """Score ``tokens[start:]``: log-probs at temperature 1, each given all before it; nothing is generated."""
         if not 1 <= start < len(tokens):
             raise ValueError(f"score: start {start} is outside 1..{len(tokens) - 1}")
         body = {
             "input_ids": list(tokens),
             "sampling_params": {"max_new_tokens": 0},
             "return_logprob": True,
-            "logprob_start_len": start - 1,  # whose own entry is always null
+            "logprob_start_len": start - 1,  # the first entry is always null
         }
         answer = await self._call("/generate", body, timeout)
         entries = answer["meta_info"]["input_token_logprobs"][1:]
@@ -233,7 +224,7 @@ class ServerClient:
         return [math.nan if entry[0] is None else entry[0] for entry in entries]
 
     async def ready(self, timeout: float = 30.0) -> None:
-        """Return after a real generation; also un-pauses a server that an earlier controller left paused."""
+        """Wait for a real generation; also resume a server that an earlier controller left paused."""
         await self.continue_generation(timeout=timeout)
         body = {
             "input_ids": [0],
@@ -242,18 +233,18 @@ class ServerClient:
         await self._call("/generate", body, timeout)
 
     async def abort_all(self, timeout: float = 30.0) -> None:
-        """Running requests return what they have, with finish_reason abort."""
+        """Abort running requests; they return their tokens so far, with finish_reason abort."""
         await self._call("/abort_request", {"abort_all": True}, timeout)
 
     async def model_info(self, timeout: float = 30.0) -> dict[str, Any]:
-        """Holds ``weight_version`` and ``model_path`` among others."""
+        """Return ``weight_version``, ``model_path`` and further fields."""
         info: dict[str, Any] = await self._call("/model_info", None, timeout)
         return info
 
     async def weight_version(self, timeout: float = 30.0) -> str:
         return str((await self.model_info(timeout))["weight_version"])
 
-    # Weights: the order of these calls is the sync room's.
+    # Weights: the order of these calls is decided in sync/.
 
     async def init_group(
         self,
@@ -264,7 +255,7 @@ class ServerClient:
         backend: str,
         timeout: float,
     ) -> None:
-        """Join an update group; returns when all members have joined. ``backend``: gloo or nccl."""
+        """Join an update group; return when all members have joined. ``backend``: gloo or nccl."""
         body = {
             "master_address": address[0],
             "master_port": address[1],
@@ -279,7 +270,7 @@ class ServerClient:
         await self._call("/destroy_weights_update_group", {"group_name": name}, timeout)
 
     async def pause(self, mode: str, timeout: float) -> None:
-        """``abort`` ends what runs, polling once a second while something does; ``retract`` sets it aside."""
+        """Pause generation: ``abort`` ends running requests, polling once a second; ``retract`` sets them aside."""
         await self._call("/pause_generation", {"mode": mode}, timeout)
 
     async def continue_generation(self, timeout: float = 30.0) -> None:
@@ -318,12 +309,12 @@ class ServerClient:
         await self._call("/end_weight_update", {}, timeout)
 
     async def checksums(self, timeout: float) -> list[dict[str, str]]:
-        """Hash of every weight, by SGLang's name, per tensor-parallel rank of the server."""
+        """Return the hash of every weight, by SGLang's name, per tensor-parallel rank of the server."""
         answer = await self._call("/weights_checker", {"action": "checksum"}, timeout)
         return [rank["checksums"] for rank in answer["ranks"]]
 
     async def flush_cache(self, timeout: float) -> None:
-        """Drop the prefix cache. Refused while requests run."""
+        """Drop the prefix cache. The server refuses while requests run."""
         await self._call("/flush_cache", {}, timeout)
 
     async def set_weight_version(self, version: str, timeout: float) -> None:
@@ -333,7 +324,7 @@ class ServerClient:
     async def _call(
         self, endpoint: str, body: Mapping[str, Any] | None, timeout: float | None = None
     ) -> Any:
-        """POST ``body`` (GET when None); the parsed JSON answer, or None when it is empty."""
+        """POST ``body`` (GET when None); return the parsed JSON answer, or None when it is empty."""
         data = await self._request(endpoint, body, timeout)
         answer = msgspec.json.decode(data) if data else None
         if isinstance(answer, dict) and answer.get("success") is False:
@@ -343,7 +334,7 @@ class ServerClient:
     async def _request(
         self, endpoint: str, body: Mapping[str, Any] | None, timeout: float | None = None
     ) -> bytes:
-        """The bytes of a JSON answer; b"" of any other."""
+        """Send a request; return the bytes of a JSON answer, b"" for any other answer."""
         seconds = timeout or self._timeout
         method = "GET" if body is None else "POST"
         limit = aiohttp.ClientTimeout(total=seconds)

@@ -1,6 +1,6 @@
-"""All rollout servers of a run: who may serve, who gets the next group, what happens when one fails.
+"""All rollout servers of a run: their states, the dispatch of groups to them, and the handling of failures.
 
-Life of a server::
+States of a server::
 
     STARTING ──generated once──► QUARANTINED ──full publish──► READY
        ▲                            ▲   │                       │
@@ -9,14 +9,14 @@ Life of a server::
        └── (new process)          DEAD ◄──no answer─────────────┘──► QUARANTINED
 
 * STARTING: launched, has not generated yet.
-* QUARANTINED: alive, but its weights are not known to be those of the current version. It serves nothing until it has
-  received all of them.
+* QUARANTINED: alive, but its weights are not known to be the current version. It serves nothing until it has received
+  all of them.
 * READY: serves.
 * DEAD: a request got no answer. It is probed with a real generation; it comes back as READY if it still reports the
   weight version it had and no publish has begun since, else as QUARANTINED.
 
-``Server.version`` is only ever that of the current weights, or "": a publish begins by taking it from every server
-(``retire_versions``), whatever its state, and only a complete transfer gives it back.
+``Server.version`` is the current weight version or "": a publish begins by clearing it on every server
+(``retire_versions``), whatever its state, and only a complete transfer sets it again.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ PROBE_SECONDS_MAX = 5.0
 
 
 class RolloutError(RuntimeError):
-    """A group could not be generated; the message holds what every attempt met."""
+    """A group could not be generated; the message lists the error of every attempt."""
 
 
 class State(Enum):
-    """See the module's docstring."""
+    """State of a server; see the docstring of the module."""
 
     STARTING = "starting"
     READY = "ready"
@@ -57,9 +57,9 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Server:
-    """What the pool knows of a server. ``in_flight``: samples. ``version``: the current weights, "" if it lacks them.
+    """The pool's record of a server. ``in_flight``: samples. ``version``: current weight version, "" if it lacks it.
 
-    ``drains``: how often its samples were ended on purpose; tells such an abort from one of the server's own.
+    ``drains``: number of drains, to distinguish their aborts from those of the server itself.
     """
 
     client: ServerClient
@@ -85,10 +85,11 @@ class Server:
 
 
 class RolloutPool:
-    """Dispatches groups to the servers; ``async with`` starts and ends its probing of servers.
+    """Dispatcher of groups to the servers; ``async with`` starts and ends its probing of servers.
 
     ``decode`` turns response tokens into the sample's text ("" without it). ``refresh`` (set by the publisher) brings a
-    quarantined server up to date between publishes, e.g. after its restart.
+    quarantined server up to date between publishes, e.g. after its restart. ``end_hung`` has the process of the server
+    of that number killed and started again, for one that would never come back by itself.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class RolloutPool:
     ) -> None:
         self.servers = [Server(client) for client in clients]
         self.refresh: Callable[[Server], Awaitable[None]] | None = None
+        self.end_hung: Callable[[int], None] | None = None
         self._config = config
         self._decode: Callable[[Ints], str] = decode or (lambda tokens: "")
         self._changed = asyncio.Condition()
@@ -116,11 +118,11 @@ class RolloutPool:
         await asyncio.gather(*self._probes, return_exceptions=True)
 
     def report(self) -> str:
-        """One line: the state of every server and why."""
+        """Return one line with the state of every server and its reason."""
         return "; ".join(str(server) for server in self.servers)
 
     async def wait_alive(self, at_least: int | None = None, seconds: float | None = None) -> None:
-        """Return when ``at_least`` servers (all by default) have generated something; WaitExpired says who has not."""
+        """Wait until ``at_least`` servers (default: all) have generated; WaitExpired lists those that have not."""
         wanted = len(self.servers) if at_least is None else at_least
         seconds = self._config.start_timeout if seconds is None else seconds
         name = f"{wanted} of {len(self.servers)} rollout server(s) to generate"
@@ -131,7 +133,7 @@ class RolloutPool:
             raise WaitExpired(name, seconds, self.report()) from None
 
     def serve_as_started(self) -> None:
-        """Without a publisher (evaluation of a checkpoint): servers serve the weights they were started with."""
+        """Let servers serve the weights they were started with, without a publisher (evaluation of a checkpoint)."""
 
         async def trust(server: Server) -> None:
             await self.mark_ready(server, await server.client.weight_version())
@@ -141,7 +143,7 @@ class RolloutPool:
     # Generation
 
     async def generate_group(self, prompt: Prompt) -> Group:
-        """``group_size`` samples at the configured temperature.
+        """Generate ``group_size`` samples at the configured temperature.
 
         Raises RolloutError after ``attempts`` failures, ServerError for a request that no server would take (4xx),
         NonFiniteLogprob, WaitExpired when no server becomes ready.
@@ -158,8 +160,10 @@ class RolloutPool:
         top_p: float = 1.0,
         max_tokens: int | None = None,
     ) -> Group:
-        """``n`` samples for an evaluation, greedy unless told otherwise; ``max_tokens`` None: as in training. Raises as
-        ``generate_group``."""
+        """Generate ``n`` samples for an evaluation, greedy by default; ``max_tokens`` None: as in training.
+
+        Raises as ``generate_group``.
+        """
         config = self._config
         limit = max_tokens or config.max_response_tokens
         sampling = Sampling(limit, temperature, stop=tuple(config.stop), top_p=top_p)
@@ -184,7 +188,7 @@ class RolloutPool:
         return Group(prompt, samples)
 
     async def _generate(self, prompt: Prompt, sampling: Sampling, n: int) -> list[Generation]:
-        """All ``n`` samples in one request, so that they share the prompt's prefix; elsewhere again if it fails."""
+        """Generate all ``n`` samples in one request, so that they share the prefix; retry elsewhere if it fails."""
         failures: list[ServerError] = []
         while True:
             async with self._slot(n, avoid=[error.url for error in failures]) as server:
@@ -199,8 +203,8 @@ class RolloutPool:
                         await self.mark_dead(server, str(error))
                     log.warning("group %s: %s", prompt.group_id, error)
                 else:
-                    # All again if one was aborted (a publish): the finished ones are the short ones, and keeping only
-                    # those would bias the group towards short responses.
+                    # If one was aborted (a publish), generate all again: the finished ones are the short ones, and
+                    # keeping only those would bias the group towards short responses.
                     if all(output.finish_reason != "abort" for output in outputs):
                         return outputs
                     log.info("group %s was aborted; generating it again", prompt.group_id)
@@ -219,7 +223,7 @@ class RolloutPool:
 
     @asynccontextmanager
     async def _slot(self, n: int, avoid: Sequence[str]) -> AsyncIterator[Server]:
-        """Room for ``n`` samples on the least loaded READY server, preferably not in ``avoid``, once dispatch opens."""
+        """Reserve room for ``n`` samples on the least loaded READY server, preferably not in ``avoid``."""
         server = await self._acquire(n, avoid)
         try:
             yield server
@@ -242,8 +246,8 @@ class RolloutPool:
                 await self._wait_for_change(anyone_ready=bool(ready))
 
     async def _wait_for_change(self, anyone_ready: bool) -> None:
-        """Wait for a slot, the gate or a server. Only the last has a deadline here: the others end with requests and
-        publishes, which have their own."""
+        """Wait for a slot, for dispatch to open, or for a server. Only the last has a deadline here: the others end
+        with requests and publishes, which have their own."""
         seconds = None
         name = "room on a rollout server"
         if self._open and not anyone_ready:
@@ -259,10 +263,10 @@ class RolloutPool:
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
 
-    # The gate that publishing closes
+    # Dispatch, which a publish closes
 
     async def close_dispatch(self) -> None:
-        """No request goes out until ``open_dispatch``; those in flight go on."""
+        """Hold all new requests until ``open_dispatch``; those in flight go on."""
         await self._set_open(False)
 
     async def open_dispatch(self) -> None:
@@ -275,10 +279,10 @@ class RolloutPool:
             self._changed.notify_all()
 
     async def drain(self, servers: Sequence[Server], seconds: float) -> None:
-        """End the running samples of ``servers`` (they are made again); return when nothing is in flight there.
+        """Abort the running samples of ``servers`` (they are generated again); return when nothing is in flight there.
 
-        Aborting repeatedly catches requests that were on their way when the first abort arrived. A server that does
-        not end its samples within ``seconds`` is DEAD afterwards: it holds nobody up.
+        Repeated aborts catch requests that were on their way at the first one. A server that does not end its samples
+        within ``seconds`` is then DEAD, so that it cannot block a publish.
         """
         for server in servers:
             server.drains += 1
@@ -303,7 +307,7 @@ class RolloutPool:
     # States
 
     async def retire_versions(self, reason: str) -> None:
-        """New weights exist: no server serves, not even one that is DEAD now, before it has received them."""
+        """Clear all versions for new weights: no server, not even a DEAD one, serves before it has received them."""
         async with self._changed:
             for server in self.servers:
                 if server.state is State.READY:
@@ -314,18 +318,24 @@ class RolloutPool:
         await self._move(server, State.QUARANTINED, reason, version="")
 
     async def mark_ready(self, server: Server, version: str) -> None:
-        """All weights of ``version`` are in place."""
+        """Set READY: all weights of ``version`` are in place."""
         await self._move(server, State.READY, "", version=version)
 
     async def mark_dead(self, server: Server, reason: str) -> None:
         await self._move(server, State.DEAD, reason, version=server.version)
+
+    async def give_up(self, server: Server, reason: str) -> None:
+        """DEAD, and ended where that can be asked for: it did not answer in the middle of a publish."""
+        await self.mark_dead(server, reason)
+        if self.end_hung is not None:
+            self.end_hung(self.servers.index(server))
 
     async def _move(self, server: Server, state: State, reason: str, version: str) -> None:
         async with self._changed:
             self._set(server, state, reason, version)
 
     def _set(self, server: Server, state: State, reason: str, version: str) -> None:
-        """``self._changed`` must be held."""
+        """Set the state; ``self._changed`` must be held."""
         if server.state is not state:
             log.info("rollout server %s -> %s (%s)", server, state.value, reason)
             server.since = time.monotonic()
@@ -336,7 +346,7 @@ class RolloutPool:
         self._changed.notify_all()
 
     async def _probe(self, server: Server) -> None:
-        """Forever: bring a server that is not READY one state further when it allows."""
+        """Bring a server that is not READY towards READY, one state at a time, for ever."""
         pause = PROBE_SECONDS
         while True:
             async with self._changed:
@@ -352,16 +362,14 @@ class RolloutPool:
             except ServerError as error:
                 if server.alive and error.status == 0:
                     await self.mark_dead(server, str(error))
-            except (
-                Exception
-            ):  # of a refresh: the trainer's failure, say, which ends the run elsewhere
+            except Exception:  # in a refresh, e.g. a failed trainer, which ends the run elsewhere
                 log.exception("bringing %s up to date failed; trying again", server.url)
             await asyncio.sleep(pause)
 
     async def _revive(self, server: Server) -> None:
         await server.client.ready()
         held = await server.client.weight_version()
-        async with self._changed:  # one step with the comparison: a publish may begin at any time
+        async with self._changed:  # atomic with the comparison: a publish may begin at any time
             if server.version and held == server.version:
                 self._set(server, State.READY, "", held)
             else:

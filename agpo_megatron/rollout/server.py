@@ -12,9 +12,11 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from agpo_megatron.config.schema import Config
 
+DRIVER = Path("/dev/nvidiactl")
 STAND_INS = Path(__file__).parent / "stand_ins"
 PROMPT_ALLOWANCE = 128
 """Tokens of KV pool per sample on a CPU beside its response: prompts are short there, and G samples share one."""
@@ -27,6 +29,15 @@ class ServerLaunch:
 
     argv: list[str]
     env: dict[str, str]
+
+
+def device_of(config: Config) -> Literal["cpu", "cuda"]:
+    """Return the device of servers. ``cluster.device: auto`` is cuda where the driver's device file is: the
+    supervisor, which asks, must not load torch; the trainers ask torch. Where the two could disagree (a torch
+    without CUDA on a GPU machine), set ``cluster.device``."""
+    if config.cluster.device == "auto":
+        return "cuda" if DRIVER.exists() else "cpu"
+    return config.cluster.device
 
 
 def server_dtype(config: Config) -> str:
@@ -43,17 +54,14 @@ def server_command(
     port: int,
     host: str = "127.0.0.1",
     index: int = 0,
+    python: str = sys.executable,
 ) -> ServerLaunch:
-    """Command of rollout server number ``index`` for the Hugging Face folder ``model_path``.
+    """Command of rollout server number ``index`` for the Hugging Face folder ``model_path``, run by ``python``.
 
-    Pure, but for looking whether this machine has a GPU when ``cluster.device`` is ``auto``. It looks for the driver's
-    device file, since the supervisor that calls it must not load torch; the trainers ask torch. Where the two could
-    disagree (a torch without CUDA on a GPU machine), set ``cluster.device``.
+    Pure, but for ``device_of``.
     """
     rollout = config.rollout
-    device = config.cluster.device
-    if device == "auto":
-        device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    device = device_of(config)
     flags: dict[str, object] = {
         "model-path": model_path,
         "host": host,
@@ -84,9 +92,12 @@ def server_command(
         per_sample = rollout.max_response_tokens + PROMPT_ALLOWANCE
         pool = pool or max(MIN_CPU_POOL, rollout.max_in_flight * per_sample)
         env |= cpu_environment()
+    elif server_dtype(config) == "bfloat16":
+        # SGLang rounds logits to bf16 otherwise; the policy that trains has them in fp32.
+        switches.append("enable-fp32-lm-head")
     if pool:
         flags["max-total-tokens"] = pool
-    argv = [sys.executable, "-m", "sglang.launch_server"]
+    argv = [python, "-m", "sglang.launch_server"]
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
     return ServerLaunch(argv + [f"--{name}" for name in switches], env)

@@ -137,7 +137,7 @@ class UpdateGroups:
     async def _failed(
         self, task: asyncio.Task[None], server: Server, run: Transfer, blame: bool
     ) -> bool:
-        """Whether the finished join raised. Then its server leaves the transfer, if it is to ``blame`` or silent."""
+        """Return whether the join raised. Its server then leaves the transfer, if to ``blame`` or gone."""
         error = task.exception()
         if error is None:
             return False

@@ -1,4 +1,4 @@
-"""What trainer and controller tell each other about a publish. Plain data: it crosses the command channel as JSON."""
+"""The messages of trainer and controller about a publish. Plain data: it crosses the command channel as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agpo_megatron.samples import WeightVersion
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one pipeline stage sent. ``error`` is "" when all of it was sent; then ``digest`` identifies it.
+    """The result of one pipeline stage. ``error`` is "" when all of it was sent; then ``digest`` identifies it.
 
     ``checksums``: what a CPU server must report for these weights, by its own names; None where the server's hash is
     not reproduced. ``bytes``: sent per server.
@@ -33,7 +33,7 @@ class PublishReport:
 
 
 class TrainerPublishing(Protocol):
-    """What publishing needs of the trainer; the controller's trainer client implements it.
+    """The trainer's part in publishing; the controller's trainer client implements it.
 
     A failed transfer comes back in ``StageReport.error``, so that the trainer lives on; a failed trainer raises.
     ``seconds``: of each call, the time after which nobody needs its result any more.

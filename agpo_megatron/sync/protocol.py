@@ -37,9 +37,9 @@ from agpo_megatron.wait import waiting_async
 
 log = logging.getLogger(__name__)
 TRANSFER_SHARE = 1 / 3
-"""Of the publish's remaining time for one pass, so that a hung server leaves time to send again to the healthy ones."""
+"""Part of the publish's remaining time for one pass, so that a hung server leaves time to retry the healthy ones."""
 SEND_SHARE = 0.6
-"""Of the pass's remaining time for the trainer to send."""
+"""Part of the pass's remaining time for the trainer to send."""
 RECEIVE_SHARE = 0.8
 """The same for the servers to receive: longer, so that the trainer's end decides."""
 
@@ -53,7 +53,7 @@ class PublishError(RuntimeError):
 
 @dataclass(frozen=True)
 class Publication:
-    """What a publish did. ``seconds`` by phase; ``bytes`` per server; ``servers``: urls that now serve ``version``."""
+    """Result of a publish. ``seconds`` by phase; ``bytes`` per server; ``servers``: urls that now serve ``version``."""
 
     version: WeightVersion
     servers: list[str]
@@ -336,7 +336,7 @@ def _with_digest(version: WeightVersion, report: PublishReport) -> WeightVersion
 
 
 def majority(reports: Sequence[Hashes]) -> Hashes | None:
-    """What more than half of the servers report; None when no such half agrees."""
+    """Return the hashes that more than half of the servers report; None when no such half agrees."""
     return next((r for r in reports if 2 * reports.count(r) > len(reports)), None)
 
 

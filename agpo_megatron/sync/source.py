@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -32,6 +33,8 @@ ENDING_SECONDS = 1.0
 """For the sending thread to report, once the last broadcast has ended or passed its deadline."""
 DIGEST_CHUNK = 1 << 22
 """64-bit words hashed at once: bounds the digest's scratch memory at 32 MB."""
+
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 Bucket = Sequence[tuple[str, Tensor]]
 
@@ -117,7 +120,10 @@ class WeightSource:
         group = self._group
         self._store = self._group = self._joining = None
         if group is not None and self._device == "cuda":
-            group.abort()  # a kernel that waits for a lost member holds its thread otherwise; never run on a GPU yet
+            # A kernel that waits for a lost member holds its thread otherwise. Never run on a GPU yet.
+            ending = threading.Thread(target=group.abort, daemon=True)
+            ending.start()
+            ending.join(ENDING_SECONDS)
 
     def refuse(self, reason: str) -> StageReport:
         """Send nothing; closes the group, so that members already waiting for the first bucket fail at once."""
@@ -276,4 +282,21 @@ def _backend(device: str, store: dist.Store, world_size: int, limit: datetime.ti
         return dist.ProcessGroupGloo(store, 0, world_size, limit)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
-    return dist.ProcessGroupNCCL(store, 0, world_size, options)
+    with _no_error_handling():
+        return dist.ProcessGroupNCCL(store, 0, world_size, options)
+
+
+@contextmanager
+def _no_error_handling() -> Iterator[None]:
+    """A group made inside leaves its errors to this module, which has deadlines of its own. With torch's default (3)
+    the watchdog of a group whose member was lost ends the process, here the trainer; each group reads the variable when
+    it is made, so the trainer's others keep the default."""
+    before = os.environ.get(ERROR_HANDLING)
+    os.environ[ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ERROR_HANDLING]
+        else:
+            os.environ[ERROR_HANDLING] = before

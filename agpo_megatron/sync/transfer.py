@@ -16,7 +16,7 @@ from agpo_megatron.sync.messages import PublishReport
 
 log = logging.getLogger(__name__)
 CALL_SHARE = 1 / 3
-"""Of the pass's remaining time for one call, so that a server that hangs in it leaves time for the others."""
+"""Part of the pass's remaining time for one call, so that a server that hangs in it leaves time for the others."""
 
 
 @dataclass
@@ -67,4 +67,4 @@ class Transfer:
     async def fail(self, server: Server, reason: str, dead: bool = False) -> None:
         log.error("publish: %s leaves the transfer: %s", server.url, reason)
         self.failed[server] = reason
-        await (self.pool.mark_dead if dead else self.pool.quarantine)(server, reason)
+        await (self.pool.give_up if dead else self.pool.quarantine)(server, reason)

@@ -57,12 +57,12 @@ def main() -> int:
 
 
 def serve(config: Config, mode: str, channel: Channel) -> None:
-    """Build the policy and carry out commands until ``stop``."""
+    """Build the policy and execute commands until ``stop``."""
     warnings.filterwarnings(
         "ignore", module="megatron"
     )  # "TE is not installed" and its like, at every start
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    backend.activate(config.cluster.device)
+    backend.activate(config.cluster.device, config.policy.layers)
     random.seed(config.seed)
     # Only after activate(): these import megatron.
     from agpo_megatron.policy.policy import Policy

@@ -1,4 +1,4 @@
-"""One rank's part in publishing: sources of a stage broadcast to the servers, the other ranks help to gather."""
+"""The part of one rank in publishing: the source of a stage broadcasts to the servers, the others help to gather."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from agpo_megatron.sync.source import WeightSource, bucketed
 
 
 class PolicyPublisher:
-    """Handlers of ``publish_open`` and ``publish_send``; their answers name the stage on its source, None elsewhere."""
+    """Handlers of ``publish_open`` and ``publish_send``; they return the stage number on its source, else None."""
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self._policy = policy
         self._timeout = config.cluster.command_timeout
-        device = policy.backend.device_type
-        checks = device == "cpu" and config.rollout.tensor_parallel == 1
+        on_gpu = policy.backend.device_type == "cuda"
+        device = "cuda" if on_gpu and config.cluster.publish_backend == "auto" else "cpu"
+        checks = not on_gpu and config.rollout.tensor_parallel == 1
         self._source = (
             WeightSource(device, server_checksums=checks) if policy.layout.publishes else None
         )
 
     def open(self, epoch: str, world_size: int) -> dict[str, Any]:
-        """Offer this stage's update group; the servers join it at (host, port)."""
+        """Open the update group of this stage; the servers join it at (host, port)."""
         if self._source is None:
             return {"stage": None}
         stage = self._policy.layout.pp_rank
@@ -40,7 +41,7 @@ class PolicyPublisher:
         """Broadcast this stage's buckets within ``seconds``; ``plan[stage][bucket]`` lists the tensors as the servers
         expect them.
 
-        ``step``: whose weights are wanted; ``held``: whose the policy holds. Nothing is sent if they differ.
+        ``step``: the requested weights; ``held``: the policy's current step. Nothing is sent if they differ.
         """
         stage = self._policy.layout.pp_rank if self._source else None
         if step != held:
@@ -57,7 +58,7 @@ class PolicyPublisher:
         specs = [[tensor_spec(entry) for entry in bucket] for bucket in plan[stage]]
         report = self._source.broadcast(bucketed(tensors, specs), seconds)
         for _ in tensors:
-            pass  # what a refused plan left: the other ranks take part in its gathers
+            pass  # rest of a refused plan: the other ranks take part in its gathers
         return {"stage": stage, "step": held, "report": asdict(report)}
 
 

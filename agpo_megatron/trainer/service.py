@@ -1,7 +1,7 @@
 """The policy as a service: one handler per command, the same on every rank.
 
-A command is idempotent: rank 0 remembers the last sequence number it carried out. A handler that raises ends the
-rank: the others are in the middle of a collective and cannot go on; the controller and the supervisor name the first.
+A command is executed once: rank 0 remembers the last sequence number it executed. A handler that raises ends the
+rank: the others are inside a collective and cannot go on; controller and supervisor report the rank that failed first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainerService:
-    """Carries out the controller's commands until ``stop``."""
+    """Service that executes the controller's commands until ``stop``."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class TrainerService:
         }
 
     def run(self) -> None:
-        """Fetch (rank 0), hand on, carry out, collect, deliver; returns after ``stop``."""
+        """Fetch a command (rank 0), broadcast, execute, gather and deliver the results; repeat until ``stop``."""
         attempt, last = 0, 0
         while True:
             command = self._next(attempt, last)
@@ -84,7 +84,7 @@ class TrainerService:
             attempt, last = command.attempt, command.seq
 
     def _next(self, attempt: int, last: int) -> Command | None:
-        """One long poll of rank 0, handed to all ranks; None when it brought nothing new."""
+        """Poll once on rank 0 and broadcast the command to all ranks; None when there is no new one."""
         message: dict[str, Any] | None = None
         if self._control.rank == 0:
             with waiting("the next command"):
@@ -95,9 +95,10 @@ class TrainerService:
         return Command(**handed) if handed else None
 
     def load(self, checkpoint: str | None, step: int) -> dict[str, Any]:
-        """The checkpoint of ``step`` with optimizer and RNG state; None: the initial weights, which the policy was
-        built with. A policy that is at ``step`` or further, for a controller that is gone, stays as it is: each of its
-        updates was on a committed record, so its state is the one that replaying those would give.
+        """Load the checkpoint of ``step`` with optimizer and RNG state; None: keep the initial weights of the build.
+
+        A policy already at ``step`` or later (from a former controller) stays as it is: each of its updates was on a
+        committed record, so replaying those would give the same state.
         """
         if checkpoint is not None and self._step < step:
             self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
@@ -115,7 +116,7 @@ class TrainerService:
         plan: list[list[list[int]]],
         lr: float,
     ) -> dict[str, Any]:
-        """One optimizer step on its part of the committed batch ``record``; ``plan[dp_rank][micro_batch]`` names rows.
+        """Take one optimizer step on its part of the committed batch ``record``; ``plan[dp_rank][micro_batch]``: rows.
 
         Raises ValueError when the policy is not at the step before.
         """
@@ -144,8 +145,8 @@ class TrainerService:
         weights: str,
         path: str,
     ) -> dict[str, Any]:
-        """Log-probs of journaled samples, [file, offset, length, digest] each, under the current (``policy``) or the
-        ``reference`` weights; rank 0 writes them to ``path`` and answers their mean entropy and the file's digest."""
+        """Score journaled samples, [file, offset, length, digest] each, under the current (``policy``) or the
+        ``reference`` weights; rank 0 writes the log-probs to ``path`` and returns mean entropy and file digest."""
         mine = plan[self._policy.layout.dp_rank]
         blocks = [Block(*samples[row]) for rows in mine for row in rows]
         sequences = iter(JournalReader(Path(journal)).score_sequences(blocks))
@@ -156,6 +157,12 @@ class TrainerService:
         if self._control.rank != 0:
             return {}
         logprobs = {name: score.logprobs for name, score in scores.items()}
+        broken = [name for name, values in logprobs.items() if not np.isfinite(values).all()]
+        if broken:
+            raise FloatingPointError(
+                f"log-probs of {len(broken)} sample(s) under the {weights} weights are not finite, {broken[0]} among "
+                "them; these weights, or the trainer's precision, are broken: resume from an earlier checkpoint"
+            )
         tokens = sum(len(score.logprobs) for score in scores.values())
         total = sum(score.entropy * len(score.logprobs) for score in scores.values())
         return {
@@ -164,7 +171,7 @@ class TrainerService:
         }
 
     def score(self, tokens: list[int], temperature: float) -> dict[str, Any]:
-        """Log-prob of every token of one sequence given those before it (entry 0 is 0)."""
+        """Return the log-prob of every token of one sequence given those before it (entry 0 is 0)."""
         sequence = TrainSequence(
             "probe",
             np.zeros(0, np.int32),
@@ -180,11 +187,11 @@ class TrainerService:
         return self._publisher.send(**request, held=self._step)
 
     def save(self, path: str, step: int) -> dict[str, Any]:
-        """Complete and durable when acknowledged."""
+        """Save a checkpoint; it is complete and durable when acknowledged."""
         policy_checkpoint.save(Path(path), self._policy, step, {})
         return {}
 
     def export(self, path: str) -> dict[str, Any]:
-        """The policy as a Hugging Face checkpoint, with the tokenizer of the initial weights."""
+        """Export the policy as a Hugging Face checkpoint, with the tokenizer of the initial weights."""
         export_hf(self._policy, Path(path), self._initial_weights)
         return {}

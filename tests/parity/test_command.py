@@ -70,8 +70,10 @@ def write_config(tmp_path: Path, policy: str) -> str:
 
 def test_a_verdict_for_each_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(tmp_path, "{context_parallel: 4, data_parallel: 16}")
-    assert cli.main(["parity", config, "--ranks", "2"]) == 0
+    loss = ["--set", "algorithm.preset=gspo", "--set", "algorithm.loss.clip={kind: exp, tau: 2}"]
+    assert cli.main(["parity", config, "--ranks", "2", *loss]) == 0
     out = capsys.readouterr().out
+    assert "loss     gspo, seq_mean_token_mean, adaptive exp" in out
     assert "CP4 DP16 scaled to CP2 = 2 ranks" in out
     assert out.count("gradient model.layers.3.mlp.up_proj.weight") >= 4, "three cuts, and bf16"
     assert "FAIL" not in out

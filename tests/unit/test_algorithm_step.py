@@ -264,6 +264,15 @@ def test_a_batch_of_several_updates_is_divided_into_parts_with_weights_of_their_
         assert list(step(groups, "grpo", updates=4, **other).columns["update"]) != parts
 
 
+def test_every_update_has_its_share_of_the_groups_that_train() -> None:
+    """Half of the groups have no variance: a plain cut would leave some updates with nothing."""
+    groups = [group(p, [1, p % 2], [3, 4]) for p in range(8)]
+    for seed in range(5):
+        columns = step(groups, "agpo", updates=4, seed=seed).columns
+        trains = [u for u, w in zip(columns["update"], columns["loss_weight"], strict=True) if w]
+        assert sorted(trains) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_what_a_batch_must_know_of_the_trainer() -> None:
     """(log-probs under its first weights, under the reference)."""
     several = LossSettings()

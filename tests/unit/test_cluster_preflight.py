@@ -33,7 +33,8 @@ PLAN = Plan(
     (NodeRoles("a", (0,), controller=True), NodeRoles("b", (1,)), NodeRoles("c", (), (0,))),
     2,
 )
-VERSIONS = {"agpo_megatron": "0.1.0", "torch": "2.13.0"}
+TRAIN = {"agpo_megatron": "0.1.0", "torch": "2.13.0", "nccl": "2.30.7"}
+VERSIONS = {"trainer": TRAIN, "rollout": {**TRAIN, "torch": "2.14.1"}}
 GOOD = NodeFacts("10.0.0.1", "eth0", 1, {}, VERSIONS, [81559] * 8, [])
 HEARD = Calls({"x": 0.01}, {})
 
@@ -53,11 +54,16 @@ def test_nodes_that_are_alike_pass_and_the_table_names_them() -> None:
 
 
 def test_the_first_failure_names_node_and_fix() -> None:
-    other = replace(GOOD, versions={**VERSIONS, "torch": "2.12.0"})
-    assert verdict(b=other) == "b: torch is 2.12.0, on a it is 2.13.0; give both the same image"
-    assert verdict(c=other) == ""  # the servers' environment is another one
-    ours = replace(GOOD, versions={**VERSIONS, "agpo_megatron": "0.0.9"})
-    assert verdict(c=ours).startswith("c: agpo_megatron is 0.0.9")
+    other = replace(GOOD, versions={"trainer": {**TRAIN, "torch": "2.12.0"}})
+    assert verdict(b=other) == (
+        "b: torch is 2.12.0 in its trainer environment, 2.13.0 in the trainer environment of a; give both the same"
+    )
+    servers = replace(GOOD, versions={"rollout": {**TRAIN, "torch": "2.14.1"}})
+    assert verdict(a=replace(GOOD, versions={"trainer": TRAIN}), c=servers) == ""
+    ours = replace(GOOD, versions={"rollout": {**TRAIN, "agpo_megatron": "0.0.9"}})
+    assert "c: agpo_megatron is 0.0.9" in verdict(
+        a=replace(GOOD, versions={"trainer": TRAIN}), c=ours
+    )
     small = replace(GOOD, gpu_memory=[81559] * 7 + [40960])
     assert verdict(b=small) == (
         "b: its smallest GPU has 40960 MiB, those of a 81559; exclude the node"
@@ -74,7 +80,8 @@ def test_facts_of_a_real_node(tmp_path: Path) -> None:
     assert facts.problems == []
     assert set(facts.ports) == {"controller", "master", "rollout server 0"}
     assert len(set(facts.ports.values())) == 3
-    assert {"torch", "sglang", "megatron-core"} <= set(facts.versions)
+    assert {"torch", "sglang", "megatron-core"} <= set(facts.versions["trainer"])
+    assert facts.versions["rollout"] == facts.versions["trainer"]
     for weights in (tmp_path / "model").glob("*.safetensors"):
         weights.unlink()
     (tmp_path / "train.jsonl").unlink()

@@ -205,6 +205,7 @@ def test_ranks_and_servers_must_fit_the_nodes_on_a_gpu(tmp_path: Path) -> None:
         "policy={tensor_parallel: 4, pipeline_parallel: 2, data_parallel: 2}",
         "cluster={device: cuda, trainer_nodes: 1, gpus_per_node: 8}",
         "rollout.servers=9",
+        "algorithm.loss.correction.kind=tis",
     )
     found = problems(tmp_path, *layout)
     assert found == [
@@ -212,7 +213,7 @@ def test_ranks_and_servers_must_fit_the_nodes_on_a_gpu(tmp_path: Path) -> None:
         "cluster.trainer_nodes 1 x gpus_per_node 8 = 8",
         "rollout: servers 9 x tensor_parallel 1 = 9 GPUs, more than cluster.rollout_nodes 1 x gpus_per_node 8 = 8",
     ]
-    enough = (layout[0], "cluster={device: cuda, trainer_nodes: 3}", "rollout.servers=8")
+    enough = (layout[0], "cluster={device: cuda, trainer_nodes: 3}", "rollout.servers=8", layout[3])
     warnings = check_config(config_with(tmp_path, *enough))
     assert len(warnings) == 1
     assert "16 ranks, fewer than" in warnings[0]
@@ -353,3 +354,25 @@ def test_sft_and_eval_need_their_sections(tmp_path: Path) -> None:
     assert input_problems(config, "eval") == [
         "eval.sets: is not set; list what to evaluate, each with a path"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["policy.fp8.recipe=blockwise"], "policy.fp8.recipe blockwise and servers in bfloat16"),
+        ([], "kind none with servers in bfloat16"),
+        (["policy.dtype=fp32", "policy.fp8.recipe=tensorwise"], "with policy.fp8.recipe tens"),
+        (["rollout.dtype=float32"], ""),
+        (["algorithm.loss.correction.kind=tis"], ""),
+        (["algorithm.loss.old_logprobs=rollout"], ""),
+    ],
+)
+def test_servers_and_trainers_of_different_precision(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    """On a GPU their log-probs differ; without a correction ``policy/ratio_mean`` is 1 and hides it."""
+    cuda = ("cluster.device=cuda", "cluster.gpus_per_node=1", "cluster.rollout_nodes=1")
+    found = check_config(config_with(tmp_path, *cuda, *overrides))
+    about = [w for w in found if "algorithm.loss.correction" in w]
+    assert len(about) == bool(words) and words in "".join(about)
+    assert check_config(config_with(tmp_path, *[o for o in overrides if "fp8" not in o])) == []

@@ -13,6 +13,7 @@ PACKAGE = REPO / "agpo_megatron"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted([*SOURCES, *(REPO / "tools").rglob("*.py"), *(REPO / "tests").rglob("*.py")])
 BAGS = {"utils", "util", "helpers", "helper", "misc", "common"}
+NO_OPENING = {"What", "Whether", "Of", "How", "Where", "As", "Those"}
 
 
 @cache
@@ -33,6 +34,24 @@ def place(path: Path, line: int) -> str:
 def test_there_is_something_to_check() -> None:
     assert len(SOURCES) > 30
     assert len(EVERYTHING) > len(SOURCES)
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring, those after an assignment included."""
+    for node in ast.walk(tree_of(path)):
+        body = getattr(node, "body", [])
+        for statement in body if isinstance(body, list) else []:
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield statement.lineno, text
+
+
+def public_types(path: Path) -> Iterator[str]:
+    """Names of the public classes and type aliases (CamelCase) of a module."""
+    for node in tree_of(path).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names = [getattr(node, "name", ""), *(t.id for t in targets if isinstance(t, ast.Name))]
+        yield from (n for n in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", str(n)))
 
 
 def test_a_file_has_at_most_500_lines() -> None:
@@ -81,6 +100,23 @@ def test_a_module_says_what_it_is() -> None:
     assert [
         str(path) for path in SOURCES if tree_of(path).body and not ast.get_docstring(tree_of(path))
     ] == []
+
+
+def test_a_docstring_begins_with_a_verb_or_a_noun() -> None:
+    assert [
+        f"{place(path, line)} {text[:40]}"
+        for path in SOURCES
+        for line, text in docstrings(path)
+        if text.split()[0].rstrip(",.:;") in NO_OPENING
+    ] == []
+
+
+def test_no_two_public_types_share_a_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for path in SOURCES:
+        for name in public_types(path):
+            places.setdefault(name, []).append(path.relative_to(REPO))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_functions_are_annotated() -> None:

@@ -20,6 +20,8 @@ from agpo_megatron.journal import (
     JournaledGroup,
     JournalError,
     JournalReader,
+    records,
+    writer,
 )
 from agpo_megatron.journal.reader import SegmentName
 from agpo_megatron.journal.records import sequence_columns
@@ -112,7 +114,9 @@ def steps(reader: JournalReader) -> list[int]:
 
 def test_round_trip_of_groups_and_batches(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journaled = journal.append([make_group(0), make_group(1)])
+    groups = [make_group(0), make_group(1)]
+    journaled = journal.append(groups)
+    assert {s.text for j in journaled for s in j.group.samples} == {""}, "the journal has them"
     record, name = journal.commit(*make_batch(5, journaled, updates=2))
     reader = JournalReader(tmp_path)
     assert [(b.name, b.first_step, b.last_step) for b in reader.batches()] == [(name, 5, 6)]
@@ -122,7 +126,7 @@ def test_round_trip_of_groups_and_batches(tmp_path: Path) -> None:
     assert found.steps == range(5, 7)
     assert (found.rows(5), found.rows(6)) == ([0, 1, 2], [3, 4, 5])
     samples = reader.samples(found.samples)
-    whole = [s for j in journaled for s in j.group.samples]
+    whole = [s for group in groups for s in group.samples]
     assert content(samples) == content(whole) and samples[4].sample_id == "g000000001.1"
     later, first = reader.sequences(found, [4, 0])
     assert [later.sample_id, first.sample_id] == ["g000000001.1", "g000000000.0"]
@@ -294,3 +298,15 @@ def test_what_is_trained_on_live_is_what_a_replay_reads(tmp_path: Path) -> None:
     assert read.blocks == live.blocks
     found = read.group.samples[0].rollout_logprobs
     assert found.dtype == np.float32 and found.tobytes() == values.tobytes()
+
+
+def test_a_journal_without_a_column_that_was_added_since_reads_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        fields = [f for f in records.SEGMENT_SCHEMA if f.name != "rollout_logprobs"]
+        earlier.setattr(writer, "SEGMENT_SCHEMA", pa.schema(fields))
+        earlier.setattr(records, "SEGMENT_SCHEMA", pa.schema(fields))
+        Journal(tmp_path).append([make_group(0)])
+    (journaled,) = Journal(tmp_path).pending_groups().values()
+    assert np.isnan(journaled.group.samples[0].rollout_logprobs).all()

@@ -20,7 +20,8 @@ group/all_wrong_frac, group/cov_length_advantage, mask/kept_tokens, mask/kept_gr
 loss/clip_gate, loss/kl, policy/entropy, policy/ratio_mean, policy/clip_frac, grad_norm, lr,
 rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped,
 time/rollout, time/reward, time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
-sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac"""
+sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
+policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

@@ -62,11 +62,33 @@ def test_length_is_a_multiple(multiple: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tp", "multiple"),
-    [("none", 1, 16), ("none", 3, 48), ("blockwise", 8, 16), ("mxfp8", 1, 32), ("mxfp8", 3, 96)],
+    ("recipe", "tp", "cp", "sequence_parallel", "multiple"),
+    [
+        ("none", 1, 1, False, 16),
+        ("none", 3, 1, True, 48),
+        ("none", 8, 2, True, 32),
+        ("blockwise", 1, 1, False, 128),
+        ("blockwise", 8, 1, False, 128),
+        ("blockwise", 8, 1, True, 1024),
+        ("blockwise", 4, 2, True, 1024),
+        ("tensorwise", 8, 1, True, 128),
+        ("delayed", 2, 1, True, 32),
+        ("mxfp8", 1, 1, False, 32),
+        ("mxfp8", 3, 1, True, 96),
+        ("mxfp8", 8, 2, True, 512),
+    ],
 )
-def test_what_fp8_matmuls_need(recipe: str, tp: int, multiple: int) -> None:
-    config = PolicyConfig.model_validate({"tensor_parallel": tp, "fp8": {"recipe": recipe}})
+def test_what_fp8_matmuls_need(
+    recipe: str, tp: int, cp: int, sequence_parallel: bool, multiple: int
+) -> None:
+    config = PolicyConfig.model_validate(
+        {
+            "tensor_parallel": tp,
+            "context_parallel": cp,
+            "sequence_parallel": sequence_parallel,
+            "fp8": {"recipe": recipe},
+        }
+    )
     assert pack_multiple(config) == multiple
 
 

@@ -60,6 +60,34 @@ def test_old_logprobs_give_ratios_and_clipping(folder: Path) -> None:
     assert stats["loss/policy"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_first_update_of_a_batch_keeps_the_ratio_of_1(folder: Path) -> None:
+    """Also where log-probs were scored: they tell how far two computations of one thing are apart, and its gate is
+    known before any pass. In later updates they are where the ratio starts, and the server is held against them."""
+    batch = policy_models.sequences([20, 9])
+    with policy_models.one_rank(folder) as policy:
+        current = {k: s.logprobs for k, s in policy.score([batch]).items()}
+        scored = [
+            changed(
+                s,
+                old_logprobs=[x - 0.25 for x in current[s.sample_id]],
+                rollout_logprobs=[x - 0.75 for x in current[s.sample_id]],
+            )
+            for s in batch
+        ]
+        first = policy.update([[changed(s, update=0) for s in scored]], loss=CLIP, lr=0.0)
+        later = policy.update([scored], loss=PPO, lr=0.0)
+    assert first["policy/ratio_mean"] == 1.0
+    assert later["policy/ratio_mean"] == pytest.approx(2.718281828**0.25, rel=1e-5)
+    for stats in (first, later):
+        assert stats["policy/old_logprob_abs_diff_mean"] == pytest.approx(0.25, abs=1e-4)
+        assert stats["policy/old_logprob_abs_diff_max"] == pytest.approx(0.25, abs=1e-4)
+        assert stats["rollout/logprob_abs_diff_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert first["loss/unclipped"] == pytest.approx(
+        -sum(s.scalar("loss_weight") * len(s.trained()) * s.scalar("advantage") for s in batch),
+        abs=1e-9,
+    )
+
+
 def test_rollout_difference_counts_known_tokens_only(folder: Path) -> None:
     with policy_models.one_rank(folder) as policy:
         batch = policy_models.sequences([12, 6])
@@ -130,7 +158,7 @@ def test_the_gate_closes_at_its_bound_and_not_above(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_tie_is_told_at_the_scale_of_the_loss(folder: Path, sign: float) -> None:
+def test_a_tie_is_scored_at_the_scale_of_the_loss(folder: Path, sign: float) -> None:
     """Terms of hundreds (seq_mean_token_sum) that cancel but for a rounding of float32, well above 1e-6: closed, and
     the bound is reported. A sum of tiny terms, well below, is no tie."""
     up, down = policy_models.sequences([30, 30], weight=80.0)

@@ -58,6 +58,8 @@ def test_gpu_server_gets_no_stand_ins() -> None:
     found = flags(launch.argv)
     assert found["--tp-size"] == "4"
     assert found["--dtype"] == "bfloat16"
+    assert "--enable-fp32-lm-head" in found
+    assert "--enable-fp32-lm-head" not in server_command(config("cuda"), "m", port=1).argv
     assert "--attention-backend" not in found
     assert "--max-total-tokens" not in found
     assert "PYTHONPATH" not in launch.env

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from agpo_megatron.cluster import supervisor
 from agpo_megatron.cluster.processes import Role, free_port
 from agpo_megatron.cluster.roles import machine_plan
 from agpo_megatron.cluster.start_folder import StartFolder
@@ -250,3 +251,37 @@ Supervisor(StartFolder(Path({str(start.path)!r})), {HOST!r}).supervise(roles)
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_server_that_is_reported_to_hang_is_ended_and_started_again(
+    start: StartFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the report is not of the process that follows, nor of another server."""
+    monkeypatch.setattr(supervisor, "MAX_SKEW", 0.0)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.1)
+    start.serving.touch()
+    starts = [start.path / f"starts-{i}" for i in range(2)]
+    servers = [
+        role(f"rollout server {i}", f"open({str(path)!r}, 'a').write('x'); {SLEEP}")
+        for i, path in enumerate(starts)
+    ]
+    report = f"""
+import time
+from pathlib import Path
+from agpo_megatron.cluster.start_folder import StartFolder
+time.sleep(1.0)
+StartFolder(Path({str(start.path)!r})).report_hung("rollout server 1")
+time.sleep(2.0)
+"""
+    assert supervise([*servers, role("controller", report)], start) is None
+    assert [path.read_text() for path in starts] == ["x", "xx"]
+    assert [(e["role"], e["code"], e["restarted"]) for e in start.exits()] == [
+        ("rollout server 1", -9, True)
+    ]
+
+
+def test_an_old_report_is_of_an_old_process(start: StartFolder) -> None:
+    start.report_hung("rollout server 0")
+    roles = [role("rollout server 0", SLEEP), role("controller", "import time; time.sleep(1.5)")]
+    assert supervise(roles, start) is None and start.exits() == []
+    assert start.hung_since("rollout server 0") > 0 == start.hung_since("rollout server 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -276,3 +277,103 @@ def test_experts_are_hashed_as_the_server_stacks_them(
         late = ServerChecksums()
         late.add(f"{prefix}.0.{gate}.weight", parts[0, 0])
         late.add(f"{prefix}.1.{up}.weight", parts[0, 0])
+
+
+class FakeNccl:
+    """Stands for ``dist.ProcessGroupNCCL``: records what it was made with, broadcasts to nobody."""
+
+    class Options:
+        _timeout: datetime.timedelta | None = None
+
+    def __init__(self, store: object, rank: int, size: int, options: FakeNccl.Options) -> None:
+        self.handling = os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+        self.rank, self.size, self.timeout = rank, size, options._timeout
+        self.sent: list[Tensor] = []
+        self.stuck = threading.Event()
+
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> FakeNccl:
+        assert options.rootRank == 0 and not hasattr(options, "_set")
+        self.sent += [t.clone() for t in tensors]
+        return self
+
+    def wait(self) -> None: ...
+
+    def abort(self) -> None:
+        self.stuck.wait()
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A device whose streams say what was asked of them; ``cuda`` tensors are CPU tensors."""
+    said: list[str] = []
+
+    class Stream:
+        device = "cuda:5"
+
+        def record_event(self) -> str:
+            said.append("current stream: record")
+            return "event"
+
+        def wait_event(self, event: str) -> None:
+            said.append(f"own stream: wait for {event}")
+
+        def synchronize(self) -> None:
+            said.append("own stream: synchronize")
+
+        def __enter__(self) -> None:
+            said.append("enter own stream")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    moved = Tensor.to
+
+    def to(tensor: Tensor, *where: object, **how: object) -> Tensor:
+        return tensor if where == ("cuda",) else moved(tensor, *where, **how)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNccl, raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: said.append(f"device {device}"))
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, s: said.append("record_stream"))
+    monkeypatch.setattr(Tensor, "to", to)
+    yield said
+
+
+def test_an_nccl_group_handles_no_errors_and_the_others_still_do(
+    fake_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its watchdog would end the trainer when a server is lost."""
+    for before in (None, "1"):
+        if before is None:
+            monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+        else:
+            monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", before)
+        source = WeightSource("cuda", False)
+        source.open("127.0.0.1", "g", 2, 7)
+        group = source._joined_group(10)
+        assert group.handling == "0" and (group.rank, group.size) == (0, 2)
+        assert group.timeout == datetime.timedelta(seconds=7)
+        assert os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == before
+        group.stuck.set()
+
+
+def test_a_gpu_source_sends_on_a_stream_of_its_own(fake_gpu: list[str]) -> None:
+    source, named = WeightSource("cuda", False), tensors()
+    source.open("127.0.0.1", "g", 2, 20)
+    report = source.broadcast(bucketed(named, specs()), 20)
+    assert report.error == ""
+    group = source._joined_group(1)
+    assert torch.equal(group.sent[1].view(torch.float32), named[2][1].flatten())
+    assert fake_gpu[0] in ("device cuda:5", "current stream: record")
+    order = [line for line in fake_gpu if line.startswith(("own", "enter", "record_"))]
+    assert order == 2 * [
+        "enter own stream",
+        "own stream: wait for event",
+        "record_stream",
+        "own stream: synchronize",
+    ]
+    started = time.monotonic()
+    source.close()  # its abort hangs
+    assert time.monotonic() - started < 5
+    group.stuck.set()

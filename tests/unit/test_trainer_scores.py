@@ -11,6 +11,7 @@ import made
 import numpy as np
 import policy_models
 import pytest
+import torch
 from test_journal import make_batch, make_group
 
 from agpo_megatron.journal import Journal
@@ -70,3 +71,8 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         for name, values in start.items():
             assert not np.array_equal(moved[name], values)
             assert reference[name] == pytest.approx(values, abs=1e-5)
+
+        with torch.no_grad():
+            next(iter(policy.chunks[0].parameters())).fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match="under the policy weights are not finite"):
+            score("policy")

@@ -1,4 +1,4 @@
-"""What ``agpo-megatron prepare CONFIG`` writes before a demonstration run: data, and a checkpoint."""
+"""The files that ``agpo-megatron prepare CONFIG`` writes before a demonstration run: data, and a checkpoint."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ NOTE = "prepared.json"
 
 
 def needs_data(config: Config, made_from: Mapping[str, Any]) -> bool:
-    """Whether the recipe's data files are still to be written.
+    """Return whether the recipe's data files are still to be written.
 
     ``made_from``: what the content depends on. Raises DataError when the folder of ``data.path`` was prepared from
     something else: training on a stale task would not be noticed.

@@ -1,0 +1,1 @@
+"""``pytorch/attention/__init__.py`` exports no ``_SplitAlongDim``: megatron-core then splits by torch."""

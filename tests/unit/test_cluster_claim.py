@@ -1,0 +1,71 @@
+"""The lock of a run folder: of one command at a time, on file systems as they are."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agpo_megatron.cluster import claim
+from agpo_megatron.cluster.claim import only_command_on
+from agpo_megatron.config import ConfigError
+from agpo_megatron.config.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def test_a_second_command_is_refused_at_once(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    started = time.monotonic()
+    with (
+        only_command_on(folder),
+        pytest.raises(ConfigError, match="in use by another"),
+        only_command_on(folder),
+    ):
+        pass
+    assert time.monotonic() - started < 1
+    with only_command_on(folder):
+        pass
+
+
+def test_a_requeued_job_waits_for_the_lock_of_a_node_that_is_gone(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(claim, "LOCK_POLL", 0.05)
+    held = folder.lock.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    evicted = threading.Timer(0.5, held.close)
+    evicted.start()
+    started = time.monotonic()
+    with only_command_on(folder):
+        assert time.monotonic() - started > 0.4
+    monkeypatch.setattr(claim, "LOCK_PATIENCE", 0.3)
+    with (
+        only_command_on(folder),
+        pytest.raises(ConfigError, match="in use by another"),
+        only_command_on(folder),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    folder: RunFolder, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, "no such thing")
+
+    monkeypatch.setattr(claim.fcntl, "flock", flock)
+    words = "cannot be locked .no such thing.*Lustre: -o flock"
+    with pytest.raises(ConfigError, match=words), only_command_on(folder):
+        pass
