@@ -325,7 +325,7 @@ def _named(
 
 
 def _source_problems(key: str, source: SourceConfig, data: DataConfig, fix: str) -> Iterator[str]:
-    """What is wrong with a file; folders and datasets are data/'s to read."""
+    """Yield the problems of a file; folders and datasets are read by data/."""
     if Path(source.path).suffix == ".jsonl":
         own = data.of(source)
         fields = tuple(k.split(".")[0] for k in (own.prompt_key, own.answer_key) if k)

@@ -13,7 +13,7 @@ class PartConfig(Section):
     name: str
     """Reward function: as ``reward.function``."""
     weight: float = 1.0
-    """What its value is multiplied by before the parts are summed."""
+    """Factor of its value in the sum of the parts."""
     options: dict[str, Any] = Field({})
     """Keyword arguments of the function (docs/rewards.md; for instance ``extract``)."""
 
@@ -23,9 +23,9 @@ class RewardConfig(Section):
     """``numeric``, ``math``, ``choice``, ``exact``, ``regex``, ``format``, ``code``, ``http``, ``judge``, one of your
     own as ``package.module:name`` or ``path/to/file.py:name``, or a list of parts, each a section of the keys below."""
     correct: float = 1.0
-    """What a right answer is worth where a function says only right or wrong."""
+    """Reward of a right answer where a function says only right or wrong."""
     wrong: float = 0.0
-    """What a wrong answer is worth there, and every answer whose verification ended in an error."""
+    """Reward of a wrong answer there, and of every answer whose verification ended in an error."""
     correct_at: float = 1.0
     """Value from which a response counts as correct, for accuracy and length reward, where no function says so."""
     workers: int | None = Field(None, ge=1)
@@ -44,20 +44,20 @@ class SourceConfig(Section):
     name: str = ""
     """Name in metrics and in ``problem.source``; "": the path's last part."""
     subset: str | None = None
-    """As ``data.subset``; null: what it says."""
+    """Overrides ``data.subset``; null: no override."""
     split: str | None = None
-    """As ``data.split``; null: what it says."""
+    """Overrides ``data.split``; null: no override."""
     prompt_key: str | None = None
-    """As ``data.prompt_key``; null: what it says."""
+    """Overrides ``data.prompt_key``; null: no override."""
     answer_key: str | None = None
-    """As ``data.answer_key``; null: what it says."""
+    """Overrides ``data.answer_key``; null: no override."""
     reward: str | list[PartConfig] | None = None
-    """As ``reward.function``, or ``row:KEY``: the field KEY of a row names the built-in function; null:
-    ``reward.function``."""
+    """Overrides ``reward.function``; ``row:KEY``: the field KEY of a row names the built-in function. null: no
+    override."""
     system: str | None = None
-    """As ``data.system``; null: what it says."""
+    """Overrides ``data.system``; null: no override."""
     suffix: str | None = None
-    """As ``data.suffix``; null: what it says."""
+    """Overrides ``data.suffix``; null: no override."""
 
     @property
     def shown(self) -> str:
@@ -86,7 +86,7 @@ class DataConfig(Section):
     path: str = ""
     """JSONL, Parquet or Arrow file, folder, or name of a dataset on the hub; "" where ``sources`` lists several."""
     sources: list[TrainSourceConfig] = Field([])
-    """Several sources, each a section of the keys below; what one does not say holds as written here."""
+    """Several sources, each a section of the keys below; unset keys hold as written here."""
     subset: str = ""
     """Configuration of a folder or hub dataset (``main`` of openai/gsm8k, for instance)."""
     split: str = "train"
@@ -100,7 +100,7 @@ class DataConfig(Section):
     chat_template: bool = False
     """Put messages, or the text as a message of the user, through the tokenizer's chat template."""
     template_options: dict[str, Any] = Field({})
-    """What the chat template is told besides (``enable_thinking: false``)."""
+    """Further arguments of the chat template (``enable_thinking: false``)."""
     system: str = ""
     """System message, where the messages have none."""
     prefix: str = ""
@@ -130,6 +130,6 @@ class DataConfig(Section):
 
 class EvalConfig(Section):
     sets: list[EvalSetConfig] = Field([])
-    """What is evaluated: each a section of the keys below; what one does not say holds as in ``data``. []: nothing."""
+    """Sets to evaluate, each a section of the keys below; unset keys hold as in ``data``. []: no evaluation."""
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last."""

@@ -47,7 +47,7 @@ class EvalSet:
 
 @dataclass
 class Rollouts:
-    """Where groups come from: servers, rewards, prompts to train on, and sets to evaluate."""
+    """The sources of groups: servers, rewards, prompts to train on, and sets to evaluate."""
 
     pool: RolloutPool
     rewards: Rewards

@@ -48,7 +48,7 @@ class ProblemSet:
         return len(self.kept)
 
     def problem(self, index: int) -> Problem:
-        """What a reward function is given."""
+        """Return the problem as a reward function gets it."""
         row = self.rows.row(int(self.kept[index]))
         return Problem(messages_of(row, self.data), answer_of(row, self.data), self.name, row)
 

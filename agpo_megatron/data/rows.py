@@ -158,7 +158,7 @@ def _not_empty(rows: Rows, path: str) -> Rows:
 
 
 def value_at(row: Mapping[str, Any], key: str) -> Any:
-    """What lies at a key with dots: ``reward_model.ground_truth``, ``messages.-1.content``. Raises BadRow.
+    """Return the value at a key with dots: ``reward_model.ground_truth``, ``messages.-1.content``. Raises BadRow.
 
     A field whose name has the dots itself comes first.
     """

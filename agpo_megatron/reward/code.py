@@ -29,7 +29,7 @@ def code(
     partial: bool = False,
     isolation: str = "jail",
 ) -> Reward:
-    """Whether the last fenced block of Python passes every test; with ``partial``, the share of tests that it passes.
+    """Run the last fenced block of Python on every test; with ``partial``, the value is the share of tests passed.
 
     The reference (``data.sources[].answer_key``) holds the tests: ``{"inputs": [...], "outputs": [...]}`` or a list of
     ``{"input", "output"}`` (stdin and what must be written, line by line, trailing space aside; with ``"fn_name"``:

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What was asked.
+    """The problem that was asked.
 
     ``messages``: the conversation that the policy answers, each ``{"role", "content"}``; a plain text is one message
     of the user. ``answer``: the reference, as text ("" if the data has none; JSON if it is a list or an object).
@@ -31,7 +31,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What the policy answered. ``tokens``: their number. ``finish_reason``: "stop", or "length" if it was cut."""
+    """The answer of the policy. ``tokens``: their number. ``finish_reason``: "stop", or "length" if it was cut."""
 
     text: str
     tokens: int = 0
@@ -44,7 +44,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What a response is worth.
+    """The worth of a response.
 
     ``correct``: whether it solves the problem, which is what accuracy and AGPO's length reward speak of; None leaves
     that to ``value >= reward.correct_at``. ``parts``: named numbers for the metrics.
@@ -56,7 +56,7 @@ class Reward:
 
 
 def as_reward(result: object) -> Reward:
-    """What a reward function returned, as a ``Reward``: a number, True or False (1 or 0), or a ``Reward`` itself.
+    """Convert the result of a reward function: a number, True or False (1 or 0), or a ``Reward``.
 
     Raises TypeError for anything else, ValueError for numbers that are not finite.
     """

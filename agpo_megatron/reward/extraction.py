@@ -1,4 +1,4 @@
-"""Where in a response the answer stands. Standard library only: workers start fast."""
+"""The place of the answer in a response. Standard library only: workers start fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RULES = ("box", "box_or_last_number", "tag", "text")
 
 
 def after_thought(text: str) -> str | None:
-    """What follows the last ``</think>``; the whole text without one; None if a thought was begun and never ended."""
+    """Return the text behind the last ``</think>``, all of it without one; None if a thought was begun and not ended."""
     _, ended, rest = text.rpartition(END_OF_THOUGHT)
     if THOUGHT in (rest if ended else text):
         return None

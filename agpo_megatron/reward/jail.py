@@ -138,7 +138,7 @@ AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
 def missing() -> str:
-    """What this machine lacks for a jail; "" if nothing."""
+    """Name what this machine lacks for a jail; "" if nothing."""
     if platform.machine() not in CLONE:
         return f"a seccomp filter for {platform.machine()}"
     if LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) < 3:

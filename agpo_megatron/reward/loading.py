@@ -15,7 +15,7 @@ from typing import Any
 
 from agpo_megatron.reward.contract import Problem, Response, Reward
 
-Score = Callable[[Problem, Response], "float | bool | Reward"]
+RewardFunction = Callable[[Problem, Response], "float | bool | Reward"]
 BUILT_IN = {
     "numeric": "agpo_megatron.reward.numeric:numeric",
     "math": "agpo_megatron.reward.symbolic:math",
@@ -30,7 +30,7 @@ REFERENCES = {
     "choice": "agpo_megatron.reward.texts:reference_letter",
     "code": "agpo_megatron.reward.code:read_tests",
 }
-"""What reads a reference for a built-in function, and raises ValueError where it cannot: asked before a run begins."""
+"""Readers of references for built-in functions; they raise ValueError for others. Called before a run begins."""
 REMOTE = ("http", "judge")
 """Asked over HTTP by the run itself, not in a worker (remote.py)."""
 
@@ -39,7 +39,7 @@ class RewardError(ValueError):
     """A reward that cannot be used; the message says why and what to do."""
 
 
-def load_reward(name: str, options: Mapping[str, Any]) -> Score:
+def load_reward(name: str, options: Mapping[str, Any]) -> RewardFunction:
     """The function ``name``: built in, ``package.module:name``, or ``path/to/file.py:name``, its options bound.
 
     A file is found from the current folder; its own folder can be imported from. Raises RewardError.

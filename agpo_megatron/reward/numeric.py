@@ -23,7 +23,7 @@ LETTERS = re.compile(r"[A-Za-z]+")
 
 
 def numeric(problem: Problem, response: Response, *, extract: str = "box_or_last_number") -> bool:
-    """Whether the answer is the reference's number, by exact value.
+    """Return whether the answer is the number of the reference, by exact value.
 
     ``extract``: where the answer stands (extraction.committed_answer). An answer that is not wholly one number is
     wrong. Raises ValueError if the reference is not one either.

@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a response is worth, with ``correct`` settled. ``cause``: "" or the kind of ``error`` that a part ended in
+    """The worth of a response, with ``correct`` settled. ``cause``: "" or the kind of ``error`` that a part ended in
     (timeout, died, memory, recursion, exception, http); that part then counts as wrong, and so does the response."""
 
     value: float

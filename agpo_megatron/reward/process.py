@@ -43,7 +43,7 @@ class Task:
 
     @property
     def wanted(self) -> bool:
-        """Whether it is open and somebody still waits for it."""
+        """Return whether it is open and somebody still waits for it."""
         return self.result is None and not self.asked.ready.done()
 
     def settle(self, result: Any) -> None:

@@ -94,7 +94,7 @@ class RemoteReward:
             await self._session.close()
 
     async def score(self, problem: Problem, responses: Sequence[Response]) -> list[Any]:
-        """As a worker answers: ``[value, correct, parts]`` or ``{"cause": "http", "error"}`` per response."""
+        """Return, as a worker does, ``[value, correct, parts]`` or ``{"cause": "http", "error"}`` per response."""
         size = 1 if isinstance(self.options, JudgeOptions) else self.options.batch
         batches = [responses[i : i + size] for i in range(0, len(responses), size)]
         found = await asyncio.gather(*(self._batch(problem, batch) for batch in batches))

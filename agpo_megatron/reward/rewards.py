@@ -40,8 +40,10 @@ def parts_of(spec: Spec, row: Mapping[str, Any]) -> list[Part]:
 
 
 def reference_check(spec: Spec) -> Callable[[Mapping[str, Any], str], None]:
-    """What raises ValueError for a row whose reference the functions of ``spec`` could never confirm, as far as that is
-    known beforehand: a number that is none, tests that are none, an unknown name in ``row:KEY``."""
+    """Return a check that raises ValueError for a row whose reference the functions of ``spec`` could never confirm.
+
+    Known beforehand are a number that is none, tests that are none, and an unknown name in ``row:KEY``.
+    """
 
     def check(row: Mapping[str, Any], answer: str) -> None:
         for part in parts_of(spec, row):

@@ -39,7 +39,7 @@ ONE_SIDED = re.compile(
 
 
 def math(problem: Problem, response: Response, *, extract: str = "box") -> bool:
-    """Whether the answer equals the reference as mathematics.
+    """Return whether the answer equals the reference as mathematics.
 
     ``extract``: where the answer stands (extraction.committed_answer). Raises ValueError if math-verify cannot read
     the reference, unless the answer is the same text.
@@ -55,7 +55,7 @@ def math(problem: Problem, response: Response, *, extract: str = "box") -> bool:
 
 
 def equal(reference: str, answer: str) -> bool:
-    """Whether two texts, of LaTeX or not, mean the same. Raises ValueError as ``math``."""
+    """Return whether two texts, of LaTeX or not, mean the same. Raises ValueError as ``math``."""
     if squeezed(reference) == squeezed(answer):
         return True
     if len(answer) > LONGEST or "\0" in answer:
@@ -92,7 +92,7 @@ def readable(text: str) -> str:
 
 
 def verified(reference: str, answer: str) -> bool:
-    """What math-verify says of two formulas. Raises ValueError if it cannot read the reference."""
+    """Compare two formulas by math-verify. Raises ValueError if it cannot read the reference."""
     expected = parsed(reference)
     if not expected:
         raise ValueError(f"math-verify cannot read the reference {reference[:80]!r}; mend the data")

@@ -18,7 +18,7 @@ FORMAT = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"
 def choice(
     problem: Problem, response: Response, *, letters: str = "ABCDE", extract: str = "box"
 ) -> bool:
-    """Whether the answer chooses the letter of the reference: ``\\boxed{B}``, ``(B)``, ``B. because``.
+    """Return whether the answer chooses the letter of the reference: ``\\boxed{B}``, ``(B)``, ``B. because``.
 
     ``extract``: "box", "tag" (extraction.committed_answer), or "text": also "the answer is B", or a last line that
     is a letter. Raises ValueError if the reference is none of ``letters``.
@@ -59,7 +59,7 @@ def stated_letter(response: Response) -> str | None:
 def exact(
     problem: Problem, response: Response, *, extract: str = "text", ignore_case: bool = False
 ) -> bool:
-    """Whether the answer is the reference, character by character, surrounding space aside."""
+    """Return whether the answer is the reference, character by character, surrounding space aside."""
     answer = committed_answer(response, extract)
     if answer is None:
         return False
@@ -70,7 +70,7 @@ def exact(
 def regex(
     problem: Problem, response: Response, *, pattern: str = "", extract: str = "text"
 ) -> bool:
-    """Whether ``pattern``, or else the reference taken as one, is found in the answer. Raises re.error."""
+    """Return whether ``pattern``, or else the reference taken as one, is found in the answer. Raises re.error."""
     answer = committed_answer(response, extract)
     return answer is not None and re.search(pattern or problem.answer, answer) is not None
 

@@ -24,7 +24,7 @@ import time
 from typing import Any, TextIO
 
 from agpo_megatron.reward.contract import Problem, Response, as_reward
-from agpo_megatron.reward.loading import RewardError, Score, load_reward
+from agpo_megatron.reward.loading import RewardError, RewardFunction, load_reward
 
 PR_SET_PDEATHSIG = 1
 PROGRESS = struct.Struct("=id")
@@ -50,7 +50,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     signal.signal(signal.SIGALRM, _expire)
-    functions: dict[str, Score] = {}
+    functions: dict[str, RewardFunction] = {}
     for line in sys.stdin:
         serve(json.loads(line), functions, seconds, progress, replies)
 
@@ -61,12 +61,12 @@ def _expire(*_: object) -> None:
 
 def serve(
     batch: dict[str, Any],
-    functions: dict[str, Score],
+    functions: dict[str, RewardFunction],
     seconds: float,
     progress: mmap.mmap,
     replies: TextIO,
 ) -> None:
-    """Score one batch. ``functions``: those loaded so far, by their JSON."""
+    """RewardFunction one batch. ``functions``: those loaded so far, by their JSON."""
     problems = [Problem(**problem) for problem in batch["problems"]]
     names = [json.dumps(function) for function in batch["functions"]]
     done: list[tuple[int, Any]] = []
@@ -97,8 +97,8 @@ def _write(replies: TextIO, done: list[tuple[int, Any]]) -> None:
     replies.flush()
 
 
-def score(function: Score, problem: Problem, response: Response, seconds: float) -> Any:
-    """What ``function`` says, or why it says nothing, ready for JSON."""
+def score(function: RewardFunction, problem: Problem, response: Response, seconds: float) -> Any:
+    """Return the verdict of ``function``, or why there is none, ready for JSON."""
     try:
         # Again and again: the first may meet code that swallows every exception.
         signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)

@@ -241,8 +241,6 @@ def request_of(scores: Scores, tokens: int) -> StepRequest:
         first_step=1,
         updates=1,
         seed=0,
-        correct=1.0,
-        wrong=0.0,
         max_response_tokens=tokens,
         scores=scores,
     )
