@@ -12,7 +12,7 @@ RULES = ("box", "box_or_last_number", "tag", "text")
 
 
 def after_thought(text: str) -> str | None:
-    """Return the text behind the last ``</think>``, all of it without one; None if a thought was begun and not ended."""
+    """Return the text behind the last ``</think>``, or all of it; None if a thought was begun and never ended."""
     _, ended, rest = text.rpartition(END_OF_THOUGHT)
     if THOUGHT in (rest if ended else text):
         return None
