@@ -202,7 +202,7 @@ class ServerClient:
 
     async def score(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | Ints,
         start: int = 1,
         timeout: float | None = None,
     ) -> list[float]:
@@ -210,7 +210,7 @@ class ServerClient:
         if not 1 <= start < len(tokens):
             raise ValueError(f"score: start {start} is outside 1..{len(tokens) - 1}")
         body = {
-            "input_ids": list(tokens),
+            "input_ids": np.asarray(tokens).tolist(),
             "sampling_params": {"max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": start - 1,  # the first entry is always null

@@ -137,7 +137,10 @@ def test_pool_generates_groups_and_aborted_ones_again(live_server: LiveServer) -
                     assert sample.truncated == (sample.response_tokens[-1] != 2)
             greedy_group = await pool.sample(prompt)
             again = await pool.sample(prompt)
-            assert greedy_group.samples[0].response_tokens == again.samples[0].response_tokens
+            assert (
+                greedy_group.samples[0].response_tokens.tolist()
+                == again.samples[0].response_tokens.tolist()
+            )
 
     with_client(live_server, use)
 
