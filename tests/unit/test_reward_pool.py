@@ -247,3 +247,13 @@ asyncio.run(body())
     while psutil.pid_exists(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(worker)
+
+
+def test_a_response_with_a_failed_part_is_not_correct_whatever_the_others_are_worth(
+    tmp_path: Path,
+) -> None:
+    broken = Part(own(tmp_path, "def score(problem, response): raise KeyError"), label="broken")
+    (verdict,) = scored(["7"], Part("format", 2.0, {"pattern": "7"}), broken, max_error_frac=1.0)
+    assert (verdict.value, verdict.correct, verdict.cause) == (2.0, False, "exception")
+    (verdict,) = scored(["7"], Part("numeric"), broken, wrong=-1.0, max_error_frac=1.0)
+    assert (verdict.value, verdict.correct) == (0.0, False)  # 1 for the number, -1 for the error
