@@ -20,6 +20,7 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "aiohttp",
+        "math-verify",
         "msgspec",
         "requests",
         "numpy",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.algorithm.checks import without_effect
-from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
+from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
-from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
 from agpo_megatron.observe.summary import render_summary
@@ -29,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "prepare": "write the data and the base checkpoint of a demonstration config",
         "sft": "cold start: supervised tuning of sft.base into model.path",
         "train": "AGPO; a run that finds its run folder continues it",
-        "eval": "greedy accuracy on eval.path of the trained policy, or of model.path before training",
+        "eval": "evaluate eval.sets with the trained policy, or with model.path before training",
         "check": "validate, print the resolved config and where each value comes from",
         "parity": "loss and gradients of this layout, scaled down, against a reference without any (on the CPU)",
     }
@@ -54,6 +56,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 metavar="RUN_DIR",
                 type=Path,
                 help="train on the recorded batches of an earlier run; no rollout servers",
+            )
+        if name == "eval":
+            which = command.add_mutually_exclusive_group()
+            which.add_argument(
+                "--model", metavar="PATH", help="Hugging Face checkpoint to evaluate"
+            )
+            which.add_argument(
+                "--step", type=int, metavar="N", help="checkpoint of the run after step N"
+            )
+            command.add_argument(
+                "--rescore",
+                action="store_true",
+                help="score the stored samples again with today's reward and data; nothing is generated",
             )
     text = "who is doing what, for how long, in the newest start of a run"
     status = commands.add_parser("status", help=text, description=text)
@@ -101,6 +116,13 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
         mode, extra = "replay", ["--replay", str(arguments.replay)]
         JournalReader(RunFolder(arguments.replay).journal)  # refuses a folder that is not a run
     config, folder = place(resolved.config, mode)
+    if mode == "eval":
+        config, folder = evaluated(config, folder, arguments.model, arguments.step)
+        if arguments.rescore:
+            from agpo_megatron.controller.assembly import rescore_evaluations
+
+            asyncio.run(rescore_evaluations(config, folder))
+            return 0
     check_inputs(config, mode)
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_command_on(folder):
@@ -119,6 +141,49 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
     return 0
 
 
+def evaluated(
+    config: Config, folder: RunFolder, model: str | None, step: int | None
+) -> tuple[Config, RunFolder]:
+    """The config and folder of an evaluation of ``model`` or of the checkpoint of ``step``, if one of them is given.
+
+    Raises ConfigError for a step without a checkpoint.
+    """
+    if model is None and step is None:
+        return config, folder
+    if step is not None:
+        run, folder = RunFolder(folder.path.parent), RunFolder(folder.path / f"step-{step}")
+        model = str(converted(run, step, folder, config.model.path))
+    else:
+        folder = RunFolder(folder.path / Path(str(model)).resolve().name)
+    changes = {
+        "model": config.model.model_copy(update={"path": model}),
+        "run": config.run.model_copy(update={"dir": str(folder.path)}),
+    }
+    return config.model_copy(update=changes), folder
+
+
+def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
+    """The checkpoint of ``step`` as a Hugging Face folder inside ``folder``, converted once; config and tokenizer are
+    those of ``like``. Raises ConfigError."""
+    out = folder.path / "hf"
+    if (out / "config.json").exists():
+        return out
+    checkpoint = run.checkpoint(step)
+    if not (checkpoint / CHECKPOINT_MARKER).exists():
+        there = [p.parent.name for p in sorted(run.checkpoints.glob(f"*/{CHECKPOINT_MARKER}"))]
+        raise ConfigError(
+            f"--step {step}: {run.path} has no checkpoint of that step; there are {', '.join(there) or 'none'}"
+        )
+    tool = Path(__file__).parents[1] / "tools" / "convert_hf_checkpoint.py"
+    folder.path.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(tool), "to-hf", str(checkpoint), str(out), "--like", like]
+    if subprocess.run(command, check=False).returncode:
+        raise ConfigError(
+            f"--step {step}: {checkpoint} could not be converted; the lines above say why"
+        )
+    return out
+
+
 def parity(config: Config, ranks: int) -> int:
     """Print the report; return 0 if all of it passes."""
     from agpo_megatron.parity.command import check
@@ -133,23 +198,6 @@ def parity(config: Config, ranks: int) -> int:
         sys.stderr.write(f"agpo-megatron: parity: {error}\n")
         return 1
     return 0 if line == "pass" else 1
-
-
-def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
-    """Return the config and the folder of ``mode``.
-
-    Cold start and evaluation have folders of their own inside the run folder, so that they never touch its records. An
-    evaluation uses the trained policy if there is one.
-    """
-    folder = RunFolder(Path(config.run.dir))
-    if mode not in ("sft", "eval"):
-        return config, folder
-    changes: dict[str, object] = {}
-    if mode == "eval" and (folder.exported_model / "config.json").exists():
-        changes["model"] = config.model.model_copy(update={"path": str(folder.exported_model)})
-    inner = RunFolder(folder.path / mode)
-    changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
-    return config.model_copy(update=changes), inner
 
 
 if __name__ == "__main__":

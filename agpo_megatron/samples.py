@@ -94,13 +94,14 @@ class Prompt:
     """One problem at one position of the prompt stream.
 
     ``position``: index in the (infinite, seeded) stream; it names the group, so no two groups of a run share it.
-    ``tokens`` [n] int32: input of the policy. ``answer``: the reference for the verifier.
+    ``tokens`` [n] int32: input of the policy. ``answer``: the reference. ``source``: name of the data source.
     """
 
     position: int
     tokens: Ints
     answer: str
     text: str = ""
+    source: str = ""
 
     @property
     def group_id(self) -> str:
@@ -123,7 +124,8 @@ class Sample:
     ``response_tokens`` [n] int32; ``loss_mask`` [n] uint8: 1 where the policy generated the token, 0 where the
     environment did; ``rollout_logprobs`` [n] float32, NaN for a worked solution, which no policy generated.
     ``versions``: spans that cover the response; empty for a worked solution. ``finish_reason``: "stop" or "length"
-    (truncated). Raises ValueError for arrays of different length.
+    (truncated). ``raw_reward``, ``reward_parts``: of the reward function; ``correct``: whether the response solves the
+    problem; ``reward_error``: "" or "cause: why there is no verdict". Raises ValueError for arrays of different length.
     """
 
     group_id: str
@@ -135,7 +137,9 @@ class Sample:
     versions: tuple[VersionSpan, ...]
     finish_reason: str
     text: str = ""
-    accuracy: float = 0.0
+    raw_reward: float = 0.0
+    correct: bool = False
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
     reward_error: str = ""
 
     def __post_init__(self) -> None:
@@ -148,10 +152,6 @@ class Sample:
     @property
     def sample_id(self) -> str:
         return f"{self.group_id}.{self.index}"
-
-    @property
-    def correct(self) -> bool:
-        return self.accuracy > 0.5
 
     @property
     def truncated(self) -> bool:

@@ -19,6 +19,7 @@
 #   sbatch --nodes=T : --nodes=R --ntasks-per-node=1 --exclusive --mem=0 \
 #       --gpus-per-node=8 --no-kill launch/agpo_70b.sh [CONFIG] ...                heterogeneous job: trainers, servers
 #   bash launch/agpo_70b.sh --dry-run [CONFIG] ...                                 only shows nodes, roles and commands
+#   bash launch/agpo_70b.sh --mode sft|eval [CONFIG] ...                           cold start, or evaluation of eval.sets
 #
 # CONFIG: configs/agpo_70b.yaml unless given. The site's own settings: launch/site.env (see site.env.example).
 # What happens when something fails, and why this script is as it is: docs/cluster.md.
@@ -41,9 +42,9 @@ arguments=("$@")
 while [ $# -gt 0 ]; do
     case $1 in
         --dry-run) dry_run=yes; shift ;;
-        --set | --run-dir) [ $# -ge 2 ] || fail "$1 needs a value"; options+=("$1" "$2"); shift 2 ;;
-        --set=* | --run-dir=*) options+=("$1"); shift ;;
-        -*) fail "unknown option $1; known: --dry-run, --set a.b=c, --run-dir DIR" ;;
+        --set | --run-dir | --mode) [ $# -ge 2 ] || fail "$1 needs a value"; options+=("$1" "$2"); shift 2 ;;
+        --set=* | --run-dir=* | --mode=*) options+=("$1"); shift ;;
+        -*) fail "unknown option $1; known: --dry-run, --mode train|sft|eval, --set a.b=c, --run-dir DIR" ;;
         *) config=$1; shift ;;
     esac
 done

@@ -61,7 +61,7 @@ def write_run(folder: Path, **changes: object) -> Path:
         "run.checkpoint_every": 2,
         "model.path": str(folder / "model"),
         "data.path": str(folder / "train.jsonl"),
-        "eval.path": str(folder / "eval.jsonl"),
+        "eval.sets": [{"path": str(folder / "eval.jsonl")}],
         "train.steps": 4,
         "train.prompts_per_batch": 4,
         "train.lr": 1.0e-3,

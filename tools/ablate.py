@@ -92,8 +92,8 @@ def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]
     """Make data and cold start of one seed, once; returns the settings that let other run folders use them."""
     done = folder / "ready"
     made = load_config(config, settings, str(folder))
-    if not made.eval.path:
-        raise SystemExit(f"{config}: eval.path is not set; held-out accuracy is what is compared")
+    if not made.eval.sets:
+        raise SystemExit(f"{config}: eval.sets is not set; held-out accuracy is what is compared")
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         if made.prepare.recipe != "none":
@@ -104,7 +104,7 @@ def cold_start(config: Path, folder: Path, settings: Sequence[str]) -> list[str]
     return [
         f"model.path={made.model.path}",
         f"data.path={made.data.path}",
-        f"eval.path={made.eval.path}",
+        f"eval.sets={json.dumps([s.model_dump() for s in made.eval.sets])}",
         *([f"sft.base={made.sft.base}", f"sft.path={made.sft.path}"] if made.sft else []),
     ]
 

@@ -14,7 +14,7 @@ WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
 def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
     """Return whether all rewards of a group are equal:  max - min <= tol,  in double precision.
 
-    Call it on the RAW accuracy rewards, before any length term. This test, and never
+    Call it on the RAW rewards, before any length term. This test, and never
     ``advantage == 0``, decides whether the loss mask drops a group: normalising equal non-dyadic
     rewards in single precision leaves rounding noise that the small epsilon blows up (0.9 thirty
     times gives |A| = 0.15), and a sample exactly at the mean of a mixed group has advantage 0
@@ -37,14 +37,14 @@ def step_advantages(
     zero_variance: ZeroVariance,
     tol: float,
     std_eps: float,
-    r_max: float,
-    r_min: float,
+    correct: Sequence[Sequence[bool]],
     ddof: Literal[0, 1] = 1,
 ) -> list[list[float]]:
     """Return the advantages of all responses of a step, by group; all tokens of a response share one.
 
-    ``raw``: accuracy rewards by group, which alone decide zero variance. ``shaped``: the same plus
-    length and KL terms; these are normalised. ``token_counts``: trained tokens n of each response.
+    ``raw``: rewards of the functions by group, which alone decide zero variance. ``shaped``: the
+    same plus length and KL terms; these are normalised. ``token_counts``: trained tokens n of each
+    response. ``correct``: which responses are right.
     With mu, sigma (``ddof``) of the group and G its size::
 
         group_norm             (r - mu) / (sigma + eps)                       GRPO 2402.03300   (A1)
@@ -56,15 +56,15 @@ def step_advantages(
 
     "Over its tokens" counts each response n times: every token has the return of its response.
 
-    Zero-variance groups, with ``r_max``, ``r_min`` the raw reward of a right and a wrong answer::
+    Zero-variance groups::
 
         "zero", "resample"  0 where the estimator has a group baseline (then the loss mask may drop
                             the group; under "resample" the controller has tried to replace it);
                             reinforce_pp and batch_norm have none and treat it as any other group
-        "constant"          +1, -1, 0 for r = r_max, r = r_min, neither               (v1, A1)
+        "constant"          +1, -1, 0 for all right, all wrong, neither               (v1, A1)
 
     The authors' code tests for 0 and 1 although its rewards are -1 and +1, so it never gives -1;
-    ``r_max`` and ``r_min`` avoid that. Results do not depend on the order of groups or samples.
+    ``correct`` avoids that. Results do not depend on the order of groups or samples.
     Raises ValueError for lists of different length or a reward that is not finite.
     """
     for group, shaped_group, counts in zip(raw, shaped, token_counts, strict=True):
@@ -97,7 +97,7 @@ def step_advantages(
             raise ValueError(f"unknown advantage estimator {estimator!r}")
     for i, group in enumerate(raw):
         if no_variance[i] and zero_variance == "constant":
-            values[i] = [_zero_variance_constant(group, r_max, r_min, tol)] * len(group)
+            values[i] = [_zero_variance_constant(correct[i])] * len(group)
         elif no_variance[i] and estimator not in WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     return values
@@ -155,13 +155,9 @@ def _whitened(
     return [[(x - lowest - mean) / scale for x in group] for group in groups]
 
 
-def _zero_variance_constant(raw: Sequence[float], r_max: float, r_min: float, tol: float) -> float:
-    """Return +1 for all right, -1 for all wrong, 0 for equal partial rewards."""
-    if all(abs(reward - r_max) <= tol for reward in raw):
-        return 1.0
-    if all(abs(reward - r_min) <= tol for reward in raw):
-        return -1.0
-    return 0.0
+def _zero_variance_constant(correct: Sequence[bool]) -> float:
+    """Return +1 for all right, -1 for all wrong, 0 for equal rewards of right and wrong answers."""
+    return 1.0 if all(correct) else 0.0 if any(correct) else -1.0
 
 
 def _check_finite(rewards: Sequence[float]) -> None:

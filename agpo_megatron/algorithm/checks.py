@@ -9,12 +9,10 @@ from .settings import AlgorithmSettings, LossSettings
 def check_algorithm(
     algorithm: AlgorithmSettings,
     *,
-    correct: float,
-    wrong: float,
     max_response_tokens: int,
 ) -> tuple[list[str], list[str]]:
-    """Return (contradictions, warnings). ``correct``, ``wrong``: rewards of a right and of a wrong answer."""
-    rules = _contradictions(algorithm, correct, wrong, max_response_tokens)
+    """Return (contradictions, warnings)."""
+    rules = _contradictions(algorithm, max_response_tokens)
     doubts = _doubts_about_rewards(algorithm) + _doubts_about_the_loss(algorithm)
     return [text for is_wrong, text in rules if is_wrong], [text for odd, text in doubts if odd]
 
@@ -32,19 +30,13 @@ def without_effect(loss: LossSettings, updates: int) -> str:
     return f"with train.updates_per_batch 1 every ratio is 1: without effect are {', '.join(idle)}"
 
 
-def _contradictions(
-    algorithm: AlgorithmSettings, correct: float, wrong: float, limit: int
-) -> list[tuple[bool, str]]:
+def _contradictions(algorithm: AlgorithmSettings, limit: int) -> list[tuple[bool, str]]:
     loss, correction, length = algorithm.loss, algorithm.loss.correction, algorithm.length_reward
     return [
         (
             loss.policy == "nll",
             "algorithm.loss: policy nll imitates whatever was sampled, right or wrong; it is what "
             "`agpo-megatron sft` uses",
-        ),
-        (
-            correct <= wrong,
-            f"reward: correct {correct:g} must be above wrong {wrong:g}",
         ),
         (
             length.kind == "dapo_overlong" and (length.buffer or 1) > limit,

@@ -6,6 +6,7 @@ loss weights over each part (design, idea 1).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -51,17 +52,15 @@ NO_SCORES = Scores()
 class StepRequest:
     """The inputs of ``decide`` beside the groups.
 
-    ``first_step``: first optimizer step of the batch, counted from 1; ``updates``: number of its steps. ``correct``,
-    ``wrong``: rewards of a right and of a wrong answer. ``entropy_state``: entropy coefficient after the last batch.
-    ``discarded``: number of groups that dynamic sampling replaced, in ``rounds`` of generation.
+    ``first_step``: first optimizer step of the batch, counted from 1; ``updates``: number of its steps.
+    ``entropy_state``: entropy coefficient after the last batch. ``discarded``: number of groups that dynamic sampling
+    replaced, in ``rounds`` of generation.
     """
 
     algorithm: AlgorithmSettings
     first_step: int
     updates: int
     seed: int
-    correct: float
-    wrong: float
     max_response_tokens: int
     scores: Scores = NO_SCORES
     entropy_state: float = 0.0
@@ -84,7 +83,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Rewards by group and sample. ``raw``: accuracy alone; ``bonus``: the length term; ``total``: with KL too."""
+    """Rewards by group and sample. ``raw``: of the functions; ``bonus``: the length term; ``total``: with KL too."""
 
     raw: list[list[float]]
     bonus: list[list[float]]
@@ -148,15 +147,14 @@ def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
     return [int(part) for part in part_of]
 
 
-def raw_rewards(group: Group, correct: float, wrong: float) -> list[float]:
-    """Return the accuracy rewards, which alone decide whether a group has variance."""
-    return [correct if s.correct else wrong for s in group.samples]
+def raw_rewards(group: Group) -> list[float]:
+    """Return the rewards of the functions, which alone decide whether a group has variance."""
+    return [s.raw_reward for s in group.samples]
 
 
-def has_variance(group: Group, algorithm: AlgorithmSettings, correct: float, wrong: float) -> bool:
+def has_variance(group: Group, algorithm: AlgorithmSettings) -> bool:
     """Return whether the raw rewards of the group differ."""
-    raw = raw_rewards(group, correct, wrong)
-    return not is_zero_variance(raw, algorithm.advantage.zero_variance_tol)
+    return not is_zero_variance(raw_rewards(group), algorithm.advantage.zero_variance_tol)
 
 
 def drops_groups(algorithm: AlgorithmSettings) -> bool:
@@ -190,7 +188,7 @@ def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) ->
 def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
     """Return the raw rewards, and those with the length and KL terms."""
     algorithm, kl, scores = request.algorithm, request.algorithm.loss.kl, request.scores
-    raw = [raw_rewards(group, request.correct, request.wrong) for group in groups]
+    raw = [raw_rewards(group) for group in groups]
     bonus = [length_terms(group, algorithm, request.max_response_tokens) for group in groups]
     penalty = [[0.0] * len(rewards) for rewards in raw]
     if kl.coef > 0 and kl.place == "reward":
@@ -263,8 +261,7 @@ def _advantages(
         zero_variance=settings.zero_variance,
         tol=settings.zero_variance_tol,
         std_eps=settings.std_eps,
-        r_max=request.correct,
-        r_min=request.wrong,
+        correct=[[sample.correct for sample in group.samples] for group in groups],
     )
     return [a for group in values for a in group]
 
@@ -283,7 +280,7 @@ def _kept(
         kept = [
             varied
             for group in groups
-            for varied in [has_variance(group, request.algorithm, request.correct, request.wrong)]
+            for varied in [has_variance(group, request.algorithm)]
             for _ in group.samples
         ]
     if mask.truncated:
@@ -320,16 +317,15 @@ def step_metrics(
     lengths = [len(sample.response_tokens) for sample in samples]
     correct_lengths = [n for n, sample in zip(lengths, samples, strict=True) if sample.correct]
     correct = [[sample.correct for sample in group.samples] for group in groups]
-    varied = [
-        has_variance(group, request.algorithm, request.correct, request.wrong) for group in groups
-    ]
+    varied = [has_variance(group, request.algorithm) for group in groups]
     skipped = [
         not (w and n) for w, n in zip(columns["loss_weight"], columns["trained"], strict=True)
     ]
     metrics = {
         "reward/mean": fmean(columns["reward"]),
-        "reward/accuracy": fmean(sample.accuracy for sample in samples),
+        "reward/accuracy": fmean(sample.correct for sample in samples),
         "reward/length": fmean(b for group in shaped.bonus for b in group),
+        "reward/error_frac": fmean(bool(sample.reward_error) for sample in samples),
         "response/tokens_mean": fmean(lengths),
         "response/truncated_frac": fmean(sample.truncated for sample in samples),
         "group/zero_variance_frac": fmean(not v for v in varied),
@@ -343,6 +339,7 @@ def step_metrics(
             sum(s.length for s, skip in zip(samples, skipped, strict=True) if skip)
         ),
     }
+    metrics |= _by_part_and_source(groups)
     if correct_lengths:
         metrics["response/tokens_correct_mean"] = fmean(correct_lengths)
     if request.algorithm.advantage.zero_variance == "resample":
@@ -355,6 +352,29 @@ def step_metrics(
             1 - sum(np.count_nonzero(c != 0) for c in factors) / count
         )
     return metrics
+
+
+def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean of each named part of the reward over the samples that have it; share of the samples without a verdict by
+    cause; accuracy by source if there are several."""
+    values: dict[str, list[float]] = {}
+    errors = Counter(
+        s.reward_error.partition(":")[0] for g in groups for s in g.samples if s.reward_error
+    )
+    total = sum(len(group.samples) for group in groups)
+    sources = {group.prompt.source for group in groups}
+    for group in groups:
+        for sample in group.samples:
+            for name, value in sample.reward_parts.items():
+                values.setdefault(f"reward_part/{name}", []).append(value)
+            if len(sources) > 1:
+                values.setdefault(f"source_accuracy/{group.prompt.source}", []).append(
+                    sample.correct
+                )
+    means = {name: fmean(found) for name, found in values.items()}
+    return dict(
+        sorted({**means, **{f"reward_error/{c}": n / total for c, n in errors.items()}}.items())
+    )
 
 
 def staleness(sample: Sample, current_step: int) -> float:

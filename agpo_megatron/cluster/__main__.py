@@ -1,8 +1,8 @@
 """Commands of the Slurm batch script, not meant for hands: ``python -m agpo_megatron.cluster {plan,node,conclude}``.
 
-    plan CONFIG [--set a.b=c] [--run-dir DIR] [--dry-run]   roles of this job's nodes; makes the start folder
-    node START_FOLDER                                       one node, one task of an srun step
-    conclude START_FOLDER                                   after the steps: how it ended
+    plan CONFIG [--mode MODE] [--set a.b=c] [--run-dir DIR] [--dry-run]   roles of this job's nodes; start folder
+    node START_FOLDER                                                     one node, one task of an srun step
+    conclude START_FOLDER                                                 after the steps: how it ended
 
 Exit codes: ``plan`` 0 go on, 2 bad input; ``conclude`` 0 finished, 75 requeue, 1 give up.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.cluster.attempts import conclude, failed_in_a_row
-from agpo_megatron.cluster.claim import already_done, only_command_on, refuse_another_run
+from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
 from agpo_megatron.cluster.node import PreflightFailed, run_node
 from agpo_megatron.cluster.preflight import describe
 from agpo_megatron.cluster.roles import LaunchError, Plan, cluster_plan, slurm_plan
@@ -33,8 +33,6 @@ from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError
 from agpo_megatron.observe.summary import render_summary
 
-MODE = "train"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m agpo_megatron.cluster", description=__doc__)
@@ -43,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("config")
     plan.add_argument("--set", action="append", default=[], dest="overrides")
     plan.add_argument("--run-dir")
+    plan.add_argument("--mode", choices=("train", "sft", "eval"), default="train")
     plan.add_argument("--dry-run", action="store_true")
     for name in ("node", "conclude"):
         commands.add_parser(name).add_argument("start", type=Path)
@@ -61,7 +60,8 @@ def make_plan(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked before a process starts; print what the batch script needs, for its eval."""
     run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
-    config = resolved.config
+    mode = arguments.mode
+    config, folder = place(resolved.config, mode)
     for warning in check_config(config):
         sys.stderr.write(f"warning: {warning}\n")
     if arguments.dry_run and "SLURM_JOB_ID" not in os.environ:
@@ -69,20 +69,20 @@ def make_plan(arguments: argparse.Namespace) -> int:
             config,
             [f"trainer{i}" for i in range(config.cluster.trainer_nodes)],
             [f"rollout{i}" for i in range(config.cluster.rollout_nodes)],
-            MODE,
+            mode,
         )
     else:
-        plan = slurm_plan(os.environ, config, MODE)
+        plan = slurm_plan(os.environ, config, mode)
     sys.stderr.write(table(plan, config))
     if arguments.dry_run:
         sys.stdout.write(shell_variables(plan, "START_FOLDER"))
         return 0
-    check_inputs(config, MODE)
-    folder = RunFolder(Path(os.path.abspath(config.run.dir)))
+    check_inputs(config, mode)
     folder.path.mkdir(parents=True, exist_ok=True)
     with only_command_on(folder):
-        refuse_another_run(config, folder, MODE)
-        if already_done(config, folder, MODE):
+        if mode != "eval":
+            refuse_another_run(config, folder, mode)
+        if already_done(config, folder, mode):
             sys.stderr.write(f"{folder.path} is complete; nothing to do\n")
             sys.stdout.write("start=\n")
             return 0

@@ -26,7 +26,9 @@ FREE = (
     "prepare.",
     "model.path",  # paths: their content is compared
     "data.path",
-    "eval.path",
+    "reward.workers",
+    "reward.memory_mb",
+    "reward.max_error_frac",
     "sft.",
     "train.micro_batch_tokens",
     "rollout.servers",
@@ -111,7 +113,7 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
     changed = [
         f"{key}: {before.get(key)!r} in the run folder, {value!r} now"
         for key, value in leaves(config).items()
-        if before.get(key) != value and is_identity(key, config, mode)
+        if is_identity(key, config, mode) and without_paths(before.get(key)) != without_paths(value)
     ]
     changed += [
         f"{key}: its content has changed since the run began"
@@ -125,6 +127,33 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
             f"{folder.path} holds another run; give this one its own --run-dir, or take back:\n  "
             + "\n  ".join(changed)
         )
+
+
+def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
+    """Find the folder ``mode`` works in, and the config as it holds there.
+
+    Cold start and evaluation have folders of their own inside the run's, so that they never touch its records. An
+    evaluation serves the trained policy if there is one.
+    """
+    folder = RunFolder(Path(os.path.abspath(config.run.dir)))
+    if mode not in ("sft", "eval"):
+        return config, folder
+    changes: dict[str, object] = {}
+    if mode == "eval" and (folder.exported_model / "config.json").exists():
+        changes["model"] = config.model.model_copy(update={"path": str(folder.exported_model)})
+    inner = RunFolder(folder.path / mode)
+    changes["run"] = config.run.model_copy(update={"dir": str(inner.path)})
+    return config.model_copy(update=changes), inner
+
+
+def without_paths(value: object) -> object:
+    """The value of a key, sources in a list without their paths: these may move, their content is compared."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {k: v for k, v in entry.items() if k != "path"} if isinstance(entry, dict) else entry
+        for entry in value
+    ]
 
 
 def already_done(config: Config, folder: RunFolder, mode: str) -> bool:
@@ -152,17 +181,25 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
         return {"sft.path": config.sft.path, "sft.base": config.sft.base}
     paths = {"model.path": config.model.path}
     if mode == "train":
-        paths["data.path"] = config.data.path
-        if config.eval.path:
-            paths["eval.path"] = config.eval.path
+        single = "data.path" if config.data.path else ""
+        for i, source in enumerate(config.data.each()):
+            paths[single or f"data.sources[{i}].path"] = source.path
+        for i, held_out in enumerate(config.eval.sets):
+            paths[f"eval.sets[{i}].path"] = held_out.path
     return paths
 
 
 def fingerprint(path: Path) -> str:
-    """Digest the content of a file; for a checkpoint folder, its config and its weights' names and sizes."""
+    """Digest the content of a file; of a checkpoint folder, its config and its weights' names and sizes; of a folder of
+    data, the names and sizes of all files; of what is neither, a dataset of the hub, its name."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    if not (path / "config.json").is_file():
+        files = sorted(
+            (str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()
+        )
+        return digest(json.dumps([str(path), files]).encode())
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
     return digest(config, json.dumps(weights).encode())

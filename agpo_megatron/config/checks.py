@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from agpo_megatron.algorithm.checks import check_algorithm
 
 from .errors import ConfigError
 from .schema import Config, PolicyConfig
+from .task import DataConfig, SourceConfig
 
 
 @dataclass
@@ -37,12 +38,11 @@ def check_config(config: Config) -> list[str]:
     _check_cluster(config, found)
     errors, warnings = check_algorithm(
         config.algorithm,
-        correct=config.reward.correct,
-        wrong=config.reward.wrong,
         max_response_tokens=config.rollout.max_response_tokens,
     )
     found.errors += errors
     found.warnings += warnings
+    _check_task(config, found)
     _check_rollout(config, found)
     _check_train(config, found)
     if found.errors:
@@ -192,6 +192,34 @@ def _check_cluster(config: Config, found: _Findings) -> None:
             found.warnings.append(f"{room}: {what}, fewer than {there}: {have - need} stay idle")
 
 
+def _check_task(config: Config, found: _Findings) -> None:
+    data, reward = config.data, config.reward
+    if data.path and data.sources:
+        found.errors.append(
+            f"data: path {data.path} and sources are both set; list the path under sources, or remove them"
+        )
+    if not data.chat_template and (data.system or data.tools_key or data.template_options):
+        found.errors.append(
+            "data: system, tools_key and template_options are parts of a chat template; set chat_template true"
+        )
+    if reward.correct <= reward.wrong:
+        found.errors.append(
+            f"reward: correct {reward.correct:g} must be above wrong {reward.wrong:g}"
+        )
+    for held_out in config.eval.sets:
+        if held_out.n > 1 and not held_out.temperature:
+            found.errors.append(
+                f"eval.sets: n {held_out.n} samples of {held_out.shown} at temperature 0 would be {held_out.n} times "
+                "the same; set temperature above 0, or n 1"
+            )
+    for kind, sources in (("data.sources", data.each()), ("eval.sets", config.eval.sets)):
+        names = [source.shown for source in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            found.errors.append(
+                f"{kind}: {twice[0]!r} is the name of several; give each a name of its own"
+            )
+
+
 def _check_rollout(config: Config, found: _Findings) -> None:
     rollout = config.rollout
     if rollout.max_in_flight < rollout.group_size:
@@ -250,7 +278,6 @@ def check_inputs(config: Config, command: str = "train") -> None:
     fix = "run `agpo-megatron prepare CONFIG` first" if prepare else "correct the path"
     problems: list[str] = []
     data = config.data
-    fields = (data.prompt_key, data.answer_key)
     if command == "sft":
         if config.sft is None:
             raise ConfigError(
@@ -262,9 +289,16 @@ def check_inputs(config: Config, command: str = "train") -> None:
         fix_model = "run `agpo-megatron sft CONFIG` first" if config.sft else fix
         problems += _checkpoint_problems("model.path", config.model.path, fix_model)
         if command == "train":
-            problems += _jsonl_problems("data.path", data.path, fields, fix)
-        if config.eval.path or command == "eval":
-            problems += _jsonl_problems("eval.path", config.eval.path, fields, fix)
+            if not data.each():
+                problems.append(
+                    "data.path: is not set; give a file, a folder or a dataset, or data.sources"
+                )
+            for name, source in _named("data", data.each(), bool(data.path)):
+                problems += _source_problems(name, source, data, fix)
+        if command == "eval" and not config.eval.sets:
+            problems.append("eval.sets: is not set; list what to evaluate, each with a path")
+        for name, held_out in _named("eval.sets", config.eval.sets, False):
+            problems += _source_problems(name, held_out, data, fix)
     if problems:
         raise ConfigError(problems)
 
@@ -281,6 +315,23 @@ def _checkpoint_problems(key: str, folder: str, fix: str) -> Iterator[str]:
     ):
         if not any(next(path.glob(pattern), None) for pattern in patterns):
             yield f"{key}: {folder} has no {what}; {fix}"
+
+
+def _named(
+    key: str, sources: Sequence[SourceConfig], alone: bool
+) -> Iterator[tuple[str, SourceConfig]]:
+    for number, source in enumerate(sources):
+        yield (f"{key}.path" if alone else f"{key}[{number}].path"), source
+
+
+def _source_problems(key: str, source: SourceConfig, data: DataConfig, fix: str) -> Iterator[str]:
+    """Yield the problems of a file; folders and datasets are read by data/."""
+    if Path(source.path).suffix == ".jsonl":
+        own = data.of(source)
+        fields = tuple(k.split(".")[0] for k in (own.prompt_key, own.answer_key) if k)
+        yield from _jsonl_problems(key, source.path, fields, fix)
+    elif Path(source.path).suffix in (".parquet", ".arrow") and not Path(source.path).is_file():
+        yield f"{key}: no data file {source.path}; {fix}"
 
 
 def _jsonl_problems(key: str, path: str, fields: tuple[str, ...], fix: str) -> Iterator[str]:

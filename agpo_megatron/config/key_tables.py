@@ -32,10 +32,11 @@ def configuration_reference() -> str:
     count = sum(not key.is_section for key in keys)
     lines = [_INTRO.rstrip("\n"), "", f"{count} keys.", "", "## Top level", "", *_table(keys, "")]
     for section in keys:
-        if section.is_section:
-            rows = _table(keys, section.name)
+        if section.is_section or section.is_list:
+            name = section.name + ("[]" if section.is_list else "")
+            rows = _table(keys, name)
             if rows:
-                lines += ["", f"## `{section.name}`", "", section.doc.replace("``", "`"), "", *rows]
+                lines += ["", f"## `{name}`", "", section.doc.replace("``", "`"), "", *rows]
         if section.name == "algorithm":
             lines += ["", *_preset_table()]
     return "\n".join(lines) + "\n"

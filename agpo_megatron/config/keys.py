@@ -18,7 +18,8 @@ from .schema import Config
 
 @dataclass(frozen=True)
 class Key:
-    """One key. ``name`` is dotted; ``default`` is the schema's (None for required keys and sections)."""
+    """One key. ``name`` is dotted; ``default`` is the schema's (None for required keys and sections). ``is_list``: it
+    holds a list of sections, whose keys are named ``a.b[].c``."""
 
     name: str
     is_section: bool
@@ -26,6 +27,7 @@ class Key:
     type: str
     default: Any
     doc: str
+    is_list: bool = False
 
     @property
     def section(self) -> str:
@@ -37,20 +39,28 @@ class Key:
 
 
 def schema_keys(model: type[Section] = Config, prefix: str = "") -> Iterator[Key]:
-    """List every key, a section before the keys inside it, in the order of the schema."""
+    """List every key, a section before the keys inside it, in the order of the schema.
+
+    The sections of a list have their keys at ``a.b[].c``. A key that takes a text or such a list (``reward.function``)
+    is both a value and that list; where the text may be null too, the keys are those of another key, listed there.
+    """
     for field_name, field in model.model_fields.items():
-        name, section = prefix + field_name, _section_type(field.annotation)
+        name = prefix + field_name
+        alternatives = typing.get_args(field.annotation)
+        section, many = _section_type(field.annotation)
+        is_value = section is None or str in alternatives
         required = field.is_required()
         yield Key(
             name=name,
-            is_section=section is not None,
+            is_section=not is_value,
             required=required,
-            type="section" if section else _type_text(field),
-            default=None if required or section else field.get_default(),
+            type=_type_text(field) if is_value else "section",
+            default=None if required or not is_value else field.get_default(),
             doc=" ".join((field.description or "").split()),
+            is_list=many,
         )
-        if section:
-            yield from schema_keys(section, name + ".")
+        if section and not (is_value and types.NoneType in alternatives):
+            yield from schema_keys(section, name + ("[]." if many else "."))
 
 
 def nearest_key(unknown: str) -> str:
@@ -70,11 +80,14 @@ def required_below(section: str) -> list[str]:
     return [k.name for k in schema_keys() if k.section == section and k.required]
 
 
-def _section_type(annotation: Any) -> type[Section] | None:
+def _section_type(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """Find the section that a key holds, alone or optional, and whether it holds a list of them."""
     for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+        many = typing.get_origin(candidate) is list
+        held = typing.get_args(candidate)[0] if many else candidate
+        if isinstance(held, type) and issubclass(held, Section):
+            return held, many
+    return None, False
 
 
 _NAMES: dict[Any, str] = {
@@ -83,19 +96,23 @@ _NAMES: dict[Any, str] = {
     str: "text",
     bool: "true or false",
     list[str]: "list of texts",
+    list[float]: "list of numbers",
+    dict[str, Any]: "section of any keys",
 }
+_UNIONS = (types.UnionType, typing.Union)
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def _type_text(field: FieldInfo) -> str:
     annotation = field.annotation
-    args = typing.get_args(annotation)
+    args = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else ()
     nullable = types.NoneType in args
     if typing.get_origin(annotation) is Literal:
-        return " or ".join(f"`{value}`" for value in args)
-    if nullable:
-        (annotation,) = (arg for arg in args if arg is not types.NoneType)
-    text = _NAMES[annotation]
+        return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    kinds = [arg for arg in args if arg is not types.NoneType] or [annotation]
+    text = " or ".join(
+        "list of parts" if _section_type(kind)[0] else _NAMES[kind] for kind in kinds
+    )
     bounds = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,6 +122,8 @@ def _fill_run_dir(data: dict[str, Any]) -> dict[str, Any]:
     def fill(value: Any) -> Any:
         if isinstance(value, str):
             return value.replace(RUN_DIR, run_dir)
+        if isinstance(value, list):
+            return [fill(v) for v in value]
         return {k: fill(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     filled: dict[str, Any] = fill(data)
@@ -129,7 +132,13 @@ def _fill_run_dir(data: dict[str, Any]) -> dict[str, Any]:
 
 def _explain(error: ErrorDetails, sources: Mapping[str, _Source], path: str) -> str:
     """Format an error as one line: where it is written, the key, what is wrong, what would be right."""
-    key = ".".join(str(part) for part in error["loc"])
+    # What pydantic says of a union's alternatives ("str", "list[PartConfig]") is no part of a key.
+    parts = [
+        str(p)
+        for p in error["loc"]
+        if isinstance(p, int) or (re.fullmatch(r"[a-z_]+", p) and p != "str")
+    ]
+    key = ".".join(parts)
     place, value = _place(key, sources, path), error["input"]
     if error["type"] == "extra_forbidden":
         return f"{place}: {key}: unknown key; nearest valid key: {nearest_key(key)}"
@@ -189,7 +198,7 @@ def leaves(config: Config) -> dict[str, Any]:
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
         for key, value in tree.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and value:
                 walk(value, f"{prefix}{key}.")
             else:
                 flat[prefix + key] = value

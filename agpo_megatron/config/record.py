@@ -21,6 +21,7 @@ PACKAGES = [
     "tokenizers",
     "safetensors",
     "datasets",
+    "math-verify",
     "pyarrow",
     "numpy",
     "pydantic",
@@ -53,7 +54,7 @@ def _lines(
 ) -> Iterator[str]:
     indent = "  " * depth
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield f"{indent}{key}:"
             yield from _lines(value, f"{prefix}{key}.", depth + 1, provenance)
             continue

@@ -73,6 +73,11 @@ class RunFolder:
         """Log-probs on their way from the trainer to the controller; removed when read."""
         return self.path / f"scores-{weights}.arrow"
 
+    @property
+    def evaluations(self) -> Path:
+        """Scores and samples of every evaluation."""
+        return self.path / "evaluations"
+
     def evaluation(self, step: int) -> Path:
-        """Greedy answers to the held-out problems after ``step``, with their scores."""
-        return self.path / "evaluations" / f"step-{step:08d}.json"
+        """Scores of the evaluation after ``step``; its samples lie beside it, one Arrow file per set."""
+        return self.evaluations / f"step-{step:08d}.json"

@@ -1,7 +1,7 @@
 """The whole configuration of a run as frozen pydantic models; every key is documented beside its default.
 
-The algorithm's own sections are ``algorithm/settings.py``. Cross-field checks live in ``checks.py``, reading YAML in
-``loading.py``.
+The algorithm's own sections are ``algorithm/settings.py``, those of data, reward and evaluation ``task.py``.
+Cross-field checks live in ``checks.py``, reading YAML in ``loading.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from agpo_megatron.algorithm.settings import AlgorithmSettings, Section
+
+from .task import DataConfig, EvalConfig, RewardConfig
 
 
 class RunConfig(Section):
@@ -25,23 +27,6 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str
     """Hugging Face checkpoint folder (safetensors, config, tokenizer) that training starts from."""
-
-
-class DataConfig(Section):
-    path: str
-    """JSONL file of training problems."""
-    prompt_key: str = "prompt"
-    """Field that holds the problem text."""
-    answer_key: str = "answer"
-    """Field that holds the reference answer."""
-    chat_template: bool = False
-    """Wrap the problem as a user message with the tokenizer's chat template; otherwise the text is the prompt."""
-    prefix: str = ""
-    """Text put before each problem (few-shot examples, for instance)."""
-    suffix: str = ""
-    """Text put after each problem (an instruction, for instance)."""
-    max_prompt_tokens: int = Field(1024, ge=1)
-    """Longer prompts are refused at load time, with the line number."""
 
 
 class SftConfig(Section):
@@ -167,26 +152,6 @@ class PolicyConfig(Section):
         return self.model_parallel * self.data_parallel
 
 
-class RewardConfig(Section):
-    verifier: Literal["numeric"] = "numeric"
-    """``numeric``: exact match of the last \\boxed{}, #### or number."""
-    correct: float = 1.0
-    """Reward of a right answer."""
-    wrong: float = 0.0
-    """Reward of a wrong answer."""
-    timeout: float = Field(10.0, gt=0)
-    """Seconds per answer; then it scores ``wrong``, and the journal says why (``reward_error``)."""
-
-
-class EvalConfig(Section):
-    path: str = ""
-    """JSONL file of held-out problems; "" turns evaluation off."""
-    max_prompts: int = Field(200, ge=1)
-    """Problems used, from the top of the file."""
-    every: int = Field(0, ge=0)
-    """Steps between evaluations; 0: only before the first and after the last."""
-
-
 class JournalConfig(Section):
     keep: Literal["all", "checkpoints"] = "all"
     """``checkpoints`` prunes what lies behind the retained checkpoints."""
@@ -245,9 +210,9 @@ class Config(Section):
     algorithm: AlgorithmSettings = AlgorithmSettings()
     """AGPO and its parts."""
     reward: RewardConfig = RewardConfig()
-    """Verifier and what an answer is worth."""
+    """Reward functions, and the processes they run in (docs/rewards.md)."""
     eval: EvalConfig = EvalConfig()
-    """Held-out evaluation (greedy), before and after training."""
+    """Evaluation, before and after training and on schedule."""
     journal: JournalConfig = JournalConfig()
     """Durable record of samples and steps."""
     cluster: ClusterConfig = ClusterConfig()

@@ -6,6 +6,7 @@ configuration file must mean what it looks like, so scalars resolve here as in Y
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -68,6 +69,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
 
 def yaml_line(key: str, value: Any) -> str:
     """Format ``key: value`` on one line, in a form that ``parse_yaml`` reads back to the same value."""
+    if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
+        return f"{key}: {json.dumps(value, ensure_ascii=False)}"  # JSON is YAML
     # Line breaks of any alphabet, and other signs that do not print, keep to one line only when escaped.
     quoted = isinstance(value, list) or (isinstance(value, str) and not value.isprintable())
     text: str = yaml.dump(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from rich.console import Console
 from agpo_megatron.cluster.start_folder import StartFolder
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
-from agpo_megatron.controller.evaluation import Rollouts, measure
+from agpo_megatron.config.task import SourceConfig, TrainSourceConfig
+from agpo_megatron.controller.evaluation import EvalSet, Rollouts, measure, rescore
 from agpo_megatron.controller.live import live, live_recipe
 from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
@@ -25,9 +27,9 @@ from agpo_megatron.controller.sources import recorded, supervised_recipe, worked
 from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
-from agpo_megatron.data.problems import DataError, Problem, load_problems
+from agpo_megatron.data.problems import Duplicates, ProblemSet, load_problems, pass_rates
 from agpo_megatron.data.sft_examples import load_sft_examples
-from agpo_megatron.data.stream import PromptStream, prompts_in_order
+from agpo_megatron.data.stream import PromptStream
 from agpo_megatron.data.tokenizer import load_tokenizer
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalReader
@@ -35,12 +37,13 @@ from agpo_megatron.observe.curves import draw_curves
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
-from agpo_megatron.reward.numeric import extract_number
-from agpo_megatron.reward.workers import RewardPool
+from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import device_of
 from agpo_megatron.samples import Ints
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,8 @@ async def execute(
     if mode == "eval":
         async with rollouts_of(config, context, False, None) as rollouts:
             rollouts.pool.serve_as_started()
-            evaluation = await measure(rollouts)
-        evaluation.write(folder.evaluation(0))
-        Console().print(evaluation.scores)
+            scores = await measure(rollouts, folder, 0)
+        Console().print(scores)
         return
     sft = config.sft if mode == "sft" else None
     recipe = supervised_recipe(sft) if sft else live_recipe(config)
@@ -142,10 +144,9 @@ async def rollouts_of(
 ) -> AsyncIterator[Rollouts]:
     """Provide pool, rewards and prompts (training prompts only if ``training``), once every server has generated."""
     tokenizer = load_tokenizer(config.model.path)
-    problems = await asyncio.to_thread(
-        problems_in, config.data.path if training else "", config, tokenizer
-    )
-    held_out = await asyncio.to_thread(problems_in, config.eval.path, config, tokenizer)
+    sources = config.data.each() if training else []
+    problems = await asyncio.to_thread(training_problems, config, sources, tokenizer)
+    sets = await asyncio.to_thread(eval_sets, config, len(sources), tokenizer)
 
     def decode(tokens: Ints) -> str:
         return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
@@ -156,7 +157,7 @@ async def rollouts_of(
         ]
         async with (
             RolloutPool(clients, config.rollout, decode) as pool,
-            RewardPool(config.reward) as rewards,
+            Rewards(config.reward, [*sources, *config.eval.sets]) as rewards,
         ):
             if status:
                 status.pool = pool
@@ -170,18 +171,46 @@ async def rollouts_of(
             yield Rollouts(
                 pool,
                 rewards,
-                PromptStream(problems, config.seed),
-                prompts_in_order(held_out[: config.eval.max_prompts]),
+                PromptStream(problems, config.seed, [source.weight for source in sources]),
+                sets,
             )
 
 
-def problems_in(path: str, config: Config, tokenizer: Any) -> list[Problem]:
-    """Load the problems of a file ("": none). Raises DataError also for an answer that cannot be verified."""
-    problems = load_problems(path, config.data, tokenizer) if path else []
-    for number, problem in enumerate(problems, start=1):
-        if extract_number(problem.answer) is None:
-            raise DataError(
-                f"{path}, problem {number}: the answer {problem.answer!r} holds no number, "
-                "so verifier numeric could never call a response right; drop the line or correct it"
-            )
-    return problems
+def training_problems(
+    config: Config, sources: Sequence[TrainSourceConfig], tokenizer: Any
+) -> list[ProblemSet]:
+    """The problems of every source. Raises DataError."""
+    rates = pass_rates(config.data.difficulty) if config.data.difficulty and sources else None
+    seen = Duplicates()
+    found = [
+        load_problems(source, config.data, tokenizer, seen, rates, check_of(config, source))
+        for source in sources
+    ]
+    if text := seen.report():
+        log.warning("data: %s", text)
+    return found
+
+
+def check_of(config: Config, source: SourceConfig) -> Callable[[Mapping[str, Any], str], None]:
+    return reference_check(config.reward.function if source.reward is None else source.reward)
+
+
+def eval_sets(config: Config, first: int, tokenizer: Any) -> list[EvalSet]:
+    """The sets of ``config.eval``, whose rewards come behind ``first`` others. Raises DataError."""
+    limit = config.rollout.max_response_tokens
+    return [
+        EvalSet(
+            config=each,
+            problems=load_problems(each, config.data, tokenizer, check=check_of(config, each)),
+            source=first + number,
+            max_tokens=each.max_response_tokens or limit,
+        )
+        for number, each in enumerate(config.eval.sets)
+    ]
+
+
+async def rescore_evaluations(config: Config, folder: RunFolder) -> None:
+    """Score the stored samples of ``folder`` again and show what comes out. Raises DataError, RewardError."""
+    sets = eval_sets(config, 0, load_tokenizer(config.model.path))
+    async with Rewards(config.reward, config.eval.sets) as rewards:
+        Console().print(await rescore(folder, sets, rewards))

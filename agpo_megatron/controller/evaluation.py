@@ -1,93 +1,199 @@
-"""Greedy evaluation on held-out problems, kept per step."""
+"""Evaluation on sets of problems: generated and scored, every sample kept, scored again without generating."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
+from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.task import EvalSetConfig
+from agpo_megatron.controller.eval_scores import SAMPLES_SCHEMA, set_scores
 from agpo_megatron.controller.run import Run
-from agpo_megatron.data.stream import PromptStream
+from agpo_megatron.data.problems import DataError, ProblemSet, problem_id
+from agpo_megatron.data.rows import read_arrow
+from agpo_megatron.data.stream import PromptStream, prompts_in_order
 from agpo_megatron.files import write_durably
-from agpo_megatron.reward.workers import RewardPool
+from agpo_megatron.journal.records import encode_table
+from agpo_megatron.observe.summary import HELD_OUT_KEYS
+from agpo_megatron.reward import Problem, Response
+from agpo_megatron.reward.rewards import Rewards
 from agpo_megatron.rollout.pool import RolloutPool
-from agpo_megatron.samples import Group, Prompt, Sample, VersionSpan
+from agpo_megatron.samples import Group, Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalSet:
+    """One set. ``source``: its place among the sources that ``Rewards`` was given. ``max_tokens``: of a response."""
+
+    config: EvalSetConfig
+    problems: ProblemSet
+    source: int
+    max_tokens: int
+
+    @property
+    def name(self) -> str:
+        return self.config.shown
 
 
 @dataclass
 class Rollouts:
-    """The sources of groups: servers, verifiers and prompts."""
+    """The sources of groups: servers, rewards, prompts to train on, and sets to evaluate."""
 
     pool: RolloutPool
-    rewards: RewardPool
+    rewards: Rewards
     stream: PromptStream
-    held_out: Sequence[Prompt]
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The result of an evaluation. ``scores``: accuracy, tokens_mean, tokens_correct_mean (0 if none is right).
-    ``samples``: one per problem."""
-
-    scores: dict[str, float]
-    samples: list[Sample]
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"scores": self.scores, "samples": [asdict(sample) for sample in self.samples]}
-        write_durably(path, json.dumps(content, default=lambda array: array.tolist()).encode())
-
-    @staticmethod
-    def read(path: Path) -> Evaluation:
-        content = json.loads(path.read_text())
-        return Evaluation(content["scores"], [_sample(row) for row in content["samples"]])
-
-
-def _sample(row: dict[str, Any]) -> Sample:
-    arrays = {
-        "prompt_tokens": np.int32,
-        "response_tokens": np.int32,
-        "loss_mask": np.uint8,
-        "rollout_logprobs": np.float32,
-    }
-    lists = {name: np.array(row[name], dtype=dtype) for name, dtype in arrays.items()}
-    return Sample(**{**row, **lists, "versions": tuple(VersionSpan(**v) for v in row["versions"])})
+    sets: Sequence[EvalSet]
 
 
 async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] | None:
-    """Return the scores at ``step``; measured once and kept. None without held-out problems or without its weights."""
-    if not rollouts.held_out:
+    """Evaluate every set with the weights of ``step``, once: what is there is read. The scores of the first set that a
+    run's summary shows; None without sets, or if those weights are gone."""
+    if not rollouts.sets:
         return None
     path = run.folder.evaluation(step)
-    if path.exists():
-        saved = Evaluation.read(path)
-    else:
+    if not path.exists():
         if run.version.step != step:
             return None  # not measured at that step, and its weights are gone
         with run.phase(f"evaluate step {step}", {}, ""):
-            saved = await measure(rollouts)
-        saved.write(path)
-    return saved.scores
+            await measure(rollouts, run.folder, step)
+    scores: dict[str, float] = json.loads(path.read_text())["scores"]
+    return scores
 
 
-async def measure(rollouts: Rollouts) -> Evaluation:
-    """Decode every held-out problem greedily and score the responses."""
+async def measure(rollouts: Rollouts, folder: RunFolder, step: int) -> dict[str, dict[str, Any]]:
+    """Generate and score every set; keep samples and scores under ``step``. A set whose samples are there already, from
+    an attempt that was killed, is not generated again."""
+    scores = {}
+    for eval_set in rollouts.sets:
+        path = samples_path(folder, step, eval_set.name)
+        if path.exists():
+            samples = read_arrow(path)
+        else:
+            samples = await sampled(rollouts, eval_set)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, encode_table(samples))
+        scores[eval_set.name] = set_scores(samples, eval_set.max_tokens)
+        log.info("evaluation at step %d of %s: %s", step, eval_set.name, scores[eval_set.name])
+    write_scores(folder, step, scores)
+    return scores
 
-    async def one(prompt: Prompt) -> Group:
-        return await rollouts.rewards.score_group(await rollouts.pool.generate_greedy(prompt))
 
-    groups = await asyncio.gather(*(one(prompt) for prompt in rollouts.held_out))
-    samples = [group.samples[0] for group in groups]
-    correct = [len(s.response_tokens) for s in samples if s.correct]
-    scores = {
-        "accuracy": len(correct) / len(samples),
-        "tokens_mean": fmean(len(s.response_tokens) for s in samples),
-        "tokens_correct_mean": fmean(correct) if correct else 0.0,
-    }
-    return Evaluation(scores, samples)
+async def sampled(rollouts: Rollouts, eval_set: EvalSet) -> pa.Table:
+    """The samples of a set, as ``SAMPLES_SCHEMA``."""
+    config = eval_set.config
+
+    async def one(prompt: Prompt) -> list[dict[str, Any]]:
+        group = await rollouts.pool.sample(
+            prompt, config.n, config.temperature, config.top_p, eval_set.max_tokens
+        )
+        problem = eval_set.problems.problem(prompt.position)
+        return rows_of(await rollouts.rewards.score_group(group, problem, eval_set.source), problem)
+
+    prompts = prompts_in_order(eval_set.problems, config.max_prompts)
+    found = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    return pa.Table.from_pylist([row for rows in found for row in rows], SAMPLES_SCHEMA)
+
+
+def rows_of(group: Group, problem: Problem) -> list[dict[str, Any]]:
+    return [
+        {
+            "problem": group.prompt.position,
+            "problem_id": problem_id(problem.messages),
+            "sample": sample.index,
+            "prompt": problem.text,
+            "answer": problem.answer,
+            "response": sample.text,
+            "tokens": len(sample.response_tokens),
+            "finish_reason": sample.finish_reason,
+            "value": sample.raw_reward,
+            "correct": sample.correct,
+            "parts": json.dumps(dict(sample.reward_parts)),
+            "error": sample.reward_error,
+            "prompt_tokens": sample.prompt_tokens,
+            "response_tokens": sample.response_tokens,
+            "rollout_logprobs": sample.rollout_logprobs,
+        }
+        for sample in group.samples
+    ]
+
+
+def samples_path(folder: RunFolder, step: int, name: str) -> Path:
+    return folder.evaluation(step).with_suffix(f".{re.sub(r'[^A-Za-z0-9_-]', '_', name)}.arrow")
+
+
+def write_scores(folder: RunFolder, step: int, scores: Mapping[str, Mapping[str, Any]]) -> None:
+    """``{"scores": what the summary shows of the first set, "sets": {name: all of its scores}}``."""
+    first = next(iter(scores.values()))
+    content = {"scores": {key: first[key] for key in HELD_OUT_KEYS}, "sets": scores}
+    path = folder.evaluation(step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(content, indent=1).encode())
+
+
+async def rescore(
+    folder: RunFolder, sets: Sequence[EvalSet], rewards: Rewards
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """Score the stored samples of every evaluation in ``folder`` with today's reward; write samples and scores anew.
+
+    Returns the scores by step and set. Raises DataError if there are no samples, or if they are not of these problems.
+    """
+    steps = sorted(
+        {
+            int(path.name.split(".")[0].removeprefix("step-"))
+            for path in folder.evaluations.glob("step-*.arrow")
+        }
+    )
+    if not steps:
+        raise DataError(
+            f"{folder.evaluations} holds no samples to score again; run `agpo-megatron eval` first"
+        )
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for step in steps:
+        for eval_set in sets:
+            path = samples_path(folder, step, eval_set.name)
+            if path.exists():
+                samples = await rescored(read_arrow(path), eval_set, rewards)
+                write_durably(path, encode_table(samples))
+                scores = set_scores(samples, eval_set.max_tokens)
+                found.setdefault(step, {})[eval_set.name] = scores
+        if step in found:
+            write_scores(folder, step, found[step])
+    return found
+
+
+async def rescored(samples: pa.Table, eval_set: EvalSet, rewards: Rewards) -> pa.Table:
+    """The same samples with new verdicts. Raises DataError."""
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in samples.to_pylist():
+        groups.setdefault(row["problem"], []).append(row)
+
+    async def one(index: int, rows: list[dict[str, Any]]) -> None:
+        problem = eval_set.problems.problem(index) if index < len(eval_set.problems) else None
+        if problem is None or problem_id(problem.messages) != rows[0]["problem_id"]:
+            raise DataError(
+                f"eval set {eval_set.name}: the stored samples of problem {index} are of another problem; the data has "
+                "changed since, so generate again"
+            )
+        responses = [Response(r["response"], r["tokens"], r["finish_reason"]) for r in rows]
+        verdicts = await rewards.score(problem, responses, eval_set.source)
+        for row, verdict in zip(rows, verdicts, strict=True):
+            row |= {
+                "answer": problem.answer,
+                "value": verdict.value,
+                "correct": verdict.correct,
+                "parts": json.dumps(dict(verdict.parts)),
+                "error": f"{verdict.cause}: {verdict.error}" if verdict.cause else "",
+            }
+
+    await asyncio.gather(*(one(index, rows) for index, rows in groups.items()))
+    return pa.Table.from_pylist([row for rows in groups.values() for row in rows], SAMPLES_SCHEMA)

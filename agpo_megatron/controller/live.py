@@ -87,15 +87,13 @@ async def commit(
     scored = [
         journaled
         for journaled in collected.groups
-        if not drops_groups(config.algorithm) or varies(journaled.group, config)
+        if not drops_groups(config.algorithm) or has_variance(journaled.group, config.algorithm)
     ]
     request = StepRequest(
         algorithm=config.algorithm,
         first_step=run.version.step + 1,
         updates=config.train.updates_per_batch,
         seed=config.seed,
-        correct=config.reward.correct,
-        wrong=config.reward.wrong,
         max_response_tokens=config.rollout.max_response_tokens,
         scores=await run.score(scored, timings),
         entropy_state=entropy_state,
@@ -110,11 +108,6 @@ async def commit(
         cursor=collected.cursor,
         timings=timings,
     )
-
-
-def varies(group: Group, config: Config) -> bool:
-    """Return whether the rewards of the group differ."""
-    return has_variance(group, config.algorithm, config.reward.correct, config.reward.wrong)
 
 
 async def collect(
@@ -140,7 +133,7 @@ async def collect(
         positions = range(cursor, cursor + size - len(chosen))
         cursor, rounds = positions.stop, rounds + 1
         for journaled in await generate(run, rollouts, positions, pending, timings):
-            informative = varies(journaled.group, config)
+            informative = has_variance(journaled.group, config.algorithm)
             (chosen if informative or not resample else uniform).append(journaled)
     missing = size - len(chosen)
     if missing:
@@ -169,7 +162,8 @@ async def generate(
 
     async def roll_out(position: int) -> None:
         group = await rollouts.pool.generate_group(rollouts.stream.prompt_at(position))
-        finished.put_nowait(await rollouts.rewards.score_group(group))
+        source, problem = rollouts.stream.problem_at(position)
+        finished.put_nowait(await rollouts.rewards.score_group(group, problem, source))
 
     async def make_durable() -> None:
         while len(ready) < size:
@@ -184,7 +178,7 @@ async def generate(
             tasks.create_task(make_durable())
             for position in missing:
                 tasks.create_task(roll_out(position))
-    spent = rollouts.rewards.take_busy_seconds()
+    spent = rollouts.rewards.pool.take_busy_seconds()
     timings["time/reward"] = timings.get("time/reward", 0.0) + spent
     return [ready[p] for p in positions]
 

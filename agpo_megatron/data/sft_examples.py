@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from agpo_megatron.config.schema import DataConfig
-from agpo_megatron.data.problems import DataError, prompt_tokens, read_jsonl
+from agpo_megatron.config.task import DataConfig
+from agpo_megatron.data.problems import DataError, prompt_tokens, read_texts
 from agpo_megatron.samples import UNKNOWN, Group, Prompt, Sample
 
 
@@ -21,11 +21,8 @@ def load_sft_examples(path: str, data: DataConfig, tokenizer: Any) -> list[Group
             "the tokenizer has no EOS token, so a response could not end; set eos_token"
         )
     groups = []
-    for position, row in enumerate(read_jsonl(path, ("prompt", "response"))):
-        text = f"{data.prefix}{row['prompt']}{data.suffix}"
-        prompt = Prompt(
-            position, prompt_tokens(text, data.chat_template, tokenizer), "", row["prompt"]
-        )
+    for position, row in enumerate(read_texts(path, ("prompt", "response"))):
+        prompt = Prompt(position, prompt_tokens(row["prompt"], data, tokenizer), "", row["prompt"])
         response = tokenizer.encode(row["response"], add_special_tokens=False)
         response = [*response, tokenizer.eos_token_id]
         sample = Sample(

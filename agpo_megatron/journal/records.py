@@ -52,7 +52,10 @@ SEGMENT_SCHEMA = pa.schema(
         ("versions", pa.string()),
         ("finish_reason", pa.string()),
         ("text", pa.string()),
-        ("accuracy", pa.float64()),
+        ("source", pa.string()),
+        ("raw_reward", pa.float64()),
+        ("correct", pa.bool_()),
+        ("reward_parts", pa.string()),
         ("reward_error", pa.string()),
     ]
 )
@@ -132,7 +135,10 @@ def sample_batches(group: Group) -> Iterator[pa.RecordBatch]:
         "versions": [json.dumps([asdict(span) for span in s.versions]) for s in samples],
         "finish_reason": [s.finish_reason for s in samples],
         "text": [s.text for s in samples],
-        "accuracy": [s.accuracy for s in samples],
+        "source": [prompt.source] * len(samples),
+        "raw_reward": [s.raw_reward for s in samples],
+        "correct": [s.correct for s in samples],
+        "reward_parts": [json.dumps(dict(s.reward_parts)) for s in samples],
         "reward_error": [s.reward_error for s in samples],
     }
     # An array for the group, cut: making one costs as much as writing a thousand tokens.
@@ -177,8 +183,17 @@ def batch_to_sample(batch: pa.RecordBatch) -> Sample:
     """Invert ``sample_batches``."""
     fields: dict[str, Any] = {
         name: batch.column(name)[0].as_py()
-        for name in ("group_id", "index", "finish_reason", "text", "accuracy", "reward_error")
+        for name in (
+            "group_id",
+            "index",
+            "finish_reason",
+            "text",
+            "raw_reward",
+            "correct",
+            "reward_error",
+        )
     }
+    fields["reward_parts"] = json.loads(batch.column("reward_parts")[0].as_py())
     spans = json.loads(batch.column("versions")[0].as_py())
     fields["versions"] = tuple(VersionSpan(**span) for span in spans)
     lists = _lists(batch, _LISTS)
@@ -195,10 +210,11 @@ def batches_to_groups(batches: Sequence[pa.RecordBatch]) -> list[Group]:
     groups: dict[str, Group] = {}
     for batch in batches:
         sample = batch_to_sample(batch)
-        position, answer, text = (
-            batch.column(name)[0].as_py() for name in ("position", "answer", "prompt_text")
+        position, answer, text, source = (
+            batch.column(name)[0].as_py()
+            for name in ("position", "answer", "prompt_text", "source")
         )
-        prompt = Prompt(position, sample.prompt_tokens, answer, text)
+        prompt = Prompt(position, sample.prompt_tokens, answer, text, source)
         groups.setdefault(sample.group_id, Group(prompt, [])).samples.append(sample)
     return list(groups.values())
 

@@ -24,6 +24,7 @@ METRIC_KEYS = (
     "reward/mean",
     "reward/accuracy",
     "reward/length",
+    "reward/error_frac",
     "response/tokens_mean",
     "response/tokens_correct_mean",
     "response/truncated_frac",
@@ -62,6 +63,8 @@ METRIC_KEYS = (
     "policy/old_logprob_abs_diff_mean",
     "policy/old_logprob_abs_diff_max",
 )
+METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
+"""Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""
 _KNOWN = frozenset(METRIC_KEYS)
 
 
@@ -159,13 +162,13 @@ def _parse(path: Path, content: bytes) -> list[dict[str, float]]:
 
 
 def _checked(metrics: Mapping[str, float]) -> dict[str, Any]:
-    unknown = sorted(set(metrics) - _KNOWN)
+    unknown = sorted(key for key in set(metrics) - _KNOWN if not key.startswith(METRIC_FAMILIES))
     if unknown:
         raise ValueError(f"unknown metric keys {unknown}: METRIC_KEYS lists those there are")
     if type(metrics.get("step")) is not int:
         raise ValueError(f"metrics need an integer step, not {metrics.get('step')!r}")
     row: dict[str, Any] = {}
-    for key in METRIC_KEYS:
+    for key in (*METRIC_KEYS, *sorted(set(metrics) - _KNOWN)):
         if key in metrics:
             value = metrics[key]
             if isinstance(value, bool) or not isinstance(value, int | float):

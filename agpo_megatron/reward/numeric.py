@@ -1,80 +1,73 @@
-"""Exact numeric match of an answer's last number with the reference. Standard library only: workers start fast."""
+"""``numeric``: the answer is one number, and it is the reference, exactly. Standard library only."""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
-# A sign belongs to a number unless it stands between two terms: 7-4, x-4, (a)-4.
-NUMBER = re.compile(
-    r"(?:(?<![\w)}.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|\.\d+)"
+from agpo_megatron.reward.contract import Problem, Response
+from agpo_megatron.reward.extraction import committed_answer
+from agpo_megatron.reward.numbers import DIGITS, Quantity, read_number, same_quantity
+
+# A number in prose, and what touches it. A sign belongs to it unless it stands between two terms: 7-4, x-4, (a)-4.
+TOKEN = re.compile(
+    r"(?:(?<![\w)}.])[-+])?\\?\$?"
+    r"(?:\\[dt]?frac(?:\{[-+]?\d+\}\{\d+\}|\d\d)|(?:\d[\d,{}!\\]*\d|\d)?(?:\.?\d+)(?:[eE][-+]?\d+)?(?:/\d+)?)"
+    r"(?:\s?\\?%|\s?\^\\circ)?"
 )
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([-+]?\d+)\}\{(\d+)\}")
-LATEX_NOISE = re.compile(
-    r"\\?\$|\\[,!;]|\{,\}|\\ "
-)  # currency and math signs, thin spaces, 1{,}234
-LONGEST = 4096  # characters of a response's end that are looked at
-DIGITS = 256  # longer "numbers" are no answers
+# Next to these a number is a part of something else: x^2, \sqrt{2}, 5\pi, (3,4], x > 5, 2n, 2:30, 5 million.
+BEFORE = re.compile(r"(?:(?:[\\^_{*/·×√<≤≥≠≈]|(?<!\\)\[|(?<![=-])>)\s?|[\w,]|(?<!\\)\(|\d:)$")
+AFTER = re.compile(
+    r"\s?(?:[\^_*×·√}\[\]+/!]|\\(?!\)|\]|\$|text|\s|,|;)|(?:hundred|thousand|million|billion|trillion|dozen)\b)|\("
+)
+LETTERS = re.compile(r"[A-Za-z]+")
 
 
-def extract_number(text: str) -> Fraction | None:
-    """The number an answer gives: that of the last ``\\boxed{...}``, else after the last ``####``, else the last one.
+def numeric(problem: Problem, response: Response, *, extract: str = "box_or_last_number") -> bool:
+    """Return whether the answer is the number of the reference, by exact value.
 
-    A box or mark that holds no number gives None: the answer committed itself to something else.
+    ``extract``: where the answer stands (extraction.committed_answer). An answer that is not wholly one number is
+    wrong. Raises ValueError if the reference is not one either.
     """
-    text = LATEX_FRACTION.sub(r"\1/\2", text[-LONGEST:])
-    text = LATEX_NOISE.sub("", text)
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return last_number(boxed, whole=True)
-    if "####" in text:
-        return first_number(text.rsplit("####", 1)[1])
-    return last_number(text)
+    expected = reference(problem.answer)
+    answer = committed_answer(response, extract)
+    if answer is None:
+        return False
+    found = read_number(answer)
+    if found is None and extract == "box_or_last_number" and "\\boxed{" not in response.text:
+        found = last_number(answer)
+    return same_quantity(expected, found)
 
 
-def last_boxed(text: str) -> str | None:
-    """Content of the last ``\\boxed{...}``, braces matched; None without a closed one."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+def reference(answer: str) -> Quantity:
+    """The number of a reference answer: what stands behind its last ``####``, if it has one (GSM8K), else all of it."""
+    text = answer.rpartition("####")[2]
+    found = read_number(text.strip())
+    if found is None:
+        raise ValueError(
+            f"the reference {text.strip()[:80]!r} is not one number; use reward `math`, or mend the data"
+        )
+    return found
+
+
+def last_number(text: str) -> Quantity | None:
+    """The last number of a sentence; None if it is a part of something else, such as 2 in ``x^2``."""
+    end = 1 + max(text.rfind(digit) for digit in "0123456789")
+    last, begin = None, end
+    for width in (
+        40,
+        DIGITS,
+    ):  # mostly short; one that may begin before the window is looked at again
+        if last is None or (last.start() == 0 < begin):
+            begin = max(0, end - width)
+            near = text[begin : end + 16]
+            for last in TOKEN.finditer(near):  # noqa: B007  # wanted is the last one
+                pass
+    if last is None or (last.start() == 0 < begin):
         return None
-    depth, begin = 0, start + len("\\boxed{")
-    for i in range(begin, len(text)):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            if depth == 0:
-                return text[begin:i]
-            depth -= 1
-    return None
-
-
-def last_number(text: str, whole: bool = False) -> Fraction | None:
-    """The last number of ``text``; with ``whole``, ``text`` must be one number (spaces, $ and units aside)."""
-    found = NUMBER.findall(text)
-    if not found or (whole and len(found) != 1):
+    before, after = near[: last.start()], near[last.end() :]
+    enclosed = re.search(r"(?<!\w)\($", before) and after.startswith(")")
+    enclosed = enclosed or (before.endswith("**") and after.startswith("**"))
+    if not enclosed and (BEFORE.search(before[-8:]) or AFTER.match(after)):
         return None
-    return to_fraction(found[-1])
-
-
-def first_number(text: str) -> Fraction | None:
-    found = NUMBER.search(text.split("\n", 1)[0])
-    return to_fraction(found[0]) if found else None
-
-
-def to_fraction(text: str) -> Fraction | None:
-    """ "1,234", "-0.5", "3/4" as an exact fraction; None for division by zero or more than ``DIGITS`` digits."""
-    if len(text) > DIGITS:
-        return None
-    numerator, _, denominator = text.replace(",", "").partition("/")
-    try:
-        return Fraction(numerator) / Fraction(denominator or "1")
-    except ZeroDivisionError:
-        return None
-
-
-def verify_numeric(answer: str, response: str) -> bool:
-    """Return whether ``response`` ends in the number of ``answer``. Raises ValueError if ``answer`` has none."""
-    expected = extract_number(answer)
-    if expected is None:
-        raise ValueError(f"the reference answer {answer!r} holds no number")
-    return extract_number(response) == expected
+    unit = LETTERS.match(after)
+    return read_number(last[0].strip().rstrip(",") + (unit[0] if unit else ""))

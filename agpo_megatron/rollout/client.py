@@ -118,12 +118,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters. ``temperature`` 0: greedy; ``stop``: texts that end a response (their tokens stay in it)."""
+    """Sampling parameters. ``temperature`` 0: greedy; ``stop``: texts that end a response (their tokens stay in it);
+    ``top_p``: nucleus."""
 
     max_new_tokens: int
     temperature: float = 1.0
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    top_p: float = 1.0
 
 
 def _covers(spans: Sequence[VersionSpan], count: int) -> bool:
@@ -153,6 +155,7 @@ class ServerClient:
                 "n": n,
                 "max_new_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
                 "ignore_eos": sampling.ignore_eos,
                 "skip_special_tokens": False,
                 "stop": list(sampling.stop),

@@ -148,15 +148,28 @@ class RolloutPool:
         Raises RolloutError after ``attempts`` failures, ServerError for a request that no server would take (4xx),
         NonFiniteLogprob, WaitExpired when no server becomes ready.
         """
-        return await self._group(prompt, self._config.temperature, self._config.group_size)
-
-    async def generate_greedy(self, prompt: Prompt) -> Group:
-        """Generate one greedy sample, for evaluation."""
-        return await self._group(prompt, 0.0, 1)
-
-    async def _group(self, prompt: Prompt, temperature: float, n: int) -> Group:
         config = self._config
-        sampling = Sampling(config.max_response_tokens, temperature, stop=tuple(config.stop))
+        sampling = Sampling(config.max_response_tokens, config.temperature, stop=tuple(config.stop))
+        return await self._group(prompt, sampling, config.group_size)
+
+    async def sample(
+        self,
+        prompt: Prompt,
+        n: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_tokens: int | None = None,
+    ) -> Group:
+        """Generate ``n`` samples for an evaluation, greedy by default; ``max_tokens`` None: as in training.
+
+        Raises as ``generate_group``.
+        """
+        config = self._config
+        limit = max_tokens or config.max_response_tokens
+        sampling = Sampling(limit, temperature, stop=tuple(config.stop), top_p=top_p)
+        return await self._group(prompt, sampling, n)
+
+    async def _group(self, prompt: Prompt, sampling: Sampling, n: int) -> Group:
         outputs = await self._generate(prompt, sampling, n)
         samples = [
             Sample(

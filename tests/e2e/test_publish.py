@@ -64,7 +64,7 @@ def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> N
             assert server.state is State.READY
             old = logprobs(b.trainer.model, PROMPT.tokens)
             assert max(abs(x - y) for x, y in zip(before, old, strict=True)) > 0.1
-            greedy_old = await b.pool.generate_greedy(PROMPT)
+            greedy_old = await b.pool.sample(PROMPT)
 
             changed(b.trainer.model, seed=9)
             b.trainer.step = 2
@@ -76,7 +76,7 @@ def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> N
             assert second.bytes == sum(p.nbytes for p in b.trainer.model.parameters())
             log.warning("publish: %s", {k: round(v, 3) for k, v in second.seconds.items()})
 
-            (sample,) = (await b.pool.generate_greedy(PROMPT)).samples
+            (sample,) = (await b.pool.sample(PROMPT)).samples
             expected = logprobs(b.trainer.model, [*PROMPT.tokens, *sample.response_tokens])
             assert sample.rollout_logprobs == pytest.approx(
                 expected[len(PROMPT.tokens) - 1 :], abs=1e-4

@@ -135,8 +135,8 @@ def test_pool_generates_groups_and_aborted_ones_again(live_server: LiveServer) -
                     assert sample.finish_reason in ("stop", "length")
                     assert sample.text == str(len(sample.response_tokens))
                     assert sample.truncated == (sample.response_tokens[-1] != 2)
-            greedy_group = await pool.generate_greedy(prompt)
-            again = await pool.generate_greedy(prompt)
+            greedy_group = await pool.sample(prompt)
+            again = await pool.sample(prompt)
             assert (
                 greedy_group.samples[0].response_tokens.tolist()
                 == again.samples[0].response_tokens.tolist()

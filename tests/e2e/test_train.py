@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.evaluation import Evaluation
+from agpo_megatron.controller.evaluation import samples_path
+from agpo_megatron.data.rows import read_arrow
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import read_summary
 
@@ -59,28 +61,29 @@ def check_run(run_dir: Path) -> None:
     assert all(row["tokens/trained"] > 0 and row["grad_norm"] > 0 for row in metrics)
 
     folder = RunFolder(run_dir)
-    first, last = (Evaluation.read(folder.evaluation(step)) for step in (0, STEPS))
+    first, last = (
+        read_arrow(samples_path(folder, step, "eval.jsonl")).to_pylist() for step in (0, STEPS)
+    )
     model = AutoModelForCausalLM.from_pretrained(folder.exported_model, dtype=torch.float32)
-    for sample in last.samples:
-        tokens = torch.tensor([[*sample.prompt_tokens, *sample.response_tokens]])
-        logits = model(tokens).logits[0, len(sample.prompt_tokens) - 1 : -1]
-        assert logits.argmax(-1).tolist() == sample.response_tokens.tolist()
-        logprobs = logits.log_softmax(-1).gather(1, tokens[0, len(sample.prompt_tokens) :, None])[
-            :, 0
-        ]
+    for sample in last:
+        prompt, response = sample["prompt_tokens"], sample["response_tokens"]
+        tokens = torch.tensor([[*prompt, *response]])
+        logits = model(tokens).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == response
+        logprobs = logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
         torch.testing.assert_close(
-            logprobs, torch.tensor(sample.rollout_logprobs), atol=1e-3, rtol=0
+            logprobs, torch.tensor(sample["rollout_logprobs"]), atol=1e-3, rtol=0
         )
     moved = max(
-        abs(a - b)
-        for one, other in zip(first.samples, last.samples, strict=True)
-        for a, b in zip(one.rollout_logprobs[:1], other.rollout_logprobs[:1], strict=True)
+        abs(one["rollout_logprobs"][0] - other["rollout_logprobs"][0])
+        for one, other in zip(first, last, strict=True)
     )
     assert moved > 1e-2, "the published weights did not change what the server generates"
 
     summary = read_summary(run_dir)
-    assert summary["before"] == pytest.approx(first.scores)
-    assert summary["after"] == pytest.approx(last.scores)
+    for side, samples in (("before", first), ("after", last)):
+        assert summary[side]["accuracy"] == pytest.approx(fmean(s["correct"] for s in samples))
+        assert summary[side]["tokens_mean"] == pytest.approx(fmean(s["tokens"] for s in samples))
     assert folder.curves.stat().st_size > 10_000
     assert not any(math.isnan(row["loss/policy"]) for row in metrics)
 
@@ -108,8 +111,8 @@ def test_replicas_and_an_evaluation_of_what_they_learnt(tmp_path: Path) -> None:
     check_run(run_dir)
     # eval serves the trained policy: the same scores.
     agpo("eval", str(config), "--run-dir", str(run_dir))
-    again = Evaluation.read(RunFolder(run_dir / "eval").evaluation(0))
-    assert again.scores == pytest.approx(read_summary(run_dir)["after"])
+    again = json.loads(RunFolder(run_dir / "eval").evaluation(0).read_text())
+    assert again["scores"] == pytest.approx(read_summary(run_dir)["after"])
 
 
 def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:

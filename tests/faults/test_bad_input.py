@@ -91,7 +91,7 @@ def test_an_answer_that_could_never_be_confirmed(config: Path) -> None:
     data.write_text(data.read_text() + '{"prompt": "1+1:", "answer": "two"}\n')
     outcome = finish(config, config.parent / "run")
     assert outcome.exit_code == 1
-    assert "problem 101: the answer 'two' holds no number" in outcome.output
+    assert "line 101: the reference 'two' is not one number" in outcome.output
 
 
 def begin(config: Path, mode: str = "train") -> Path:

@@ -92,7 +92,7 @@ async def published(
                 sums.append(await client.checksums(30))
                 record.figure(f"publish {step}", sum(done.seconds.values()), "s")
                 record.close(f"publish {step}: log-probs of fixed tokens", done.probe_diff_max, 0.5)
-                (sample,) = (await pool.generate_greedy(prompt)).samples
+                (sample,) = (await pool.sample(prompt)).samples
                 tokens = PROMPT + sample.response_tokens.tolist()
                 mine = trainer.scored(tokens, 1.0)[len(PROMPT) - 1 :]
                 gaps = [abs(a - b) for a, b in zip(mine, sample.rollout_logprobs, strict=True)]

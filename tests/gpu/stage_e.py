@@ -109,8 +109,8 @@ def eight_gpus(record: Record, folder: Path) -> None:
         record.skip(name, f"no {model} or no {data}; set AGPO_8B_MODEL and AGPO_8B_DATA")
     else:
         config = REPO / "configs" / "agpo_8b.yaml"
-        short = ("train.prompts_per_step=8", "rollout.max_response_tokens=1024")
-        sets = (f"model.path={model}", f"data.path={data}", "eval.path=")
+        short = ("train.prompts_per_batch=8", "rollout.max_response_tokens=1024")
+        sets = (f"model.path={model}", f"data.path={data}", "eval.sets=[]")
         train(record, name, config, folder, *sets, *short)
 
 

@@ -16,6 +16,7 @@ from kills import (
     finish,
     kill_at,
 )
+from own_task import write_task
 from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
@@ -105,6 +106,21 @@ def test_a_controller_killed_at_every_phase(tmp_path: Path, phases: list[str]) -
 )
 def test_a_server_killed_at_every_phase(tmp_path: Path, phases: list[str]) -> None:
     kill_and_continue(tmp_path, [[(SERVER, phase) for phase in phases]])
+
+
+@pytest.mark.full
+def test_two_sources_with_rewards_of_their_own_killed_while_they_generate_and_evaluate(
+    tmp_path: Path,
+) -> None:
+    kill_and_continue(
+        tmp_path,
+        [[("trainer rank 1", "update step 2")], [("controller", "evaluate step 2")]],
+        **{**write_task(tmp_path / "task"), "algorithm.preset": "grpo"},
+    )
+    reader = JournalReader(RunFolder(tmp_path / "run").journal)
+    groups = [j.group for segment in reader.segments() for j in reader.groups(segment)]
+    assert {g.prompt.source for g in groups} == {"sums", "doubles"}
+    assert any(0 < s.raw_reward < 0.5 and s.reward_parts for g in groups for s in g.samples)
 
 
 @pytest.mark.full

@@ -61,6 +61,17 @@ def test_the_dry_run_shows_128_ranks_and_8_servers_in_their_places(where: Path) 
     assert "--nodelist=rollout7 " in steps[-1]
 
 
+def test_a_mode_has_the_roles_it_needs(where: Path) -> None:
+    evaluation = dry_run(where, "--mode", "eval", "--set", "model.path=/m")
+    assert re.search(r"^  trainer0 +controller$", evaluation, re.M)
+    assert "ranks 0" not in evaluation and re.search(r"^  rollout7 +server 7$", evaluation, re.M)
+    cold_start = dry_run(
+        where, "--mode=sft", "--set", "model.path=/m", "--set", "sft={base: b, path: p}"
+    )
+    assert re.search(r"^  trainer15 +ranks 120-127$", cold_start, re.M)
+    assert "rollout0" not in cold_start
+
+
 def dry_run(where: Path, *arguments: str) -> str:
     result = subprocess.run(
         ["bash", str(SCRIPT), "--dry-run", *arguments],

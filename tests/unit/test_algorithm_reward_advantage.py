@@ -37,8 +37,7 @@ def of_step(raw, shaped=None, counts=None, **settings):
         "zero_variance": "zero",
         "tol": TOL,
         "std_eps": 1e-6,
-        "r_max": 1.0,
-        "r_min": 0.0,
+        "correct": [[r >= 1.0 for r in g] for g in raw],
         **settings,
     }
     counts = [[1] * len(g) for g in raw] if counts is None else counts
@@ -81,21 +80,21 @@ def test_mixed_group_is_normalised_with_the_unbiased_deviation(raw, std_eps, exp
 
 
 @pytest.mark.parametrize(
-    "raw, r_max, r_min, constant",
+    "raw, correct, constant",
     [
-        ([1.0] * 4, 1.0, 0.0, 1.0),
-        ([0.0] * 4, 1.0, 0.0, -1.0),
-        ([-1.0] * 4, 1.0, -1.0, -1.0),
-        ([0.0] * 4, 1.0, -1.0, 0.0),
-        ([0.5] * 4, 1.0, 0.0, 0.0),
-        ([0.9] * 30, 0.9, 0.1, 1.0),
-        ([0.1 + 0.2, 0.3], 0.3, 0.0, 1.0),
-        ([1.0], 1.0, 0.0, 1.0),
+        ([1.0] * 4, [True] * 4, 1.0),
+        ([0.0] * 4, [False] * 4, -1.0),
+        ([-1.0] * 4, [False] * 4, -1.0),
+        ([0.5] * 4, [False, True, False, True], 0.0),
+        ([0.5] * 4, [True] * 4, 1.0),
+        ([0.9] * 30, [True] * 30, 1.0),
+        ([0.1 + 0.2, 0.3], [True] * 2, 1.0),
+        ([1.0], [True], 1.0),
     ],
 )
-def test_zero_variance_group(raw, r_max, r_min, constant):
-    assert advantages(raw, r_max=r_max, r_min=r_min) == [0.0] * len(raw)
-    v1 = advantages(raw, zero_variance="constant", r_max=r_max, r_min=r_min)
+def test_zero_variance_group(raw, correct, constant):
+    assert advantages(raw, correct=[correct]) == [0.0] * len(raw)
+    v1 = advantages(raw, zero_variance="constant", correct=[correct])
     assert v1 == [constant] * len(raw)
 
 
@@ -149,13 +148,6 @@ MIXED = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 )
 def test_worked_examples_of_other_estimators(raw, settings, expected):
     assert advantages(raw, **settings) == near(expected)
-
-
-def test_the_authors_literal_test_never_gives_minus_one():
-    """Rewards of -1 tested against 0: neither all right nor all wrong."""
-    v1 = {"zero_variance": "constant", "r_max": 1.0}
-    assert advantages([-1.0] * 4, r_min=0.0, **v1) == [0.0] * 4
-    assert advantages([-1.0] * 4, r_min=-1.0, **v1) == [-1.0] * 4
 
 
 def test_constants_stand_beside_centred_groups():
@@ -272,7 +264,7 @@ def test_length_bonus_worked_example():
     signed = [2.0 * c - 1 for c in correct]
     totals = [r + b for r, b in zip(signed, bonus, strict=True)]
     assert totals == near([1.1, 1.066667, 1, -1, -1, 1.033333])
-    assert advantages(signed, totals, r_min=-1.0) == near(
+    assert advantages(signed, totals) == near(
         [0.692385, 0.660913, 0.597969, -1.290354, -1.290354, 0.629441]
     )
     assert advantages(signed) == near([0.645497] * 3 + [-1.290993] * 2 + [0.645497])

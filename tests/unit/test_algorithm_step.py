@@ -24,7 +24,7 @@ from agpo_megatron.samples import Floats, Group, VersionSpan
 def group(position: int, accuracies: list[float], lengths: list[int]) -> Group:
     of = made.prompt(position)
     samples = [
-        made.sample(of, i, n, accuracy=a)
+        made.sample(of, i, n, raw_reward=a, correct=a > 0.5)
         for i, (a, n) in enumerate(zip(accuracies, lengths, strict=True))
     ]
     return Group(of, samples)
@@ -36,8 +36,6 @@ def step(groups: list[Group], preset: str, **changes: Any) -> Decision:
         "first_step": 1,
         "updates": 1,
         "seed": 0,
-        "correct": 1.0,
-        "wrong": 0.0,
         "max_response_tokens": 1000,
         **changes,
     }
@@ -287,3 +285,34 @@ def test_what_a_batch_must_know_of_the_trainer() -> None:
         False,
         True,
     )
+
+
+def test_partial_credit_is_trained_on_as_it_is() -> None:
+    """Nobody is right, yet the rewards differ: the group varies, and the advantages are those of the real numbers."""
+    record = step([group(0, [0.1, 0.4], [2, 2]), group(1, [0.2, 0.2], [2, 2])], "grpo")
+    assert list(record.columns["reward"]) == [0.1, 0.4, 0.2, 0.2]
+    assert list(record.columns["advantage"]) == pytest.approx(
+        [-(0.5**0.5), 0.5**0.5, 0, 0], abs=1e-5
+    )
+    metrics = record.metrics
+    assert (metrics["reward/accuracy"], metrics["group/all_wrong_frac"]) == (0.0, 1.0)
+    assert (metrics["reward/mean"], metrics["group/zero_variance_frac"]) == (
+        pytest.approx(0.225),
+        0.5,
+    )
+
+
+def test_parts_errors_and_sources_are_metrics() -> None:
+    one, two = group(0, [1, 0], [2, 2]), group(1, [1, 1], [2, 2])
+    first = [
+        replace(one.samples[0], reward_parts={"near": 0.5}),
+        replace(one.samples[1], reward_error="timeout: no verdict in 1 s"),
+    ]
+    groups = [
+        Group(replace(one.prompt, source="a"), first),
+        Group(replace(two.prompt, source="b"), two.samples),
+    ]
+    metrics = step(groups, "grpo").metrics
+    assert metrics["reward_part/near"] == 0.5
+    assert metrics["reward_error/timeout"] == metrics["reward/error_frac"] == 0.25
+    assert (metrics["source_accuracy/a"], metrics["source_accuracy/b"]) == (0.5, 1.0)

@@ -62,7 +62,7 @@ def test_agpo_equals_grpo_when_its_parts_are_off(preset: str, groups: list[Group
 def test_agpo_equals_grpo_where_its_parts_have_nothing_to_do(groups: list[Group]) -> None:
     """No uniform group to mask, all responses of one length: the same weights and advantages; and L is a tie."""
     mixed = [
-        group(p, [1.0, 0.0, *(s.accuracy for s in g.samples[2:])], [5] * G)
+        group(p, [1.0, 0.0, *(s.raw_reward for s in g.samples[2:])], [5] * G)
         for p, g in enumerate(groups)
     ]
     agpo, grpo = step(mixed, "agpo"), step(mixed, "grpo")
@@ -96,7 +96,7 @@ def test_every_preset_gives_finite_weights_that_add_up(preset: str, groups: list
         assert math.fsum(weight * n for _, _, weight, n in rows.values()) <= 1 + 1e-12
     for _, advantage, weight, _ in rows.values():
         assert math.isfinite(advantage) and 0 <= weight < math.inf
-    uniform = [g for g in groups if len({s.accuracy for s in g.samples}) == 1]
+    uniform = [g for g in groups if len({s.raw_reward for s in g.samples}) == 1]
     metrics = decision.metrics
     assert metrics["group/zero_variance_frac"] == pytest.approx(len(uniform) / len(groups))
     assert metrics["group/all_correct_frac"] + metrics["group/all_wrong_frac"] == pytest.approx(

@@ -31,8 +31,7 @@ def advantages(groups, zero_variance="zero"):
         zero_variance=zero_variance,
         tol=1e-6,
         std_eps=1e-6,
-        r_max=1.0,
-        r_min=0.0,
+        correct=[[r >= 1.0 for r in g] for g in groups],
     )
     return [a for group in got for a in group]
 

@@ -293,7 +293,9 @@ def input_problems(config: Config, command: str = "train") -> list[str]:
 def test_complete_inputs_pass(tmp_path: Path, command: str) -> None:
     model = usable_inputs(tmp_path)
     sft = f"sft={{base: {model}, path: {tmp_path}/sft.jsonl}}"
-    check_inputs(config_with(tmp_path, sft, f"eval.path={tmp_path}/held_out.jsonl"), command)
+    check_inputs(
+        config_with(tmp_path, sft, f"eval.sets=[{{path: {tmp_path}/held_out.jsonl}}]"), command
+    )
 
 
 @pytest.mark.parametrize(
@@ -303,13 +305,15 @@ def test_complete_inputs_pass(tmp_path: Path, command: str) -> None:
         ("model/model.safetensors", "model has no weights (*.safetensors)"),
         ("model/config.json", "model has no config.json"),
         ("train.jsonl", "data.path: no data file"),
-        ("held_out.jsonl", "eval.path: no data file"),
+        ("held_out.jsonl", "eval.sets[0].path: no data file"),
     ],
 )
 def test_a_missing_input_is_named_with_its_key(tmp_path: Path, missing: str, message: str) -> None:
     usable_inputs(tmp_path)
     (tmp_path / missing).unlink()
-    found = input_problems(config_with(tmp_path, f"eval.path={tmp_path}/held_out.jsonl"))
+    found = input_problems(
+        config_with(tmp_path, f"eval.sets=[{{path: {tmp_path}/held_out.jsonl}}]")
+    )
     assert len(found) == 1
     assert message in found[0]
     assert found[0].endswith("correct the path")
@@ -347,7 +351,9 @@ def test_sft_and_eval_need_their_sections(tmp_path: Path) -> None:
     usable_inputs(tmp_path)
     config = config_with(tmp_path)
     assert "no sft section" in input_problems(config, "sft")[0]
-    assert input_problems(config, "eval") == ["eval.path: is not set; give a JSONL file"]
+    assert input_problems(config, "eval") == [
+        "eval.sets: is not set; list what to evaluate, each with a path"
+    ]
 
 
 @pytest.mark.parametrize(

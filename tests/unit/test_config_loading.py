@@ -69,8 +69,8 @@ def test_the_last_set_wins_and_replaces_what_was_below(tmp_path: Path) -> None:
 
 
 def test_an_empty_override_is_empty_text(tmp_path: Path) -> None:
-    path = written(tmp_path, MINIMAL + "eval: {path: held_out.jsonl}\n")
-    assert load_config(path, ["eval.path="]).eval.path == ""
+    path = written(tmp_path, MINIMAL + "journal: {keep: all}\n")
+    assert load_config(path, ["data.suffix="]).data.suffix == ""
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,8 @@ def test_the_saved_config_reads_back_equal_and_says_what_set_each_value(tmp_path
     text = MINIMAL + (
         'seed: 5\ntrain: {lr: 1e-4}\nsft: {base: b, path: "p: #1"}\n'
         "algorithm: {preset: agpo_v1}\nrollout: {max_total_tokens: 4096}\n"
-        'eval: {path: "1e5"}\n'
+        'eval: {sets: [{path: "1e5", n: 4, temperature: 0.6}, {path: "ü: #", reward: [{name: math, weight: 0.5}]}]}\n'
+        "reward: {function: [{name: numeric, options: {extract: box}}]}\n"
     )
     prefix = 'data.prefix="Q: 1+1\\nA: \\\\boxed{2} ünicode"'
     config, origin = resolve_config(written(tmp_path, text), [prefix], "runs/x")

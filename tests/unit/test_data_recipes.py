@@ -16,7 +16,8 @@ from agpo_megatron.data.problems import DataError, load_problems
 from agpo_megatron.data.recipes import prepare, smollm2, tiny_sums
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.tokenizer import load_tokenizer
-from agpo_megatron.reward.numeric import verify_numeric
+from agpo_megatron.reward import Problem, Response
+from agpo_megatron.reward.numeric import numeric
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["prepare.train_problems=50", "prepare.eval_problems=20", "prepare.sft_examples=60"]
@@ -50,7 +51,7 @@ def test_tiny_sums_writes_a_disjoint_seeded_task(tmp_path: Path) -> None:
     assert config.sft is not None
     training, held_out, solved = (
         rows(config.data.path),
-        rows(config.eval.path),
+        rows(config.eval.sets[0].path),
         rows(config.sft.path),
     )
     assert (len(training), len(held_out), len(solved)) == (50, 20, 60)
@@ -76,7 +77,7 @@ def test_an_interrupted_prepare_is_finished(tmp_path: Path) -> None:
     prepare(config)
     before = contents(tmp_path)
     (tmp_path / "task/prepared.json").unlink()
-    Path(config.eval.path).unlink()
+    Path(config.eval.sets[0].path).unlink()
     prepare(config)
     assert contents(tmp_path) == before
 
@@ -98,8 +99,10 @@ def test_the_tiny_model_and_tokenizer_load_as_standard_files(tmp_path: Path) -> 
     assert len(tokenizer) == model.config.vocab_size == 64
     assert model.config.eos_token_id == tokenizer.eos_token_id == 2
     assert float(model.lm_head.weight.detach().std()) == pytest.approx(tiny_sums.INIT_STD, rel=0.05)
-    problem = load_problems(config.data.path, config.data, tokenizer)[0]
-    assert tokenizer.decode(problem.tokens, skip_special_tokens=True) == problem.text
+    problems = load_problems(config.data.each()[0], config.data, tokenizer)
+    assert (
+        tokenizer.decode(problems.tokens[0], skip_special_tokens=True) == problems.problem(0).text
+    )
 
     for group in load_sft_examples(config.sft.path, config.data, tokenizer):
         sample = group.samples[0]
@@ -115,7 +118,7 @@ def test_slips_are_forgotten_carries_and_nothing_else() -> None:
     right: dict[bool, list[bool]] = {True: [], False: []}
     for problem in chosen:
         text = tiny_sums.solution(problem, rng)
-        correct = verify_numeric(str(sum(problem)), text)
+        correct = numeric(Problem([], str(sum(problem))), Response(text))
         columns = re.findall(r"(\d)\+(\d)( \+1)? = (\d)", text)
         if not columns:
             continue
@@ -147,7 +150,7 @@ def test_gsm8k_keeps_the_number_behind_the_mark(tmp_path: Path) -> None:
     overrides = [f"prepare.source={source}"]
     config = load_config(CONFIGS / "gsm8k_smollm2_cpu.yaml", overrides, str(run_dir))
     prepare(config)
-    assert rows(config.data.path) == rows(config.eval.path)
+    assert rows(config.data.path) == rows(config.eval.sets[0].path)
     assert rows(config.data.path) == [{"prompt": "How many?", "answer": "1,234"}]
 
     with pytest.raises(DataError, match=r"set prepare\.source"):
@@ -158,7 +161,7 @@ def test_one_digit_sums_leave_out_what_the_prompt_shows(tmp_path: Path) -> None:
     (tmp_path / "smollm2").mkdir()
     config = load_config(CONFIGS / "smollm2_cpu.yaml", [], str(tmp_path))
     prepare(config)
-    training, held_out = rows(config.data.path), rows(config.eval.path)
+    training, held_out = rows(config.data.path), rows(config.eval.sets[0].path)
     assert (len(training), len(held_out)) == (73, 24)
     assert len({r["prompt"] for r in [*training, *held_out]}) == 97
     assert not {"2+3=", "4+5=", "6+2="} & {r["prompt"] for r in [*training, *held_out]}

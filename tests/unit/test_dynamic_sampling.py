@@ -20,6 +20,7 @@ from agpo_megatron.controller.run import Recipe, Run
 from agpo_megatron.journal import Journal
 from agpo_megatron.observe.metrics import MetricsWriter
 from agpo_megatron.observe.progress import Progress
+from agpo_megatron.reward import Problem
 from agpo_megatron.samples import Group, Prompt
 
 SIZE = 4
@@ -37,7 +38,7 @@ class Pool:
         group = make_group(prompt.position)
         if prompt.position % 2 == 0:
             return group
-        samples = [replace(s, accuracy=0.0) for s in group.samples]
+        samples = [replace(s, raw_reward=0.0, correct=False) for s in group.samples]
         return Group(group.prompt, samples)
 
 
@@ -60,11 +61,16 @@ def run_in(folder: Path, *overrides: str) -> tuple[Run, Pool, Rollouts]:
         )
     pool: Any = Pool()
 
-    async def as_is(group: Group) -> Group:
+    async def as_is(group: Group, problem: Problem, source: int) -> Group:
+        assert (problem.answer, source) == (str(group.prompt.position), 0)
         return group
 
-    rewards: Any = SimpleNamespace(score_group=as_is, take_busy_seconds=lambda: 0.5)
-    stream: Any = SimpleNamespace(prompt_at=lambda p: made.prompt(p, [1, 2, 3 + p], str(p)))
+    pool_of_workers = SimpleNamespace(take_busy_seconds=lambda: 0.5)
+    rewards: Any = SimpleNamespace(score_group=as_is, pool=pool_of_workers)
+    stream: Any = SimpleNamespace(
+        prompt_at=lambda p: made.prompt(p, [1, 2, 3 + p], str(p)),
+        problem_at=lambda p: (0, Problem([], str(p))),
+    )
     return run, pool, Rollouts(pool, rewards, stream, [])
 
 

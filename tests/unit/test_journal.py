@@ -39,7 +39,9 @@ def make_group(position: int, size: int = 3) -> Group:
             rollout_logprobs=np.arange(-1, -3 - i, -1, dtype=np.float32) / 2,
             versions=(VersionSpan("0.1.abc", 0, 2 + i),),
             text=f"answer {i}",
-            accuracy=float(i % 2),
+            raw_reward=i / 3,
+            correct=bool(i % 2),
+            reward_parts={"near": 0.5},
         )
         for i in range(size)
     ]

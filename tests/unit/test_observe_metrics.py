@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agpo_megatron.observe.metrics import METRIC_KEYS, MetricsWriter, metrics_path, read_metrics
 
-ISSUED = """step, reward/mean, reward/accuracy, reward/length, response/tokens_mean, response/tokens_correct_mean,
-response/truncated_frac, group/zero_variance_frac, group/all_correct_frac, group/all_wrong_frac,
-group/cov_length_advantage, mask/kept_tokens, mask/kept_groups, loss/policy, loss/unclipped, loss/clip_gate, loss/kl,
-policy/entropy, policy/ratio_mean, policy/clip_frac, grad_norm, lr, rollout/logprob_abs_diff_mean,
-rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped, time/rollout, time/reward,
-time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
+ISSUED = """step, reward/mean, reward/accuracy, reward/length, reward/error_frac, response/tokens_mean,
+response/tokens_correct_mean, response/truncated_frac, group/zero_variance_frac, group/all_correct_frac,
+group/all_wrong_frac, group/cov_length_advantage, mask/kept_tokens, mask/kept_groups, loss/policy, loss/unclipped,
+loss/clip_gate, loss/kl, policy/entropy, policy/ratio_mean, policy/clip_frac, grad_norm, lr,
+rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped,
+time/rollout, time/reward, time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
 policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max"""
 

@@ -74,7 +74,7 @@ def test_a_group_is_one_request_and_becomes_samples() -> None:
             assert group.samples[3].rollout_logprobs.tolist() == [-0.5, -0.25]
             assert group.samples[3].loss_mask.tolist() == [1, 1]
             assert group.samples[3].versions[0].version == "1.1.a"
-            greedy = await pool.generate_greedy(made.prompt(12, [4, 5], "9"))
+            greedy = await pool.sample(made.prompt(12, [4, 5], "9"))
             assert len(greedy.samples) == 1
             assert fake.requests[1]["sampling_params"]["temperature"] == 0
 

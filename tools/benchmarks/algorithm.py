@@ -39,7 +39,8 @@ def groups_of_a_batch() -> list[Group]:
                 rollout_logprobs=zeros[:n],
                 versions=(VersionSpan("0.1.", 0, n),),
                 finish_reason="stop",
-                accuracy=float(rng.random() < chance),
+                correct=(right := rng.random() < chance),
+                raw_reward=float(right),
             )
             for i, n in enumerate(lengths)
         ]
@@ -55,8 +56,6 @@ def main() -> int:
         first_step=1,
         updates=1,
         seed=0,
-        correct=1.0,
-        wrong=0.0,
         max_response_tokens=TOKENS,
     )
     turns = []

@@ -187,7 +187,8 @@ def parsed_groups(data: bytes, count: int) -> Iterator[Group]:
                 versions=output.versions,
                 finish_reason=output.finish_reason,
                 text=text_of(len(output.tokens)),
-                accuracy=float(i % 2),
+                raw_reward=float(i % 2),
+                correct=bool(i % 2),
             )
             for i, output in enumerate(outputs)
         ]
@@ -211,7 +212,8 @@ def made_groups(first: int, count: int, tokens: int) -> list[Group]:
                 versions=(VersionSpan("0.1.d", 0, tokens),),
                 finish_reason="stop",
                 text=text,
-                accuracy=float(i % 2),
+                raw_reward=float(i % 2),
+                correct=bool(i % 2),
             )
             for i in range(GROUP)
         ]
@@ -239,8 +241,6 @@ def request_of(scores: Scores, tokens: int) -> StepRequest:
         first_step=1,
         updates=1,
         seed=0,
-        correct=1.0,
-        wrong=0.0,
         max_response_tokens=tokens,
         scores=scores,
     )

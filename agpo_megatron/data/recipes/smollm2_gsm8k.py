@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agpo_megatron.config.schema import Config
-from agpo_megatron.data.problems import DataError, read_jsonl
+from agpo_megatron.data.problems import DataError, read_texts
 from agpo_megatron.data.recipes.smollm2 import write_smollm2
 from agpo_megatron.data.recipes.writing import data_is_complete, needs_data, write_jsonl
 
@@ -21,15 +21,15 @@ def prepare_smollm2_gsm8k(config: Config) -> None:
     made_from = {"recipe": config.prepare.recipe, "source": source}
     if needs_data(config, made_from):
         write_jsonl(config.data.path, _rows(Path(source) / "train.jsonl", config))
-        if config.eval.path:
-            write_jsonl(config.eval.path, _rows(Path(source) / "test.jsonl", config))
+        if config.eval.sets:
+            write_jsonl(config.eval.sets[0].path, _rows(Path(source) / "test.jsonl", config))
         data_is_complete(config, made_from)
     write_smollm2(config.model.path)
 
 
 def _rows(file: Path, config: Config) -> list[dict[str, str]]:
     rows = []
-    for number, row in enumerate(read_jsonl(str(file), ("question", "answer")), start=1):
+    for number, row in enumerate(read_texts(str(file), ("question", "answer")), start=1):
         _, mark, answer = row["answer"].rpartition("####")
         if not mark:
             raise DataError(f"{file}, line {number}: the answer has no ####; is this GSM8K?")

@@ -12,8 +12,8 @@ from agpo_megatron.data.recipes.writing import data_is_complete, needs_data, wri
 
 def prepare_smollm2_sums(config: Config) -> None:
     """Write train and eval files and the checkpoint ``model.path``."""
-    if not config.eval.path:
-        raise DataError("recipe smollm2_sums writes eval.path; set it")
+    if not config.eval.sets:
+        raise DataError("recipe smollm2_sums writes eval.sets[0].path; set it")
     prepare, seed, data = config.prepare, config.seed, config.data
     made_from = {
         "recipe": prepare.recipe,
@@ -31,7 +31,7 @@ def prepare_smollm2_sums(config: Config) -> None:
             )
         random.Random(f"smollm2_sums-{seed}").shuffle(sums)
         rows = [{data.prompt_key: q, data.answer_key: answer} for q, answer in sums]
-        write_jsonl(config.eval.path, rows[: prepare.eval_problems])
+        write_jsonl(config.eval.sets[0].path, rows[: prepare.eval_problems])
         write_jsonl(data.path, rows[prepare.eval_problems :])
         data_is_complete(config, made_from)
     write_smollm2(config.model.path)

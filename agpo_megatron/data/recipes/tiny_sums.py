@@ -91,8 +91,10 @@ REASSURES_OTHERWISE = 0.05
 
 def prepare_tiny_sums(config: Config) -> None:
     """Write train, eval and sft files and the random checkpoint ``sft.base`` with its tokenizer."""
-    if config.sft is None or not config.eval.path:
-        raise DataError("recipe tiny_sums writes sft.base, sft.path and eval.path; set them")
+    if config.sft is None or not config.eval.sets:
+        raise DataError(
+            "recipe tiny_sums writes sft.base, sft.path and eval.sets[0].path; set them"
+        )
     prepare, seed = config.prepare, config.seed
     made_from = {
         "recipe": prepare.recipe,
@@ -106,7 +108,7 @@ def prepare_tiny_sums(config: Config) -> None:
         rng = random.Random(f"tiny_sums-solutions-{seed}")
         solved = [rng.choice(training) for _ in range(prepare.sft_examples)]
         data = config.data
-        for path, chosen in ((config.eval.path, held_out), (data.path, training)):
+        for path, chosen in ((config.eval.sets[0].path, held_out), (data.path, training)):
             rows = [{data.prompt_key: question(p), data.answer_key: str(sum(p))} for p in chosen]
             write_jsonl(path, rows)
         solutions = ({"prompt": question(p), "response": solution(p, rng)} for p in solved)
