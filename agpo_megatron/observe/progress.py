@@ -23,8 +23,8 @@ class Progress:
     """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
 
     ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
-    but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. ``updates``: steps of
-    a batch. A context manager.
+    but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. ``updates``: steps
+    of a batch. A context manager.
     """
 
     def __init__(
