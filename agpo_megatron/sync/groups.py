@@ -125,10 +125,10 @@ class UpdateGroups:
         That is their call's error, and no failure of theirs; one that still does not answer is the one that hangs.
         """
         if stuck:
-            done, silent = await asyncio.wait(stuck, timeout=run.call_seconds)
+            done, unanswered = await asyncio.wait(stuck, timeout=run.call_seconds)
             for task in done:
                 await self._failed(task, stuck[task], run, blame=False)
-            for task in silent:
+            for task in unanswered:
                 task.cancel()
                 await run.fail(stuck[task], "hangs while it joins its update group", dead=True)
             stuck.clear()

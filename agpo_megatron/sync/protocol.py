@@ -168,7 +168,7 @@ class Publisher:
         now = time.monotonic()
         run = Transfer(self._pool, list(servers), version, now + TRANSFER_SHARE * (deadline - now))
         try:
-            await self._carry_out(run)
+            await self._execute(run)
         except BaseException:
             self._groups.forget()
             raise
@@ -178,7 +178,7 @@ class Publisher:
             self._version = run.version
         return run
 
-    async def _carry_out(self, run: Transfer) -> None:
+    async def _execute(self, run: Transfer) -> None:
         with run.phase("drain"):
             await self._pool.drain(run.servers, run.call_seconds)
         with run.phase("pause"):
