@@ -97,6 +97,7 @@ def test_agpo_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
     assert "nothing to do" in agpo("train", str(config), "--run-dir", str(run_dir))
 
 
+@pytest.mark.full
 def test_agpo_with_four_trainer_ranks(tmp_path: Path) -> None:
     config = write_run(tmp_path, **PLUS_MINUS_ONE, **{"policy.pipeline_parallel": 2})
     agpo("train", str(config), "--run-dir", str(tmp_path / "run"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import made
@@ -148,18 +149,25 @@ def test_the_norm_of_the_whole_gradient_clips(
     assert {d.quantity for d in found if not d.passes} <= {"gradient"}, "scaled in place or not"
 
 
-@pytest.mark.parametrize("on_policy", [True, False], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize("scope", ["batch", "group"])
+ADAPTIVE = list(
+    itertools.product(["tp2-sp-dp2", "pp2-vpp2-cp2"], ["batch", "group"], [True, False])
+)
+DEFAULT = [ADAPTIVE[3], ADAPTIVE[5], ADAPTIVE[6]]
+"""Every scope and both kinds of ratio; the full tier has them in both layouts."""
+
+
 @pytest.mark.parametrize(
-    "axes",
-    [{"data_parallel": 2, **SEQUENCE_PARALLEL}, {"context_parallel": 2, **INTERLEAVED}],
-    ids=["tp2-sp-dp2", "pp2-vpp2-cp2"],
+    ("layout", "scope", "on_policy"),
+    [pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.full) for case in ADAPTIVE],
 )
 def test_the_adaptive_part_with_other_terms(
-    contract: Contract, axes: dict[str, Any], scope: Literal["batch", "group"], on_policy: bool
+    contract: Contract, layout: str, scope: Literal["batch", "group"], on_policy: bool
 ) -> None:
     """Its gain is known before backward, and does not touch the entropy bonus and the KL term; groups are spread over
     replicas."""
+    axes: dict[str, Any] = {"context_parallel": 2, **INTERLEAVED}
+    if layout == "tp2-sp-dp2":
+        axes = {"data_parallel": 2, **SEQUENCE_PARALLEL}
     kl = 0.0 if on_policy else 0.3
     objective = Objective(adaptive="exp", scope=scope, kl=kl, entropy=0.2, tau=1.0)
     found = contract.step(

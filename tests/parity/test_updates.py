@@ -72,6 +72,7 @@ def test_an_adaptive_gate_is_decided_by_each_update_for_itself(contract: Contrac
     assert len({round(gain, 3) for gain in gains}) == UPDATES
 
 
+@pytest.mark.full
 def test_losses_that_agree_at_ratio_one_differ_afterwards(contract: Contract) -> None:
     """After one update all weights are the same; after four no two are."""
     kinds = ["ppo", "gspo", "cispo", "gmpo", "sapo"]

@@ -88,7 +88,7 @@ def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
 def test_splitting_changes_neither_loss_nor_gradient(
     policy: Any, mode: str, masked: bool, adaptive: str
 ) -> None:
-    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.permutations(range(8)), st.integers(1, 4), st.booleans())
     def check(order: list[int], micro: int, positive: bool) -> None:
         work = batch(mode, masked, 1.0 if positive else -1.0)
