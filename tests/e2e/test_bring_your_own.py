@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from tiny_run import write_model
 
@@ -52,6 +53,7 @@ def test_no_example_is_longer_than_20_lines() -> None:
             yaml.safe_load(text)
 
 
+@pytest.mark.full
 def test_the_examples_train_evaluate_and_are_scored_again(tmp_path: Path) -> None:
     write_examples(tmp_path)
     write_model(tmp_path / "models" / "my_model")
