@@ -177,5 +177,15 @@ def test_several_updates_of_a_batch_killed_between_them(tmp_path: Path, policy: 
     )
     rows = read_metrics(tmp_path / "run")
     assert all(abs(row["policy/ratio_mean"] - 1) < 1e-5 for row in rows[::4])
-    moved = [row["policy/clip_frac"] for row in rows if row["step"] % 4 != 1]
-    assert all(fraction > 0 for fraction in moved) == (policy != "sapo"), "ratios leave the bound"
+    later = [row for row in rows if row["step"] % 4 != 1]
+    assert all(row["policy/old_logprob_abs_diff_max"] > 0.02 for row in later), "beyond the bounds"
+    clipped = [row["policy/clip_frac"] > 0 for row in later]
+    match policy:
+        case "sapo":
+            assert not any(clipped), "it has no clip"
+        case (
+            "gspo"
+        ):  # the clip is one-sided: an update may find its few sequences all on the other side
+            assert any(clipped)
+        case _:
+            assert all(clipped)
