@@ -27,10 +27,8 @@ from typing import Any
 LIBC = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
-READ, WRITE_TRUNCATE = (
-    0b1101,
-    1 << 1 | 1 << 14,
-)  # execute, read a file, read a folder; write a file, truncate
+READ = 0b1101  # execute, read a file, read a folder
+WRITE_TRUNCATE = 1 << 1 | 1 << 14  # write a file, truncate
 READABLE = (
     "/usr",
     "/lib",
@@ -45,93 +43,64 @@ READABLE = (
 KEPT_OUTPUT = 2**20  # bytes of a child's output that are looked at
 CLONE_THREAD = 0x10000
 
-# System calls refused to the child: sockets and ways around them, processes, other processes, attributes of files,
-# shared memory that outlives it.
-_BOTH = {
-    424,
-    425,
-    434,
-    435,
-    438,
-    452,
-    463,
-    466,
-}  # pidfd_*, io_uring_setup, clone3, fchmodat2, *xattrat
+# Refused to the child: sockets and ways around them, processes, other processes, attributes of files, shared memory
+# that outlives it. Name, number on x86_64, on aarch64.
+_REFUSED_CALLS = """
+shmget 29 194
+socket 41 198
+fork 57 -
+vfork 58 -
+kill 62 129
+semget 64 190
+msgget 68 186
+chmod 90 -
+fchmod 91 52
+chown 92 -
+fchown 93 55
+lchown 94 -
+ptrace 101 117
+rt_sigqueueinfo 129 138
+utime 132 -
+setpriority 141 140
+setxattr 188 5
+lsetxattr 189 6
+fsetxattr 190 7
+removexattr 197 14
+lremovexattr 198 15
+fremovexattr 199 16
+tkill 200 130
+tgkill 234 131
+utimes 235 -
+mq_open 240 180
+add_key 248 217
+request_key 249 218
+keyctl 250 219
+fchownat 260 54
+futimesat 261 -
+fchmodat 268 53
+unshare 272 97
+utimensat 280 88
+rt_tgsigqueueinfo 297 240
+perf_event_open 298 241
+prlimit64 302 261
+setns 308 268
+process_vm_readv 310 270
+process_vm_writev 311 271
+bpf 321 280
+userfaultfd 323 282
+pidfd_send_signal 424 424
+io_uring_setup 425 425
+pidfd_open 434 434
+clone3 435 435
+pidfd_getfd 438 438
+fchmodat2 452 452
+setxattrat 463 463
+removexattrat 466 466
+"""
+_ROWS = [row.split() for row in _REFUSED_CALLS.strip().splitlines()]
 REFUSED = {
-    "x86_64": _BOTH
-    | {
-        29,
-        41,
-        57,
-        58,
-        62,
-        64,
-        68,
-        90,
-        91,
-        92,
-        93,
-        94,
-        101,
-        129,
-        132,
-        141,
-        188,
-        189,
-        190,
-        197,
-        198,
-        199,
-        200,
-    }
-    | {
-        234,
-        235,
-        240,
-        248,
-        249,
-        250,
-        260,
-        261,
-        268,
-        272,
-        280,
-        297,
-        298,
-        302,
-        308,
-        310,
-        311,
-        321,
-        323,
-    },
-    "aarch64": _BOTH
-    | {
-        5,
-        6,
-        7,
-        14,
-        15,
-        16,
-        52,
-        53,
-        54,
-        55,
-        88,
-        97,
-        117,
-        129,
-        130,
-        131,
-        138,
-        140,
-        180,
-        186,
-        190,
-        194,
-        198,
-    }
-    | {217, 218, 219, 240, 241, 261, 268, 270, 271, 280, 282},
+    machine: {int(row[column]) for row in _ROWS if row[column] != "-"}
+    for column, machine in enumerate(("x86_64", "aarch64"), start=1)
 }
 CLONE = {"x86_64": 56, "aarch64": 220}
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
