@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from agpo_megatron.algorithm.length_reward import (
 )
 from agpo_megatron.algorithm.settings import AlgorithmSettings
 from agpo_megatron.samples import Floats, Group, Sample, WeightVersion
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,8 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     ]
     trained = [n if k else 0 for n, k in zip(passing, kept, strict=True)]
     counted = _counted(maskable, passing, kept, request)
-    trains = iter(n > 0 and a != 0.0 for n, a in zip(trained, advantages, strict=True))
-    part_of = parts([sum(next(trains) for _ in group.samples) > 0 for group in groups], request)
+    signal = [n > 0 and a != 0.0 for n, a in zip(trained, advantages, strict=True)]
+    part_of = parts([any(group) for group in _by_group(signal, groups)], request)
     update = [part for part, group in zip(part_of, groups, strict=True) for _ in group.samples]
     weights = _weights(trained, counted, update, request)
     state, applied = _entropy_coefficient(request)
@@ -136,8 +138,9 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
 
 
 def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
-    """Divide the groups of a batch among its updates: shuffled by the seed and dealt in turn, first those that train at
-    all, so that every update has its share of them. ``train``: by group. Returns the update of each group."""
+    """Divide the groups of a batch among its updates: shuffled by the seed and dealt in turn, first those with a
+    policy gradient, so that every update has its share of them. ``train``: whether a group has one. Returns the update
+    of each group."""
     if request.updates == 1:
         return [0] * len(train)
     order = np.random.Generator(np.random.PCG64([request.seed, request.first_step]))
@@ -249,14 +252,20 @@ def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
     return next_entropy_coefficient(request.entropy_state, entropy, settings.target, settings.delta)
 
 
+def _by_group(values: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:
+    """Divide what is listed by sample."""
+    each = iter(values)
+    return [[next(each) for _ in group.samples] for group in groups]
+
+
 def _advantages(
     groups: Sequence[Group], shaped: Shaped, maskable: Sequence[int], request: StepRequest
 ) -> list[float]:
-    settings, counts = request.algorithm.advantage, iter(maskable)
+    settings = request.algorithm.advantage
     values = step_advantages(
         shaped.raw,
         shaped.total,
-        [[next(counts) for _ in group.samples] for group in groups],
+        _by_group(maskable, groups),
         estimator=settings.estimator,
         zero_variance=settings.zero_variance,
         tol=settings.zero_variance_tol,
@@ -345,13 +354,22 @@ def step_metrics(
     if request.algorithm.advantage.zero_variance == "resample":
         metrics["sampling/rounds"] = float(request.rounds)
         metrics["sampling/discarded_groups"] = float(request.discarded)
-    if factors := [c for c in columns.get("correction", ()) if c is not None]:
-        count = sum(len(c) for c in factors)
-        metrics["correction/mean"] = float(sum(c.sum(dtype=np.float64) for c in factors)) / count
-        metrics["correction/dropped_frac"] = (
-            1 - sum(np.count_nonzero(c != 0) for c in factors) / count
-        )
+    if "correction" in columns:
+        metrics |= _correction_metrics(samples, columns["correction"])
     return metrics
+
+
+def _correction_metrics(
+    samples: Sequence[Sample], factors: Sequence[Floats | None]
+) -> dict[str, float]:
+    """Mean factor of the tokens in the loss masks (it is 0 off them), and share of those tokens that it drops."""
+    known = [(s, c) for s, c in zip(samples, factors, strict=True) if c is not None]
+    count = sum(np.count_nonzero(s.loss_mask) for s, _ in known)
+    if not count:
+        return {}
+    passing = sum(np.count_nonzero(c != 0) for _, c in known)
+    total = float(sum(c.sum(dtype=np.float64) for _, c in known))
+    return {"correction/mean": total / count, "correction/dropped_frac": 1 - passing / count}
 
 
 def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:

@@ -173,6 +173,16 @@ def test_rollout_correction_and_its_denominators(denominators: str, weight: floa
     assert not record.columns["trained"][1]
     assert record.columns["old_logprobs"][0].tolist() == [-0.5, -0.5]
     assert record.metrics["correction/dropped_frac"] == 0.75
+    assert record.metrics["correction/mean"] == pytest.approx(2 * 2.718281828**0.5 / 8)
+
+
+def test_correction_metrics_leave_out_what_the_environment_wrote() -> None:
+    first, second = E4[0].samples
+    half = replace(second, loss_mask=np.array([1, 1, 0, 0, 0, 0], np.uint8))
+    mis = algorithm("grpo", {"loss": {"correction": {"kind": "mis"}}})
+    record = step([Group(E4[0].prompt, [first, half])], "grpo", algorithm=mis, scores=SCORES)
+    assert record.metrics["correction/dropped_frac"] == 0.5  # 2 of 4 tokens, not 6 of 8
+    assert record.metrics["correction/mean"] == pytest.approx(2.718281828**0.5 / 2)
 
 
 def test_what_the_mask_drops_is_not_scored() -> None:
