@@ -181,11 +181,8 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
         return {"sft.path": config.sft.path, "sft.base": config.sft.base}
     paths = {"model.path": config.model.path}
     if mode == "train":
-        single = "data.path" if config.data.path else ""
-        for i, source in enumerate(config.data.each()):
-            paths[single or f"data.sources[{i}].path"] = source.path
-        for i, held_out in enumerate(config.eval.sets):
-            paths[f"eval.sets[{i}].path"] = held_out.path
+        sources = {**config.data.by_key(), **config.eval.by_key()}
+        paths |= {key: source.path for key, source in sources.items()}
     return paths
 
 

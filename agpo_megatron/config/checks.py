@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,12 +293,12 @@ def check_inputs(config: Config, command: str = "train") -> None:
                 problems.append(
                     "data.path: is not set; give a file, a folder or a dataset, or data.sources"
                 )
-            for name, source in _named("data", data.each(), bool(data.path)):
-                problems += _source_problems(name, source, data, fix)
+            for key, source in data.by_key().items():
+                problems += _source_problems(key, source, data, fix)
         if command == "eval" and not config.eval.sets:
             problems.append("eval.sets: is not set; list what to evaluate, each with a path")
-        for name, held_out in _named("eval.sets", config.eval.sets, False):
-            problems += _source_problems(name, held_out, data, fix)
+        for key, held_out in config.eval.by_key().items():
+            problems += _source_problems(key, held_out, data, fix)
     if problems:
         raise ConfigError(problems)
 
@@ -315,13 +315,6 @@ def _checkpoint_problems(key: str, folder: str, fix: str) -> Iterator[str]:
     ):
         if not any(next(path.glob(pattern), None) for pattern in patterns):
             yield f"{key}: {folder} has no {what}; {fix}"
-
-
-def _named(
-    key: str, sources: Sequence[SourceConfig], alone: bool
-) -> Iterator[tuple[str, SourceConfig]]:
-    for number, source in enumerate(sources):
-        yield (f"{key}.path" if alone else f"{key}[{number}].path"), source
 
 
 def _source_problems(key: str, source: SourceConfig, data: DataConfig, fix: str) -> Iterator[str]:

@@ -120,7 +120,13 @@ class DataConfig(Section):
 
     def each(self) -> list[TrainSourceConfig]:
         """The sources to train on."""
-        return [TrainSourceConfig(path=self.path)] if self.path else list(self.sources)
+        return list(self.by_key().values())
+
+    def by_key(self) -> dict[str, TrainSourceConfig]:
+        """The sources to train on, by the key of each one's path."""
+        if self.path:
+            return {"data.path": TrainSourceConfig(path=self.path)}
+        return {f"data.sources[{i}].path": source for i, source in enumerate(self.sources)}
 
     def of(self, source: SourceConfig) -> Self:
         """These keys as they hold for ``source``."""
@@ -133,3 +139,7 @@ class EvalConfig(Section):
     """Sets to evaluate, each a section of the keys below; unset keys hold as in ``data``. []: no evaluation."""
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0: only before the first and after the last."""
+
+    def by_key(self) -> dict[str, EvalSetConfig]:
+        """The sets, by the key of each one's path."""
+        return {f"eval.sets[{i}].path": held_out for i, held_out in enumerate(self.sets)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -128,7 +128,8 @@ def rows_of(group: Group, problem: Problem) -> list[dict[str, Any]]:
 
 
 def samples_path(folder: RunFolder, step: int, name: str) -> Path:
-    return folder.evaluation(step).with_suffix(f".{re.sub(r'[^A-Za-z0-9_-]', '_', name)}.arrow")
+    """The samples of one set: another name is another file."""
+    return folder.evaluation(step).with_suffix(f".{quote(name, safe='')}.arrow")
 
 
 def write_scores(folder: RunFolder, step: int, scores: Mapping[str, Mapping[str, Any]]) -> None:
@@ -192,7 +193,7 @@ async def rescored(samples: pa.Table, eval_set: EvalSet, rewards: Rewards) -> pa
                 "value": verdict.value,
                 "correct": verdict.correct,
                 "parts": json.dumps(dict(verdict.parts)),
-                "error": f"{verdict.cause}: {verdict.error}" if verdict.cause else "",
+                "error": verdict.reward_error,
             }
 
     await asyncio.gather(*(one(index, rows) for index, rows in groups.items()))

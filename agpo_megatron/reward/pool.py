@@ -11,9 +11,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+from agpo_megatron.config.task import PartConfig, RewardConfig
 from agpo_megatron.reward.contract import Problem, Response
 from agpo_megatron.reward.loading import REMOTE, RewardError
 from agpo_megatron.reward.process import Answers, Lost, Task, WorkerProcess
@@ -29,20 +30,6 @@ WINDOW, FEWEST = (
 
 
 @dataclass(frozen=True)
-class Part:
-    """One function of a reward. ``name``: see loading.load_reward, or "http", "judge". ``label``: in the metrics."""
-
-    name: str
-    weight: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    label: str = ""
-
-    @property
-    def shown(self) -> str:
-        return self.label or self.name.rpartition(":")[2]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The worth of a response, with ``correct`` settled. ``cause``: "" or the kind of ``error`` that a part ended in
     (timeout, died, memory, recursion, exception, http); that part then counts as wrong, and so does the response."""
@@ -53,40 +40,19 @@ class Verdict:
     cause: str = ""
     error: str = ""
 
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """``workers``: processes; None: half the cores, at most 16. ``timeout``: seconds of one answer. ``memory_mb``:
-    private memory of one worker. ``correct``, ``wrong``: what True and False are worth, and an error is worth
-    ``wrong``. ``correct_at``: value from which a response counts as correct where no function says.
-    ``max_error_frac``: share of errors among the last answers that ends the run."""
-
-    workers: int | None = None
-    timeout: float = 10.0
-    memory_mb: int = 4096
-    correct: float = 1.0
-    wrong: float = 0.0
-    correct_at: float = 1.0
-    max_error_frac: float = 0.5
-
     @property
-    def worker_count(self) -> int:
-        return self.workers or max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+    def reward_error(self) -> str:
+        """Why there is no verdict, as samples have it; "" if there is one."""
+        return f"{self.cause}: {self.error}" if self.cause else ""
 
 
 class RewardPool:
-    """``async with RewardPool(settings) as rewards``; workers end with the block, and with this process.
+    """``async with RewardPool(config) as rewards``; workers end with the block, and with this process."""
 
-    ``command``: what runs instead of the real worker (tests).
-    """
-
-    def __init__(self, settings: PoolSettings, command: Sequence[str] | None = None) -> None:
-        self._settings = settings
-        extra = {} if command is None else {"command": tuple(command)}
-        self._workers = [
-            WorkerProcess(settings.timeout, settings.memory_mb, **extra)
-            for _ in range(settings.worker_count)
-        ]
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
+        count = config.workers or max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+        self._workers = [WorkerProcess(config.timeout, config.memory_mb) for _ in range(count)]
         self._tasks: asyncio.Queue[Task] = asyncio.Queue()
         self._serving: list[asyncio.Task[None]] = []
         self._remote: dict[str, RemoteReward] = {}
@@ -106,11 +72,9 @@ class RewardPool:
         for remote in self._remote.values():
             await remote.close()
 
-    async def check(self, rewards: Sequence[Sequence[Part]]) -> None:
+    async def check(self, rewards: Sequence[Sequence[PartConfig]]) -> None:
         """Load every function once, so that a wrong name ends the run before it generates. Raises RewardError."""
-        for part in {
-            json.dumps(asdict(p), sort_keys=True): p for parts in rewards for p in parts
-        }.values():
+        for part in {p.model_dump_json(): p for parts in rewards for p in parts}.values():
             if part.name in REMOTE:
                 self._remote_reward(part)
             else:
@@ -118,7 +82,7 @@ class RewardPool:
                 _refuse_unloaded(part, result)
 
     async def score(
-        self, problem: Problem, responses: Sequence[Response], parts: Sequence[Part]
+        self, problem: Problem, responses: Sequence[Response], parts: Sequence[PartConfig]
     ) -> list[Verdict]:
         """One verdict per response, all of them side by side.
 
@@ -149,26 +113,26 @@ class RewardPool:
             if self._scoring == 0:
                 self._busy += time.monotonic() - self._since
 
-    def _combined(self, parts: Sequence[Part], results: Sequence[Any]) -> Verdict:
+    def _combined(self, parts: Sequence[PartConfig], results: Sequence[Any]) -> Verdict:
         """The weighted sum of the parts; correct if none of them says it is not, and one says it is or the value is
         high enough."""
         value, said, named = 0.0, [], {}
         cause = error = ""
-        for part, result in zip(parts, results, strict=True):
+        for part, name, result in zip(parts, _metric_names(parts), results, strict=True):
             if isinstance(result, dict):
                 cause, error = result["cause"], result["error"]
-                value += part.weight * self._settings.wrong
+                value += part.weight * self._config.wrong
                 continue
             partial, correct, inner = result
             if partial is None:  # right or wrong, and nothing else
-                partial = self._settings.correct if correct else self._settings.wrong
+                partial = self._config.correct if correct else self._config.wrong
             value += part.weight * partial
             if correct is not None:
                 said.append(correct)
-            own = {part.shown: partial} if len(parts) > 1 else {}
-            prefix = f"{part.shown}/" if len(parts) > 1 else ""
-            named.update({**own, **{f"{prefix}{name}": number for name, number in inner.items()}})
-        right = all(said) if said else value >= self._settings.correct_at
+            if name:
+                named[name] = partial
+            named |= {f"{name}/{key}" if name else key: number for key, number in inner.items()}
+        right = all(said) if said else value >= self._config.correct_at
         return Verdict(value, right and not cause, named, cause, error)
 
     def _count(self, verdict: Verdict, response: Response) -> None:
@@ -178,14 +142,16 @@ class RewardPool:
         log.warning("reward: %s: %s; response %.200r", verdict.cause, verdict.error, response.text)
         errors = Counter(cause for cause in self._recent if cause)
         share = errors.total() / len(self._recent)
-        if len(self._recent) >= FEWEST and share > self._settings.max_error_frac:
+        if len(self._recent) >= FEWEST and share > self._config.max_error_frac:
             raise RewardError(
                 f"{share:.0%} of the last {len(self._recent)} answers ended in an error of the reward "
-                f"({dict(errors)}), more than reward.max_error_frac {self._settings.max_error_frac:g}; "
+                f"({dict(errors)}), more than reward.max_error_frac {self._config.max_error_frac:g}; "
                 f"the last one: {verdict.error}"
             )
 
-    async def _part(self, part: Part, problem: Problem, responses: Sequence[Response]) -> list[Any]:
+    async def _part(
+        self, part: PartConfig, problem: Problem, responses: Sequence[Response]
+    ) -> list[Any]:
         if part.name in REMOTE:
             return await self._remote_reward(part).score(problem, responses)
         results = await self._ask(part, problem, responses)
@@ -193,13 +159,15 @@ class RewardPool:
             _refuse_unloaded(part, result)
         return results
 
-    def _remote_reward(self, part: Part) -> RemoteReward:
-        key = json.dumps(asdict(part), sort_keys=True)
+    def _remote_reward(self, part: PartConfig) -> RemoteReward:
+        key = part.model_dump_json()
         if key not in self._remote:
             self._remote[key] = RemoteReward(part.name, part.options)
         return self._remote[key]
 
-    async def _ask(self, part: Part, problem: Problem, responses: Sequence[Response]) -> list[Any]:
+    async def _ask(
+        self, part: PartConfig, problem: Problem, responses: Sequence[Response]
+    ) -> list[Any]:
         function = json.dumps([part.name, dict(part.options)])
         shown = json.dumps(
             {
@@ -244,6 +212,17 @@ class RewardPool:
                 self._tasks.put_nowait(task)
 
 
-def _refuse_unloaded(part: Part, result: Any) -> None:
+def _metric_names(parts: Sequence[PartConfig]) -> list[str]:
+    """Name of each part in the metrics: "" for a reward of one part; those of one function are numbered from 1."""
+    if len(parts) == 1:
+        return [""]
+    names = [part.name.rpartition(":")[2] for part in parts]
+    return [
+        name if names.count(name) == 1 else f"{name}{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _refuse_unloaded(part: PartConfig, result: Any) -> None:
     if isinstance(result, dict) and result["cause"] == "load":
         raise RewardError(f"reward {part.name}: {result['error']}")

@@ -79,14 +79,10 @@ def encode(tasks: Sequence[Task]) -> bytes:
 
 @dataclass
 class WorkerProcess:
-    """A child that scores batches; it ends with ``kill``, and with this process.
-
-    ``seconds``: limit of one answer. ``command``: what to run instead of the real worker (tests).
-    """
+    """A child that scores batches; it ends with ``kill``, and with this process. ``seconds``: limit of one answer."""
 
     seconds: float
     memory_mb: int
-    command: Sequence[str] = (sys.executable, "-m", "agpo_megatron.reward.worker")
     _process: asyncio.subprocess.Process | None = field(default=None, init=False)
     _progress: mmap.mmap = field(init=False)
 
@@ -112,7 +108,9 @@ class WorkerProcess:
             os.ftruncate(descriptor, PROGRESS.size)
             self._progress = mmap.mmap(descriptor, PROGRESS.size)
             return await asyncio.create_subprocess_exec(
-                *self.command,
+                sys.executable,
+                "-m",
+                "agpo_megatron.reward.worker",
                 str(descriptor),
                 str(self.seconds),
                 str(self.memory_mb),

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import aiohttp
@@ -58,7 +58,7 @@ class JudgeOptions(RemoteOptions):
     )
     parse: str = r"VERDICT:\s*\**(\w+)"
     scale: float = 1.0
-    request: Mapping[str, Any] = None  # type: ignore[assignment]  # {} with a temperature of 0
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 VERDICTS = {
@@ -72,7 +72,7 @@ class RemoteReward:
 
     def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         kind = JudgeOptions if name == "judge" else RemoteOptions
-        known = [field.name for field in fields(kind)]
+        known = [option.name for option in fields(kind)]
         unknown = sorted(set(options) - set(known))
         if unknown or "url" not in options:
             wrong = f"no option {unknown[0]!r}" if unknown else "needs the option 'url'"
@@ -161,7 +161,7 @@ class RemoteReward:
             "model": self.options.model,
             "messages": [{"role": "user", "content": text}],
             "temperature": 0,
-            **(self.options.request or {}),
+            **self.options.request,
         }
 
     def _judged(self, reply: Any) -> Reward | bool:

@@ -11,22 +11,22 @@ from agpo_megatron.config.task import PartConfig, RewardConfig, SourceConfig
 from agpo_megatron.data.rows import BadRow, as_text, value_at
 from agpo_megatron.reward.contract import Problem, Response
 from agpo_megatron.reward.loading import BUILT_IN, REFERENCES, REMOTE, RewardError
-from agpo_megatron.reward.pool import Part, PoolSettings, RewardPool, Verdict
+from agpo_megatron.reward.pool import RewardPool, Verdict
 from agpo_megatron.samples import Group
 
 ROW = "row:"
 Spec = str | Sequence[PartConfig]
 
 
-def parts_of(spec: Spec, row: Mapping[str, Any]) -> list[Part]:
+def parts_of(spec: Spec, row: Mapping[str, Any]) -> list[PartConfig]:
     """The functions that ``spec`` (``reward.function``, or ``data.sources[].reward``) means for one row.
 
     Raises RewardError for ``row:KEY`` where the row names no built-in function.
     """
     if not isinstance(spec, str):
-        return [Part(part.name, part.weight, part.options) for part in spec]
+        return list(spec)
     if not spec.startswith(ROW):
-        return [Part(spec)]
+        return [PartConfig(name=spec)]
     key = spec.removeprefix(ROW)
     try:
         name = as_text(value_at(row, key), key)
@@ -36,7 +36,7 @@ def parts_of(spec: Spec, row: Mapping[str, Any]) -> list[Part]:
         raise RewardError(
             f"reward {spec}: the row says {name!r}; a row chooses among {', '.join([*BUILT_IN, *REMOTE])}"
         )
-    return [Part(name)]
+    return [PartConfig(name=name)]
 
 
 def reference_check(spec: Spec) -> Callable[[Mapping[str, Any], str], None]:
@@ -62,17 +62,7 @@ class Rewards:
         self._specs: list[Spec] = [
             config.function if source.reward is None else source.reward for source in sources
         ]
-        self.pool = RewardPool(
-            PoolSettings(
-                workers=config.workers,
-                timeout=config.timeout,
-                memory_mb=config.memory_mb,
-                correct=config.correct,
-                wrong=config.wrong,
-                correct_at=config.correct_at,
-                max_error_frac=config.max_error_frac,
-            )
-        )
+        self.pool = RewardPool(config)
 
     async def __aenter__(self) -> Self:
         await self.pool.__aenter__()
@@ -107,7 +97,7 @@ class Rewards:
                 raw_reward=verdict.value,
                 correct=verdict.correct,
                 reward_parts=verdict.parts,
-                reward_error=f"{verdict.cause}: {verdict.error}" if verdict.cause else "",
+                reward_error=verdict.reward_error,
             )
             for sample, verdict in zip(group.samples, verdicts, strict=True)
         ]

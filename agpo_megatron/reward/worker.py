@@ -66,7 +66,7 @@ def serve(
     progress: mmap.mmap,
     replies: TextIO,
 ) -> None:
-    """RewardFunction one batch. ``functions``: those loaded so far, by their JSON."""
+    """Score one batch. ``functions``: those loaded so far, by their JSON."""
     problems = [Problem(**problem) for problem in batch["problems"]]
     names = [json.dumps(function) for function in batch["functions"]]
     done: list[tuple[int, Any]] = []

@@ -319,6 +319,13 @@ def test_a_missing_input_is_named_with_its_key(tmp_path: Path, missing: str, mes
     assert found[0].endswith("correct the path")
 
 
+def test_a_missing_file_of_a_list_of_sources_is_named_with_its_place(tmp_path: Path) -> None:
+    usable_inputs(tmp_path)
+    sources = f"[{{path: {tmp_path}/train.jsonl}}, {{path: {tmp_path}/none.jsonl}}]"
+    (found,) = input_problems(config_with(tmp_path, f"data={{path: '', sources: {sources}}}"))
+    assert found.startswith("data.sources[1].path: no data file")
+
+
 def test_the_fix_is_the_command_that_makes_the_file(tmp_path: Path) -> None:
     config = config_with(tmp_path, "prepare.recipe=tiny_sums", "model.path=/nowhere/model")
     found = input_problems(config)

@@ -115,6 +115,14 @@ def scored_again(folder: RunFolder, eval_set: EvalSet) -> float:
     return asyncio.run(run())
 
 
+def test_sets_of_different_names_have_files_of_their_own(tmp_path: Path) -> None:
+    names = ["a_b", "a b", "a/b", "a%b", "a.b"]
+    paths = {samples_path(RunFolder(tmp_path), 3, name) for name in names}
+    assert len(paths) == len(names)
+    assert {path.parent for path in paths} == {tmp_path / "evaluations"}
+    assert {path.name.split(".")[0] for path in paths} == {"step-00000003"}
+
+
 def test_stored_samples_are_scored_again_without_generating(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(DataError, match="no samples to score again"):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from agpo_megatron.config.task import PartConfig, RewardConfig
 from agpo_megatron.reward import Problem, Response
 from agpo_megatron.reward.loading import RewardError
-from agpo_megatron.reward.pool import Part, PoolSettings, RewardPool, Verdict
+from agpo_megatron.reward.pool import RewardPool, Verdict
 
 PROBLEM = Problem([{"role": "user", "content": "3 + 4?"}], "7", "sums", {"level": 1})
 Handler = Callable[[dict[str, Any], web.Request], Any]
@@ -38,9 +39,11 @@ def asked(
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        part = Part(name, options={"url": f"http://127.0.0.1:{port}/", "backoff": 0.01, **options})
+        part = PartConfig(
+            name=name, options={"url": f"http://127.0.0.1:{port}/", "backoff": 0.01, **options}
+        )
         try:
-            async with RewardPool(PoolSettings(workers=1, max_error_frac=1.0)) as pool:
+            async with RewardPool(RewardConfig(workers=1, max_error_frac=1.0)) as pool:
                 return await pool.score(PROBLEM, [Response(t, 5) for t in texts], [part])
         finally:
             await runner.cleanup()
@@ -129,8 +132,8 @@ def test_what_a_judge_may_say() -> None:
 
 def test_options_are_checked() -> None:
     async def check(**options: Any) -> None:
-        async with RewardPool(PoolSettings(workers=1)) as pool:
-            await pool.check([[Part("judge", options=options)]])
+        async with RewardPool(RewardConfig(workers=1)) as pool:
+            await pool.check([[PartConfig(name="judge", options=options)]])
 
     with pytest.raises(RewardError, match="no option 'modell'"):
         asyncio.run(check(url="http://x", modell="m"))

@@ -12,19 +12,18 @@ import pytest
 from agpo_megatron.config.task import PartConfig, RewardConfig, TrainSourceConfig
 from agpo_megatron.reward import Problem
 from agpo_megatron.reward.loading import RewardError
-from agpo_megatron.reward.pool import Part
 from agpo_megatron.reward.rewards import Rewards, parts_of, reference_check
 from agpo_megatron.samples import Group
 
 
 def test_a_spec_is_a_name_a_list_or_a_field_of_the_row() -> None:
-    assert parts_of("math", {}) == [Part("math")]
+    assert parts_of("math", {}) == [PartConfig(name="math")]
     listed = [
         PartConfig(name="math", weight=2.0, options={"extract": "tag"}),
         PartConfig(name="format"),
     ]
-    assert parts_of(listed, {}) == [Part("math", 2.0, {"extract": "tag"}), Part("format")]
-    assert parts_of("row:meta.kind", {"meta": {"kind": "choice"}}) == [Part("choice")]
+    assert parts_of(listed, {}) == listed
+    assert parts_of("row:meta.kind", {"meta": {"kind": "choice"}}) == [PartConfig(name="choice")]
     with pytest.raises(RewardError, match="reward row:kind: no field 'kind'"):
         parts_of("row:kind", {"other": 1})
     with pytest.raises(RewardError, match="the row says 'os:system'; a row chooses among numeric"):

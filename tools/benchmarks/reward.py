@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import psutil
 
+from agpo_megatron.config.task import PartConfig, RewardConfig
 from agpo_megatron.reward import Problem, Response
-from agpo_megatron.reward.pool import Part, PoolSettings, RewardPool
+from agpo_megatron.reward.pool import RewardPool
 
 GROUP = 16
 WORK = "Let me think step by step. " * 20 + "3 + 4 = 7 and so on.\n" * 5
@@ -31,11 +32,13 @@ NUMERIC_LIMIT, MATH_LIMIT = 20_000.0, 1.3
 
 async def through_workers(name: str, groups: list[tuple[Problem, list[Response]]]) -> float:
     """CPU seconds of one worker and of its owner together."""
-    async with RewardPool(PoolSettings(workers=1, timeout=60.0)) as pool:
-        await pool.check([[Part(name)]])
+    async with RewardPool(RewardConfig(workers=1, timeout=60.0)) as pool:
+        await pool.check([[PartConfig(name=name)]])
         processes = [psutil.Process(), *psutil.Process().children()]
         before = [cpu_seconds(process) for process in processes]
-        await asyncio.gather(*(pool.score(p, responses, [Part(name)]) for p, responses in groups))
+        await asyncio.gather(
+            *(pool.score(p, responses, [PartConfig(name=name)]) for p, responses in groups)
+        )
         return sum(cpu_seconds(p) - b for p, b in zip(processes, before, strict=True))
 
 
