@@ -18,7 +18,7 @@ from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
-from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
+from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
 from agpo_megatron.observe.summary import render_summary
@@ -168,12 +168,13 @@ def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
     out = folder.path / "hf"
     if (out / "config.json").exists():
         return out
-    checkpoint = run.checkpoint(step)
-    if not (checkpoint / CHECKPOINT_MARKER).exists():
-        there = [p.parent.name for p in sorted(run.checkpoints.glob(f"*/{CHECKPOINT_MARKER}"))]
+    checkpoints = dict(run.complete_checkpoints())
+    if step not in checkpoints:
+        there = ", ".join(path.name for path in checkpoints.values()) or "none"
         raise ConfigError(
-            f"--step {step}: {run.path} has no checkpoint of that step; there are {', '.join(there) or 'none'}"
+            f"--step {step}: {run.path} has no checkpoint of that step; there are {there}"
         )
+    checkpoint = checkpoints[step]
     tool = Path(__file__).parents[1] / "tools" / "convert_hf_checkpoint.py"
     folder.path.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(tool), "to-hf", str(checkpoint), str(out), "--like", like]

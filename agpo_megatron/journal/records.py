@@ -22,7 +22,6 @@ import pyarrow as pa
 from agpo_megatron.files import digest, write_durably
 from agpo_megatron.journal.blocks import RESTORE, Block, JournalError
 from agpo_megatron.samples import (
-    COLUMNS,
     Array,
     Column,
     Floats,
@@ -252,8 +251,7 @@ def sequence_columns(values: Mapping[str, Sequence[Any]], count: int) -> dict[st
     """Return every per-sequence column of source "step", [count]: as decided, or the default."""
     return {
         c.name: np.asarray(values.get(c.name, [c.default] * count), dtype=c.dtype)
-        for c in COLUMNS
-        if c.per == "sequence" and c.source == "step"
+        for c in columns("sequence", "step")
     }
 
 

@@ -255,7 +255,7 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
         "distrib_optim_sharding_type": SHARDING,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "dp_cp_group": _replicas(),
     }
     if backend.current().transformer_engine:
         begin_state(policy.optimizer)

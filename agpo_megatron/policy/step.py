@@ -53,8 +53,8 @@ def run_training(
 ) -> list[dict[str, Tensor]]:
     """Run forward and backward of all ``batches``; gradients are summed into the buffers and over DP and CP.
 
-    Returns, on the last pipeline stage, per micro-batch the ``SUMS`` and ``rollout_diff_max`` (fp64 scalars); elsewhere
-    an empty list.
+    Returns, on the last pipeline stage, per micro-batch the ``SUMS`` and ``MAXIMA`` of algorithm.loss (fp64 scalars);
+    elsewhere an empty list.
     """
     return _run(chunks, layout, batches, _Head(layout, head, loss), forward_only=False)
 

@@ -165,12 +165,9 @@ class ServerClient:
         answer = await self._request("/generate", body)
         try:
             parsed = _OUTPUTS.decode(answer)
-        except msgspec.MsgspecError as error:
-            raise ServerError(self.url, "/generate", 200, f"unexpected answer: {error}") from error
-        outputs = parsed if isinstance(parsed, list) else [parsed]
-        if len(outputs) != n:
-            raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
-        try:
+            outputs = parsed if isinstance(parsed, list) else [parsed]
+            if len(outputs) != n:
+                raise ServerError(self.url, "/generate", 200, f"{len(outputs)} outputs for n={n}")
             return [self._generation(output) for output in outputs]
         except msgspec.MsgspecError as error:
             raise ServerError(self.url, "/generate", 200, f"unexpected answer: {error}") from error
