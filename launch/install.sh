@@ -39,6 +39,8 @@ install_gpu() {
     for name in train rollout; do
         folder=$venv
         [ $name = train ] || folder=$venv-rollout
+        ! [ -e "$folder/.base.stamp" ] ||
+            fail "$folder has the packages of a machine without GPU; remove it or set AGPO_VENV to another place"
         stamp=$folder/.$name.stamp
         wanted=$(cat "$repo"/launch/images/*.txt "$repo/launch/images/$name.sh" "$repo/launch/requirements-cpu.txt" |
             sha256sum | cut -d' ' -f1)

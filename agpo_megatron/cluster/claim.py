@@ -26,6 +26,7 @@ FREE = (
     "prepare.",
     "model.path",  # paths: their content is compared
     "data.path",
+    "data.difficulty",
     "reward.workers",
     "reward.memory_mb",
     "reward.max_error_frac",
@@ -183,6 +184,8 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
     if mode == "train":
         sources = {**config.data.by_key(), **config.eval.by_key()}
         paths |= {key: source.path for key, source in sources.items()}
+        if config.data.difficulty:
+            paths["data.difficulty"] = config.data.difficulty
     return paths
 
 
@@ -196,7 +199,7 @@ def fingerprint(path: Path) -> str:
         files = sorted(
             (str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()
         )
-        return digest(json.dumps([str(path), files]).encode())
+        return digest(json.dumps(files or str(path)).encode())
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
     return digest(config, json.dumps(weights).encode())

@@ -169,7 +169,7 @@ def server_urls(plan: Plan, facts: Mapping[str, NodeFacts]) -> list[str]:
 
 def server_devices(here: NodeRoles, local: int, config: Config) -> dict[str, str]:
     """Choose the GPUs of the node's server number ``local``: those behind the ranks', ``tensor_parallel`` each. Where
-    there are none behind (``cluster.publish_backend: gloo`` allows it), they are shared from the first on.
+    there are none behind and ``cluster.publish_backend`` is gloo, they are shared from the first on.
 
     Not yet executed on a GPU.
     """
@@ -181,5 +181,8 @@ def server_devices(here: NodeRoles, local: int, config: Config) -> dict[str, str
     )
     size = config.rollout.tensor_parallel
     first = len(here.ranks) + local * size
-    chosen = [devices[i % len(devices)] for i in range(first, first + size)]
+    if config.cluster.publish_backend == "gloo":
+        chosen = [devices[i % len(devices)] for i in range(first, first + size)]
+    else:
+        chosen = devices[first : first + size]
     return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}

@@ -25,7 +25,7 @@ from agpo_megatron.cluster.environments import (
     interpreter,
 )
 from agpo_megatron.cluster.processes import free_port
-from agpo_megatron.cluster.roles import NodeRoles, Plan
+from agpo_megatron.cluster.roles import NodeRoles, Plan, gpus_needed
 from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
@@ -91,9 +91,7 @@ def gather_facts(
     except (ConfigError, OSError) as error:
         problems.append(str(error))
     memory = gpu_memory() if config.cluster.device != "cpu" else []
-    needed = len(roles.ranks) + len(roles.servers) * config.rollout.tensor_parallel
-    if config.cluster.publish_backend == "gloo":
-        needed = 1  # roles may share a GPU
+    needed = gpus_needed(config, len(roles.ranks), len(roles.servers))
     if config.cluster.device == "cuda" and len(memory) < needed:
         problems.append(
             f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"

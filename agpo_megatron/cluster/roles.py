@@ -138,9 +138,8 @@ def cluster_plan(
             "rollout", "servers", rollout.servers, "trainer_nodes", len(trainer_hosts)
         )
     loads = {
-        "a trainer node": per_trainer
-        + (0 if rollout_hosts else per_server * rollout.tensor_parallel),
-        "a rollout node": per_server * rollout.tensor_parallel if rollout_hosts else 0,
+        "a trainer node": gpus_needed(config, per_trainer, 0 if rollout_hosts else per_server),
+        "a rollout node": gpus_needed(config, 0, per_server if rollout_hosts else 0),
     }
     for node, devices in loads.items():
         if devices > cluster.gpus_per_node:
@@ -167,6 +166,16 @@ def machine_plan(config: Config, host: str, mode: str) -> Plan:
     ranks = tuple(range(config.policy.world_size)) if mode in MODES_WITH_TRAINERS else ()
     servers = tuple(range(config.rollout.servers)) if mode in MODES_WITH_SERVERS else ()
     return Plan(mode, (NodeRoles(host, ranks, servers, True),), config.policy.world_size)
+
+
+def gpus_needed(config: Config, ranks: int, servers: int) -> int:
+    """Count the GPUs of a node with so many roles: one for each rank, ``rollout.tensor_parallel`` for each server.
+
+    A server may share those of ranks where ``cluster.publish_backend`` is gloo."""
+    size = config.rollout.tensor_parallel
+    if config.cluster.publish_backend == "gloo" and ranks and servers:
+        return max(ranks, size)
+    return ranks + servers * size
 
 
 def share(section: str, what: str, count: int, key: str, nodes: int) -> int:

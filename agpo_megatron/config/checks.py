@@ -179,7 +179,8 @@ def _check_cluster(config: Config, found: _Findings) -> None:
         ("rollout", servers, fleet, cluster.rollout_nodes, "rollout_nodes"),
     ]
     if cluster.rollout_nodes == 0 and cluster.publish_backend == "gloo":
-        demands = []  # roles may share a GPU
+        # Servers may share the GPUs of ranks, which have one each.
+        demands = [("policy", max(world, config.rollout.tensor_parallel), layout, *demands[0][3:])]
     elif cluster.rollout_nodes == 0:
         both = f"{layout}, and {fleet}"
         demands = [("policy", world + servers, both, cluster.trainer_nodes, "trainer_nodes")]

@@ -102,7 +102,7 @@ def _curve(axes: Axes, metrics: Steps, panel: Panel, summary: Mapping[str, Any])
     points = {step: value for step, value in held_out.items() if value is not None}
     if points:
         look: Any = {"marker": "D", "s": 44, "color": _INK, "zorder": 4, "clip_on": False}
-        axes.scatter(list(points), list(points.values()), label="held-out, greedy", **look)
+        axes.scatter(list(points), list(points.values()), label="held-out", **look)
     if panel.held_out == "accuracy":
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")

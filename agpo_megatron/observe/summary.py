@@ -56,7 +56,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any]:
     return summary
 
 
-def summary_table(summary: Mapping[str, Any], title: str = "held-out, greedy") -> Table:
+def summary_table(summary: Mapping[str, Any], title: str = "held-out") -> Table:
     """Build the table of before, after and change; accuracy in points, tokens in percent."""
     table = Table(title=title, title_justify="left")
     table.add_column("")

@@ -74,12 +74,13 @@ def execute(rank: int, case: Case) -> CaseResult:
                 temperature=case.temperature,
                 seed=case.seed,
             )
-            return _execute(policy, case)
+            return execute_on(policy, case)
     finally:
         parallel.shutdown()
 
 
-def _execute(policy: Any, case: Case) -> CaseResult:
+def execute_on(policy: Any, case: Case) -> CaseResult:
+    """Update ``policy``, this rank's, as ``case`` says; its process groups stay."""
     from agpo_megatron.policy import checkpoint, weights
 
     outcome = CaseResult()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import aiohttp
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agpo_megatron.cluster.processes import free_port, log_tail
+from agpo_megatron.cluster.processes import Role, free_port, log_tail, start, stop_all
 from agpo_megatron.config.schema import Config
 from agpo_megatron.rollout.client import ServerClient, ServerError
 from agpo_megatron.rollout.server import server_command
@@ -84,26 +83,25 @@ def run_server(folder: Path) -> Iterator[LiveServer]:
     yield from serve(model, folder / "server.log")
 
 
-def serve(model: Path, log: Path) -> Iterator[LiveServer]:
-    """Start a server of a Hugging Face folder in fp32, yield once it has generated, kill its process group."""
+def serve(
+    model: Path,
+    log: Path,
+    config: Config | None = None,
+    python: str = sys.executable,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[LiveServer]:
+    """Start a server of a Hugging Face folder (by default in fp32 on the CPU), yield once it has generated, end it. It
+    ends with this process too."""
     port = free_port()
-    launch = server_command(server_config(), str(model), port=port)
+    launch = server_command(config or server_config(), str(model), port=port, python=python)
     started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            launch.argv,
-            env={**os.environ, **launch.env},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    role = start(Role("rollout server 0", launch.argv, {**launch.env, **(env or {})}, log))
     url = f"http://127.0.0.1:{port}"
     try:
-        asyncio.run(_until_ready(url, process, log))
-        yield LiveServer(url, model, process, time.monotonic() - started)
+        asyncio.run(_until_ready(url, role.process, log))
+        yield LiveServer(url, model, role.process, time.monotonic() - started)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        stop_all([role], grace=0)
 
 
 async def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -16,6 +16,7 @@ from kills import check_nothing_lost_or_repeated, command, finish, running_proce
 from tiny_run import write_run
 
 from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
+from agpo_megatron.config.errors import ConfigError
 from agpo_megatron.config.loading import resolve_config
 from agpo_megatron.config.record import resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
@@ -121,6 +122,30 @@ def test_changed_data_is_another_run(config: Path) -> None:
     data = config.parent / "train.jsonl"
     data.write_text(data.read_text() + '{"prompt": "1+1:", "answer": "2"}\n')
     assert "data.path: its content has changed" in refused(config)
+
+
+def claim(config: Path, folder: RunFolder, **data: str) -> None:
+    """Claim the folder as a start with these settings of ``data`` does, and leave what the start leaves there."""
+    sets = [f"data.{key}={value}" for key, value in data.items()]
+    resolved = resolve_config(config, sets, str(folder.path))
+    folder.path.mkdir(exist_ok=True)
+    refuse_another_run(resolved.config, folder, "train")
+    folder.config.write_text(resolved_yaml(resolved.config, resolved.provenance))
+
+
+def test_a_data_folder_may_move_and_difficulty_may_not_change(config: Path) -> None:
+    parts, rates = config.parent / "parts", config.parent / "rates.arrow"
+    parts.mkdir()
+    shutil.move(config.parent / "train.jsonl", parts / "train.jsonl")
+    rates.write_bytes(b"first")
+    folder = RunFolder(config.parent / "run")
+    claim(config, folder, path=str(parts), difficulty=str(rates))
+
+    moved = parts.rename(config.parent / "moved")
+    claim(config, folder, path=str(moved), difficulty=str(rates))
+    rates.write_bytes(b"second")
+    with pytest.raises(ConfigError, match=r"data\.difficulty: its content has changed"):
+        claim(config, folder, path=str(moved), difficulty=str(rates))
 
 
 def test_a_folder_in_use(config: Path) -> None:

@@ -49,10 +49,19 @@ def taken_down(parallel: Any, dist: Any) -> None:
 
 def compared(folder: Path, model: dict[str, Any], policy: Any, limits: Any) -> list[Any]:
     """Deviations of one optimizer step from the fp64 reference: loss, log-probs, entropy, gradients, weights."""
+    from agpo_megatron.parity.comparison import deviations
+
+    case, expected, weights = case_of(folder, model, policy)
+    with built(folder, policy, case.train) as rank:
+        found = result_of(rank, case)
+    return deviations(found, expected, weights, case.train, limits)
+
+
+def case_of(folder: Path, model: dict[str, Any], policy: Any) -> tuple[Any, Any, Any]:
+    """One step of the recorded batch on a model that is written to ``folder``: the case, the truth, the weights."""
     from agpo_megatron.parity import models
     from agpo_megatron.parity.batch import recorded, split, train_sequences
-    from agpo_megatron.parity.cases import Case, _execute
-    from agpo_megatron.parity.comparison import deviations
+    from agpo_megatron.parity.cases import Case
     from agpo_megatron.parity.contract import loss_settings, one_step
     from agpo_megatron.parity.reference import Objective, truth
 
@@ -60,16 +69,20 @@ def compared(folder: Path, model: dict[str, Any], policy: Any, limits: Any) -> l
     weights, objective = models.weights_of(folder), Objective()
     batch = recorded(vocab=model["vocab_size"])
     expected = truth(weights, model, batch, objective)
-    train = one_step(expected)
-    plan = split(
-        train_sequences(batch, objective.aggregation, objective.norm_length), 1, how="packed"
-    )
-    case = Case(str(folder), policy, train, [plan], loss_settings(objective))
-    with built(folder, policy, train) as rank:
-        found = _execute(rank, case)
+    together = train_sequences(batch, objective.aggregation, objective.norm_length)
+    plan = split(together, policy.data_parallel, how="packed")
+    case = Case(str(folder), policy, one_step(expected), [plan], loss_settings(objective))
+    return case, expected, weights
+
+
+def result_of(policy: Any, case: Any) -> Any:
+    """What this rank finds, its tensors on the host."""
+    from agpo_megatron.parity.cases import execute_on
+
+    found = execute_on(policy, case)
     for tensors in (found.weights, found.gradients):
         tensors.update({name: t.cpu() for name, t in tensors.items()})
-    return deviations(found, expected, weights, train, limits)
+    return found
 
 
 @contextmanager

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "e2e")]
 
 
 def write_model(folder: Path) -> None:
@@ -63,39 +58,13 @@ def settings(model: Path, gpus: int, device: str = "cuda") -> Any:
 
 
 @contextmanager
-def server(config: Any, gpu: int, log: Path) -> Iterator[tuple[str, float]]:
-    """URL, and seconds until it had generated."""
+def server(config: Any, gpu: int, log: Path) -> Iterator[Any]:
+    """A ``LiveServer`` on the GPU of that number among those that this process may use."""
+    from live_server import serve
+
     from agpo_megatron.cluster.environments import gpu_variables, interpreter
-    from agpo_megatron.cluster.processes import free_port
-    from agpo_megatron.rollout.server import server_command
 
-    port = free_port()
-    launch = server_command(config, config.model.path, port=port, python=interpreter("rollout"))
-    env = {**os.environ, **launch.env, **gpu_variables("rollout"), "CUDA_VISIBLE_DEVICES": str(gpu)}
-    began = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            launch.argv, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        asyncio.run(until_ready(url, process, log))
-        yield url, time.monotonic() - began
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-async def until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    from agpo_megatron.cluster.processes import log_tail
-    from agpo_megatron.rollout.client import ServerClient, ServerError
-
-    async with aiohttp.ClientSession() as session:
-        client = ServerClient(url, session)
-        while True:
-            try:
-                return await client.ready(timeout=60)
-            except ServerError as error:
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended: {log_tail(log, 30)}") from error
-                await asyncio.sleep(1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[gpu] if visible else str(gpu)
+    env = {**gpu_variables("rollout"), "CUDA_VISIBLE_DEVICES": chosen}
+    yield from serve(Path(config.model.path), log, config, interpreter("rollout"), env)

@@ -120,11 +120,11 @@ def run(record: Record, device: str, gpus: int) -> None:
         config = settings(model, gpus, device)
         manifest = publish_manifest(read_config(model), [list(range(4))], "bfloat16")
         plan = [buckets(stage, 8 << 20) for stage in manifest]
-        with server(config, int(gpus > 1), Path(folder) / "server.log") as (url, seconds):
-            record.figure("server: seconds to the first generation", seconds, "s")
+        with server(config, int(gpus > 1), Path(folder) / "server.log") as live:
+            record.figure("server: seconds to the first generation", live.start_seconds, "s")
             with built(model, config.policy, TrainConfig()) as policy:
                 trainer = PolicyTrainer(policy, plan, "cuda" if gpus > 1 else "cpu")
-                asyncio.run(published(record, url, trainer, config, backend))
+                asyncio.run(published(record, live.url, trainer, config, backend))
                 trainer.source.close()
 
 

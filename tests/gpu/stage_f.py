@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from one_rank import activate
+from one_rank import activate, case_of, result_of
 from record import Record
 
 WORLD = 8
@@ -57,47 +57,31 @@ def execute(rank: int, folder: str, name: str, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     activate("cuda", "auto" if importlib.util.find_spec("transformer_engine") else "local")
-    from agpo_megatron.parity.cases import _execute
     from agpo_megatron.policy.policy import Policy
 
     case = torch.load(f"{folder}/case.pt", weights_only=False)
     policy = Policy.build(
         case.hf_dir, case.policy, case.train, temperature=case.temperature, seed=case.seed
     )
-    found = _execute(policy, case)
-    for tensors in (found.weights, found.gradients):
-        tensors.update({key: t.cpu() for key, t in tensors.items()})
-    torch.save(found, f"{folder}/found.{rank}.pt")
+    torch.save(result_of(policy, case), f"{folder}/found.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def layout(record: Record, folder: Path, name: str, axes: dict[str, Any], dtype: str) -> None:
     from agpo_megatron.cluster.processes import free_port
     from agpo_megatron.config.schema import PolicyConfig
-    from agpo_megatron.parity import models
-    from agpo_megatron.parity.batch import recorded, split, train_sequences
-    from agpo_megatron.parity.cases import Case, merged
+    from agpo_megatron.parity.cases import merged
     from agpo_megatron.parity.comparison import BF16, FP32, deviations
-    from agpo_megatron.parity.contract import loss_settings, one_step
-    from agpo_megatron.parity.reference import Objective, truth
 
     folder.mkdir()
     engine = importlib.util.find_spec("transformer_engine")
     policy = PolicyConfig(dtype=dtype, layers="auto" if engine else "local", **axes)  # type: ignore[arg-type]
-    model = model_of(name)
-    models.write(folder / "hf", model)
-    weights, objective = models.weights_of(folder / "hf"), Objective()
-    batch = recorded(vocab=model["vocab_size"])
-    expected = truth(weights, model, batch, objective)
-    train = one_step(expected)
-    together = train_sequences(batch, objective.aggregation, objective.norm_length)
-    plan = split(together, policy.data_parallel, how="packed")
-    case = Case(str(folder / "hf"), policy, train, [plan], loss_settings(objective))
+    case, expected, weights = case_of(folder / "hf", model_of(name), policy)
     torch.save(case, folder / "case.pt")
     mp.spawn(execute, args=(str(folder), name, free_port()), nprocs=WORLD)
     outcomes = [torch.load(folder / f"found.{r}.pt", weights_only=False) for r in range(WORLD)]
     limits = FP32 if dtype == "fp32" else BF16
-    for found in deviations(merged(outcomes), expected, weights, train, limits):
+    for found in deviations(merged(outcomes), expected, weights, case.train, limits):
         record.close(f"{name} {dtype}: {found.quantity}", found.error, found.limit)
 
 

@@ -224,7 +224,9 @@ def test_servers_get_the_gpus_behind_the_ranks_or_share(
     assert server_devices(here, 1, config) == {"CUDA_VISIBLE_DEVICES": "3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     alone = NodeRoles("here", (0,), (0,))
-    assert server_devices(alone, 0, config) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert server_devices(alone, 0, config) == {"CUDA_VISIBLE_DEVICES": ""}, "never shared unasked"
+    sharing = load_config(write_run(tmp_path, **changes, **{"cluster.publish_backend": "gloo"}))
+    assert server_devices(alone, 0, sharing) == {"CUDA_VISIBLE_DEVICES": "5"}
     assert server_devices(alone, 0, load_config(write_run(tmp_path))) == {}
 
 

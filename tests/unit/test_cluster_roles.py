@@ -18,7 +18,9 @@ from agpo_megatron.cluster.roles import (
 from agpo_megatron.config import Config
 
 
-def config(trainers: int = 2, rollouts: int = 1, gpus: int = 8, **sizes: Any) -> Config:
+def config(
+    trainers: int = 2, rollouts: int = 1, gpus: int = 8, backend: str = "auto", **sizes: Any
+) -> Config:
     policy = {k: v for k, v in sizes.items() if k != "servers" and k != "server_tp"}
     return Config.model_validate(
         {
@@ -33,6 +35,7 @@ def config(trainers: int = 2, rollouts: int = 1, gpus: int = 8, **sizes: Any) ->
                 "trainer_nodes": trainers,
                 "rollout_nodes": rollouts,
                 "gpus_per_node": gpus,
+                "publish_backend": backend,
             },
         }
     )
@@ -118,6 +121,8 @@ def test_outside_a_job_there_is_no_plan_and_no_localhost() -> None:
         (config(1, 1, gpus=4, data_parallel=8), r"a trainer node would need 8 devices.*4"),
         (config(1, 1, gpus=4, servers=1, server_tp=8), r"a rollout node would need 8 devices"),
         (config(1, 0, gpus=8, data_parallel=4, servers=5), r"a trainer node would need 9 devices"),
+        (config(1, 0, gpus=1, backend="gloo", data_parallel=4), r"a trainer node would need 4 dev"),
+        (config(1, 0, gpus=1, backend="gloo", server_tp=2), r"a trainer node would need 2 devices"),
     ],
 )
 def test_what_does_not_divide_or_fit_is_refused(given: Config, message: str) -> None:
@@ -137,6 +142,12 @@ def test_without_rollout_nodes_the_servers_share_the_trainers() -> None:
         NodeRoles("n2", ranks=(4, 5, 6, 7), servers=(2, 3)),
     )
     assert plan.rollout_hosts == []
+
+
+def test_with_gloo_servers_share_the_gpus_of_ranks() -> None:
+    given = config(1, 0, gpus=2, backend="gloo", tensor_parallel=2, servers=2)
+    (node,) = cluster_plan(given, ["n"], []).nodes
+    assert (node.ranks, node.servers) == ((0, 1), (0, 1))
 
 
 def test_one_machine_takes_everything_whatever_the_node_counts() -> None:

@@ -139,6 +139,10 @@ def test_gpu_environments_are_made_once(tmp_path: Path) -> None:
     assert first.count("nccl.txt") == 4 and f"-e {REPO}" in first
     subprocess.run(command, check=True, env=env, capture_output=True)
     assert log.read_text() == first
+    (venv / ".base.stamp").touch()
+    refused = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert refused.returncode == 1 and "without GPU; remove it" in refused.stderr
+    assert log.read_text() == first
 
 
 def test_the_loaded_nccl_is_asked(tmp_path: Path) -> None:

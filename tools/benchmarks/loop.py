@@ -45,6 +45,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
+from benchmarks.logprob import resident
 
 from agpo_megatron.algorithm.settings import AlgorithmSettings
 from agpo_megatron.algorithm.step import Decision, Scores, StepRequest, decide
@@ -105,12 +106,6 @@ class Clock:
 def least(clocks: Sequence[Clock]) -> tuple[float, float]:
     """Least wall and least CPU seconds."""
     return min(c.wall for c in clocks), min(c.cpu for c in clocks)
-
-
-def resident(field: str = "VmRSS") -> int:
-    """Read a memory field of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
