@@ -117,6 +117,28 @@ class VersionSpan:
     end: int
 
 
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """The tokens of one response that one generation request returned, [m] each.
+
+    ``position``: of the prompt in the stream; ``index``: of the sample in its group; ``start``: place of the first
+    token in the response. ``versions``: spans by place in the response. ``finish_reason``: that of the response if
+    it ends here, else "".
+    """
+
+    position: int
+    index: int
+    start: int
+    tokens: Ints
+    logprobs: Floats
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str = ""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sample:
     """One finished response of n tokens.

@@ -8,6 +8,7 @@ passes ``seconds`` on to the call that blocks and turns its timeout into ``WaitE
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -33,20 +34,23 @@ class Phase:
 
 
 _lock = threading.Lock()
-_stack: list[Phase] = []
+_open: dict[
+    int, Phase
+] = {}  # in the order they were opened; thousands of requests may wait at once
+_numbers = itertools.count()
 _last = ""
 
 
 def current_phase() -> Phase:
     """Return the innermost open phase of this process; "idle" when there is none."""
     with _lock:
-        return _stack[-1] if _stack else Phase("idle", time.time())
+        return next(reversed(_open.values())) if _open else Phase("idle", time.time())
 
 
 def open_phases() -> list[Phase]:
     """List everything that this process does or waits for, oldest first."""
     with _lock:
-        return list(_stack)
+        return list(_open.values())
 
 
 def last_finished() -> str:
@@ -60,8 +64,9 @@ def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
     """Record ``name`` as a phase. A ``TimeoutError`` from inside becomes ``WaitExpired`` with the name."""
     now = time.time()
     phase = Phase(name, now, None if seconds is None else now + seconds)
+    number = next(_numbers)
     with _lock:
-        _stack.append(phase)
+        _open[number] = phase
     try:
         yield phase
     except WaitExpired:
@@ -71,7 +76,7 @@ def waiting(name: str, seconds: float | None = None) -> Iterator[Phase]:
     finally:
         global _last
         with _lock:
-            _stack.remove(phase)
+            del _open[number]
             _last = name
 
 

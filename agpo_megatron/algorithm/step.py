@@ -56,7 +56,7 @@ class StepRequest:
 
     ``first_step``: first optimizer step of the batch, counted from 1; ``updates``: number of its steps.
     ``entropy_state``: entropy coefficient after the last batch. ``discarded``: number of groups that dynamic sampling
-    replaced, in ``rounds`` of generation.
+    replaced.
     """
 
     algorithm: AlgorithmSettings
@@ -67,7 +67,6 @@ class StepRequest:
     scores: Scores = NO_SCORES
     entropy_state: float = 0.0
     discarded: int = 0
-    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -352,7 +351,6 @@ def step_metrics(
     if correct_lengths:
         metrics["response/tokens_correct_mean"] = fmean(correct_lengths)
     if request.algorithm.advantage.zero_variance == "resample":
-        metrics["sampling/rounds"] = float(request.rounds)
         metrics["sampling/discarded_groups"] = float(request.discarded)
     if "correction" in columns:
         metrics |= _correction_metrics(samples, columns["correction"])

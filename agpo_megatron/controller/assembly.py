@@ -148,8 +148,8 @@ async def rollouts_of(
     problems = await asyncio.to_thread(training_problems, config, sources, tokenizer)
     sets = await asyncio.to_thread(eval_sets, config, len(sources), tokenizer)
 
-    def decode(tokens: Ints) -> str:
-        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    def decode(tokens: Ints, special: bool) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=not special))
 
     async with aiohttp.ClientSession(connector=server_connector()) as session:
         clients = [

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
+from agpo_megatron.samples import WeightVersion
 
 RESAMPLES = 1000  # of the bootstrap
 SAMPLES_SCHEMA = pa.schema(
@@ -29,10 +32,12 @@ SAMPLES_SCHEMA = pa.schema(
         ("prompt_tokens", pa.list_(pa.int32())),
         ("response_tokens", pa.list_(pa.int32())),
         ("rollout_logprobs", pa.list_(pa.float32())),
+        ("versions", pa.string()),
     ]
 )
 """One row a sample, in the order of problems and samples. ``problem``: its place in the set. ``problem_id``:
-data.problems.problem_id. ``tokens``: of the response. ``parts``: JSON. ``error``: "" or why there is no verdict."""
+data.problems.problem_id. ``tokens``: of the response. ``parts``: JSON. ``error``: "" or why there is no verdict.
+``versions``: weight versions of the response by place, JSON."""
 
 
 def pass_at(k: int, n: int, correct: int) -> float:
@@ -59,7 +64,8 @@ def set_scores(samples: pa.Table, max_tokens: int) -> dict[str, Any]:
 
     ``accuracy``: mean@n, with its 95 % interval ``accuracy_low``, ``accuracy_high``; ``pass@k`` for k = 1, 2, 4, ... n;
     ``tokens_mean``; ``tokens_correct_mean`` (0 if none is right); ``truncated_frac``; ``error_frac``; ``value_mean``;
-    ``parts``; ``accuracy_at_tokens``: share of samples that are right within so many tokens.
+    ``parts``; ``accuracy_at_tokens``: share of samples that are right within so many tokens; ``weights``: optimizer
+    steps of the oldest and the newest weights that generated a token; absent for a model that no run has trained.
     """
     correct = np.asarray(samples.column("correct").to_numpy(zero_copy_only=False), dtype=bool)
     tokens = samples.column("tokens").to_numpy()
@@ -76,6 +82,7 @@ def set_scores(samples: pa.Table, max_tokens: int) -> dict[str, Any]:
     for text in samples.column("parts").to_pylist():
         for name, value in json.loads(text).items():
             parts.setdefault(name, []).append(value)
+    steps = _steps_of(samples)
     budgets = [2**i for i in range(5, math.ceil(math.log2(max_tokens)))] + [max_tokens]
     return {
         "problems": len(counts),
@@ -91,7 +98,25 @@ def set_scores(samples: pa.Table, max_tokens: int) -> dict[str, Any]:
         "value_mean": float(samples.column("value").to_numpy().mean()),
         "parts": {name: fmean(values) for name, values in sorted(parts.items())},
         "accuracy_at_tokens": {str(b): float((correct & (tokens <= b)).mean()) for b in budgets},
+        **({"weights": [min(steps), max(steps)]} if steps else {}),
     }
+
+
+def _steps_of(samples: pa.Table) -> set[int]:
+    versions = {
+        span["version"]
+        for text in (
+            samples.column("versions").unique().to_pylist()
+            if "versions" in samples.column_names
+            else []
+        )
+        for span in json.loads(text or "[]")
+    }
+    found = set()
+    for version in versions:
+        with suppress(ValueError):  # "initial": the server's own checkpoint
+            found.add(WeightVersion.parse(version).step)
+    return found
 
 
 def _powers(n: int) -> list[int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,16 +71,80 @@ async def evaluate(run: Run, rollouts: Rollouts, step: int) -> dict[str, float] 
     return scores
 
 
-async def measure(rollouts: Rollouts, folder: RunFolder, step: int) -> dict[str, dict[str, Any]]:
+class Evaluations:
+    """The evaluations on schedule: where generation and training take turns, another turn; else beside both, with slots
+    of their own. Publishes go on then, so the scores state from which to which weights they are (``weights``)."""
+
+    def __init__(self, run: Run, rollouts: Rollouts) -> None:
+        self._run, self._rollouts = run, rollouts
+        self._every = run.config.eval.every if rollouts.sets else 0
+        self._beside = run.config.train.max_staleness > 0
+        self._begun: set[int] = set()
+        self._next: int | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def due(self, step: int) -> None:
+        """Evaluate the weights of ``step`` if that is due. Raises what ended an evaluation beside training."""
+        if not self._every:
+            return
+        if not self._beside:
+            if step % self._every == 0:
+                await evaluate(self._run, self._rollouts, step)
+            return
+        if self._task and self._task.done():
+            self._task.result()
+        # After a resume it may be one that was killed: it is made up for, under later weights.
+        latest = step - step % self._every
+        if latest in self._begun or self._run.folder.evaluation(latest).exists() or not latest:
+            return
+        self._begun.add(latest)
+        if self._next is not None:
+            log.warning(
+                "evaluation at step %d is left out: those before it took too long", self._next
+            )
+        self._next = latest
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        while self._next is not None:
+            step, self._next = self._next, None
+            await measure(self._rollouts, self._run.folder, step, beside=True)
+
+    async def finish(self) -> None:
+        if self._task:
+            with self._run.phase("evaluation beside training to end", {}, ""):
+                await self._task
+
+    async def cancel(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def evaluating(run: Run, rollouts: Rollouts) -> AsyncIterator[Evaluations]:
+    """Evaluations of a run; on leaving, those under way end first, or are cancelled by an error."""
+    evaluations = Evaluations(run, rollouts)
+    try:
+        yield evaluations
+        await evaluations.finish()
+    finally:
+        await evaluations.cancel()
+
+
+async def measure(
+    rollouts: Rollouts, folder: RunFolder, step: int, beside: bool = False
+) -> dict[str, dict[str, Any]]:
     """Generate and score every set; keep samples and scores under ``step``. A set whose samples are there already, from
-    an attempt that was killed, is not generated again."""
+    an attempt that was killed, is not generated again. ``beside``: training goes on meanwhile."""
     scores = {}
     for eval_set in rollouts.sets:
         path = samples_path(folder, step, eval_set.name)
         if path.exists():
             samples = read_arrow(path)
         else:
-            samples = await sampled(rollouts, eval_set)
+            samples = await sampled(rollouts, eval_set, beside)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path, encode_table(samples))
         scores[eval_set.name] = set_scores(samples, eval_set.max_tokens)
@@ -88,13 +153,13 @@ async def measure(rollouts: Rollouts, folder: RunFolder, step: int) -> dict[str,
     return scores
 
 
-async def sampled(rollouts: Rollouts, eval_set: EvalSet) -> pa.Table:
+async def sampled(rollouts: Rollouts, eval_set: EvalSet, beside: bool) -> pa.Table:
     """The samples of a set, as ``SAMPLES_SCHEMA``."""
     config = eval_set.config
 
     async def one(prompt: Prompt) -> list[dict[str, Any]]:
         group = await rollouts.pool.sample(
-            prompt, config.n, config.temperature, config.top_p, eval_set.max_tokens
+            prompt, config.n, config.temperature, config.top_p, eval_set.max_tokens, beside
         )
         problem = eval_set.problems.problem(prompt.position)
         return rows_of(await rollouts.rewards.score_group(group, problem, eval_set.source), problem)
@@ -122,6 +187,7 @@ def rows_of(group: Group, problem: Problem) -> list[dict[str, Any]]:
             "prompt_tokens": sample.prompt_tokens,
             "response_tokens": sample.response_tokens,
             "rollout_logprobs": sample.rollout_logprobs,
+            "versions": json.dumps([asdict(span) for span in sample.versions]),
         }
         for sample in group.samples
     ]

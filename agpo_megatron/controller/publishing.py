@@ -117,4 +117,5 @@ def make_publisher(
         probe_tokens=probe_tokens(prompts),
         probe_tolerance=probe_tolerance(config),
         timeout=config.cluster.command_timeout,
+        keep_running=config.rollout.kv_on_publish == "keep",
     )

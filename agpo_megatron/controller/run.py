@@ -139,6 +139,14 @@ class Run:
         one for the weights.
         """
         timings, whole, tokens = batch.timings, 0.0, int(batch.record.tokens.sum())
+        waits = {
+            key: timings[name]
+            for key, name in (
+                ("idle/trainer_frac", "time/rollout"),
+                ("idle/publish_frac", "time/publish"),
+            )
+            if name in timings
+        }
         for step in batch.record.steps:
             if not self.version.step < step <= self.recipe.steps:
                 continue
@@ -148,6 +156,7 @@ class Run:
             whole += timings["time/step"]
             if step == batch.record.steps[-1]:
                 timings["throughput/tokens_per_s"] = tokens / whole
+                timings |= {key: seconds / whole for key, seconds in waits.items()}
             self.report(batch.record, step, result, timings)
             timings = {}
             await self._save_if_due()

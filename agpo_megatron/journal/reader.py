@@ -15,14 +15,16 @@ from agpo_megatron.journal.records import (
     JournaledGroup,
     batch_to_sample,
     batches_to_groups,
+    decode_fragments,
     decode_record,
     score_sequence,
     train_sequence,
 )
-from agpo_megatron.samples import Sample, TrainSequence
+from agpo_megatron.samples import Fragment, Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
 SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})-p(\d{9})-(\d{9})-([0-9a-f]{16})\.arrow$")
+FRAGMENTS = re.compile(r"fragments-a(\d{6})-(\d{8})-([0-9a-f]{16})\.arrow$")
 BATCH = re.compile(r"batch-(\d{8})-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
 
 
@@ -65,30 +67,40 @@ def owners(folder: Path) -> list[int]:
     return sorted(int(m[1]) for p in folder.glob("owner-*.json") if (m := OWNER.search(p.name)))
 
 
-def valid_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the valid segments and of the valid batches.
+@dataclass(frozen=True)
+class ValidFiles:
+    """The names of the valid files of a journal, in order.
 
-    Valid files = the inventory that the newest attempt took over, plus the files it wrote itself. Files that an older
-    attempt wrote after it was superseded are in neither and are ignored.
+    Valid = the inventory that the newest attempt took over, plus the files it wrote itself. Files that an older attempt
+    wrote after it was superseded are in neither and are ignored.
     """
+
+    segments: list[str]
+    batches: list[str]
+    fragments: list[str]
+
+
+def valid_files(folder: Path) -> ValidFiles:
     attempts = owners(folder)
     if not attempts:
-        return [], []
+        return ValidFiles([], [], [])
     newest = attempts[-1]
     inventory = json.loads((folder / f"owner-{newest:06d}.json").read_text())
-    if "batches" not in inventory:
+    if "fragments" not in inventory:
         raise JournalError(
             f"{folder} was written by an earlier release, which this one cannot read. Finish that run with the release "
             "it began with, or start in another --run-dir."
         )
-    segments, batches = set(inventory["segments"]), set(inventory["batches"])
-    for path in (folder / "samples").iterdir():
-        if (m := SEGMENT.fullmatch(path.name)) and int(m[1]) == newest:
-            segments.add(path.name)
-    for path in (folder / "batches").iterdir():
-        if (m := BATCH.fullmatch(path.name)) and int(m[3]) == newest:
-            batches.add(path.name)
-    return sorted(segments), sorted(batches)
+    found = {kind: set(inventory[kind]) for kind in ("segments", "batches", "fragments")}
+    for kind, pattern, place, group in (
+        ("segments", SEGMENT, "samples", 1),
+        ("batches", BATCH, "batches", 3),
+        ("fragments", FRAGMENTS, "fragments", 1),
+    ):
+        for path in (folder / place).iterdir():
+            if (m := pattern.fullmatch(path.name)) and int(m[group]) == newest:
+                found[kind].add(path.name)
+    return ValidFiles(**{kind: sorted(names) for kind, names in found.items()})
 
 
 class JournalReader:
@@ -102,11 +114,11 @@ class JournalReader:
 
     def batches(self) -> list[BatchName]:
         """Return the committed batches, in order."""
-        return [BatchName.parse(name) for name in valid_files(self.folder)[1]]
+        return [BatchName.parse(name) for name in valid_files(self.folder).batches]
 
     def segments(self) -> list[SegmentName]:
         """Return the valid segments."""
-        return [SegmentName.parse(name) for name in valid_files(self.folder)[0]]
+        return [SegmentName.parse(name) for name in valid_files(self.folder).segments]
 
     def batch_of(self, step: int) -> BatchName:
         """Return the committed batch of optimizer step ``step``. Raises JournalError when there is none."""
@@ -116,6 +128,16 @@ class JournalReader:
                 return batch
         held = f"{batches[0].first_step} to {batches[-1].last_step}" if batches else "none"
         raise JournalError(f"{self.folder} has no committed batch with step {step} (it has {held})")
+
+    def fragments(self) -> dict[str, list[Fragment]]:
+        """Read the fragments of unfinished groups, by the name of their file. Raises JournalError."""
+        folder, found = self.folder / "fragments", {}
+        for name in valid_files(self.folder).fragments:
+            match = FRAGMENTS.fullmatch(name)
+            assert match is not None
+            data = read_file(folder / name, match[3], self.read_patience)
+            found[name] = decode_fragments(folder / name, data)
+        return found
 
     def record(self, name: str) -> BatchRecord:
         """Read the batch file ``name`` and check it against the digest in its name. Raises JournalError."""

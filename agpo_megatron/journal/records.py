@@ -1,15 +1,17 @@
 """Contents of the journal's files, and the conversion of samples to rows and back.
 
-Three kinds of immutable Arrow file:
+Four kinds of immutable Arrow file:
 
 * ``samples/segment-...``: a segment, one block per sample of some finished groups;
 * ``batches/details-...``: per-token decisions and scores of a batch, one block per sample that has any;
 * ``batches/batch-...``: one committed batch, one small row per sample. It refers to blocks of the other two and adds
-  the decisions per sequence. It does not depend on the parallel layout, so a batch can be replayed in any.
+  the decisions per sequence. It does not depend on the parallel layout, so a batch can be replayed in any;
+* ``fragments/fragments-...``: what is generated so far of responses whose group is unfinished, one row per fragment.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +27,7 @@ from agpo_megatron.samples import (
     Array,
     Column,
     Floats,
+    Fragment,
     Group,
     Prompt,
     Sample,
@@ -75,6 +78,17 @@ BATCH_SCHEMA = pa.schema(
 )
 SCORE_SCHEMA = pa.schema([("sample_id", pa.string()), ("logprobs", pa.list_(pa.float32()))])
 """Scores from the trainer, before a batch is decided: log-probs of the tokens in each sample's loss mask."""
+FRAGMENT_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("index", pa.int32()),
+        ("start", pa.int32()),
+        ("tokens", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("versions", pa.string()),
+        ("finish_reason", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,11 +316,55 @@ def decode_record(path: Path, data: bytes) -> BatchRecord:
     )
 
 
+def encode_fragments(fragments: Sequence[Fragment]) -> bytes:
+    """Encode fragments as the content of a file in ``FRAGMENT_SCHEMA``."""
+    spans = [json.dumps([asdict(span) for span in f.versions]) for f in fragments]
+    columns = [
+        pa.array([f.position for f in fragments], pa.int64()),
+        pa.array([f.index for f in fragments], pa.int32()),
+        pa.array([f.start for f in fragments], pa.int32()),
+        _lists_of([f.tokens for f in fragments], "int32"),
+        _lists_of([f.logprobs for f in fragments], "float32"),
+        pa.array(spans, pa.string()),
+        pa.array([f.finish_reason for f in fragments], pa.string()),
+    ]
+    return encode_table(pa.table(columns, FRAGMENT_SCHEMA))
+
+
+def decode_fragments(path: Path, data: bytes) -> list[Fragment]:
+    """Invert ``encode_fragments``. Raises JournalError naming ``path``."""
+    table = decode_table(path, data).combine_chunks()
+    plain = table.drop_columns(["tokens", "logprobs"]).to_pylist()
+    lists = [_each_of(table.column(name).chunk(0)) for name in ("tokens", "logprobs")]
+    return [
+        Fragment(
+            row["position"],
+            row["index"],
+            row["start"],
+            tokens,
+            logprobs,
+            tuple(VersionSpan(**span) for span in json.loads(row["versions"])),
+            row["finish_reason"],
+        )
+        for row, tokens, logprobs in zip(plain, *lists, strict=True)
+    ]
+
+
+def _lists_of(arrays: Sequence[Array], dtype: str) -> pa.ListArray:
+    ends = np.cumsum([0, *(len(values) for values in arrays)])
+    entries = np.concatenate([np.zeros(0, dtype), *arrays])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(entries))
+
+
+def _each_of(lists: pa.ListArray) -> list[Array]:
+    """Return the entries of each list, without a copy."""
+    ends, entries = lists.offsets.to_numpy(), lists.values.to_numpy()
+    return [entries[a:b] for a, b in itertools.pairwise(ends)]
+
+
 def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
     """Write log-probs by sample id in ``SCORE_SCHEMA``; return the file's digest."""
-    ends = np.cumsum([0, *(len(values) for values in logprobs.values())])
-    entries = np.concatenate([np.zeros(0, np.float32), *logprobs.values()])
-    lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(entries, pa.float32()))
+    lists = _lists_of(list(logprobs.values()), "float32")
     data = encode_table(pa.table([pa.array(list(logprobs), pa.string()), lists], SCORE_SCHEMA))
     write_durably(path, data)
     return digest(data)
@@ -315,10 +373,8 @@ def write_scores(path: Path, logprobs: Mapping[str, Floats]) -> str:
 def read_scores(path: Path, data: bytes) -> dict[str, Floats]:
     """Invert ``write_scores``."""
     table = decode_table(path, data).combine_chunks()
-    lists = table.column("logprobs").chunk(0)
-    ends, entries = lists.offsets.to_numpy(), lists.values.to_numpy()
     names = table.column("sample_id").to_pylist()
-    return {n: entries[a:b] for n, a, b in zip(names, ends, ends[1:], strict=False)}
+    return dict(zip(names, _each_of(table.column("logprobs").chunk(0)), strict=True))
 
 
 def place_on_loss_mask(scored: Floats, sample: Sample) -> Floats:

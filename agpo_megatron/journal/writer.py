@@ -3,6 +3,7 @@
 Folder::
 
     owner-000002.json                     current writer, and the valid files of earlier attempts
+    fragments/fragments-a000002-00000003-DIGEST.arrow     attempt, number; gone once their groups are in segments
     samples/segment-a000002-00000007-p000000112-000000115-DIGEST.arrow      attempt, number, prompt positions
     batches/details-00000012-a000002-DIGEST.arrow                           first step, attempt
     batches/batch-00000012-00000015-a000002-DIGEST.arrow                    first and last step, attempt
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ import pyarrow as pa
 
 from agpo_megatron.files import digest, write_durably
 from agpo_megatron.journal.blocks import DIGEST, JournalError, write_blocks
-from agpo_megatron.journal.reader import BatchName, JournalReader, owners, valid_files
+from agpo_megatron.journal.reader import BatchName, JournalReader, ValidFiles, owners, valid_files
 from agpo_megatron.journal.records import (
     DETAILS_SCHEMA,
     SEGMENT_SCHEMA,
     BatchRecord,
     JournaledGroup,
     details_batch,
+    encode_fragments,
     encode_record,
     sample_batches,
 )
-from agpo_megatron.samples import Group, columns
+from agpo_megatron.samples import Fragment, Group, columns
 
 
 class Journal:
@@ -39,19 +41,22 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("samples", "batches"):
+        for name in ("samples", "batches", "fragments"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.attempt = self._claim()
         self.reader = JournalReader(folder)
         self._segments_written = 0
+        self._fragments_written = 0
+        self._unfinished: dict[str, set[int]] = {}  # positions that a file of fragments is kept for
 
     def _claim(self) -> int:
         """Claim the next attempt number with an exclusive file that lists the files taken over."""
-        segments, batches = valid_files(self.folder)
+        valid = valid_files(self.folder)
+        self._inherited = valid.fragments
         attempt = max(owners(self.folder), default=0) + 1
         path = self.folder / owner_name(attempt)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        write_durably(temporary, inventory(segments, batches))
+        write_durably(temporary, inventory(valid))
         try:
             os.link(temporary, path)
         except FileExistsError as error:
@@ -80,10 +85,51 @@ class Journal:
             )
         )
         self._segments_written += 1
+        self._drop_fragments(set(positions))
         return [
             JournaledGroup(without_texts(group), [next(blocks) for _ in group.samples])
             for group in groups
         ]
+
+    def append_fragments(self, fragments: Sequence[Fragment]) -> None:
+        """Write fragments of unfinished groups durably, as one file; it goes when their groups are appended."""
+        data = encode_fragments(fragments)
+        number = self._fragments_written
+        name = f"fragments-a{self.attempt:06d}-{number:08d}-{digest(data)[:DIGEST]}.arrow"
+        write_durably(self.folder / "fragments" / name, data)
+        self._fragments_written += 1
+        self._unfinished[name] = {fragment.position for fragment in fragments}
+
+    def pending_fragments(self, finished: Collection[int]) -> dict[int, list[Fragment]]:
+        """Return the durable fragments of unfinished groups by prompt position (used once, on resume). ``finished``:
+        the positions that need none, because their group is pending.
+
+        What is still needed becomes a file of this attempt, so that those of earlier ones can go: a file that a shared
+        file system shows late can then never be taken for a part of what was generated in its place.
+        """
+        last = self.last()
+        cursor = last.cursor if last else 0
+        found: dict[int, list[Fragment]] = {}
+        for fragments in self.reader.fragments().values():
+            for fragment in fragments:
+                if fragment.position >= cursor and fragment.position not in finished:
+                    found.setdefault(fragment.position, []).append(fragment)
+        if found:
+            self.append_fragments([fragment for some in found.values() for fragment in some])
+        valid = valid_files(self.folder)
+        old, self._inherited = self._inherited, []
+        self._write_inventory(valid.segments, valid.batches)
+        for name in old:
+            (self.folder / "fragments" / name).unlink()
+        return found
+
+    def _drop_fragments(self, finished: Collection[int]) -> None:
+        """Remove the files of fragments whose groups are all durable."""
+        for name, positions in list(self._unfinished.items()):
+            positions.difference_update(finished)
+            if not positions:
+                (self.folder / "fragments" / name).unlink(missing_ok=True)
+                del self._unfinished[name]
 
     def commit(
         self, record: BatchRecord, decided: Mapping[str, Sequence[Any]]
@@ -164,17 +210,18 @@ class Journal:
         cursor = self.reader.record(old[-1].name).cursor
         segments = self.reader.segments()
         dead = {s for s in segments if s.last < cursor}
-        write_durably(
-            self.folder / owner_name(self.attempt),
-            inventory(
-                [s.name for s in segments if s not in dead],
-                [b.name for b in batches if b not in old],
-            ),
+        self._write_inventory(
+            [s.name for s in segments if s not in dead],
+            [b.name for b in batches if b not in old],
         )
         self._remove_batches(old)
         for segment in dead:
             (self.folder / "samples" / segment.name).unlink()
         return len(old) + len(dead)
+
+    def _write_inventory(self, segments: list[str], batches: list[str]) -> None:
+        kept = ValidFiles(segments, batches, self._inherited)
+        write_durably(self.folder / owner_name(self.attempt), inventory(kept))
 
     def _remove_batches(self, old: Sequence[BatchName]) -> None:
         folder, steps = self.folder / "batches", {batch.first_step for batch in old}
@@ -194,7 +241,5 @@ def owner_name(attempt: int) -> str:
     return f"owner-{attempt:06d}.json"
 
 
-def inventory(segments: Sequence[str], batches: Sequence[str]) -> bytes:
-    return json.dumps(
-        {"segments": list(segments), "batches": list(batches), "pid": os.getpid()}
-    ).encode()
+def inventory(valid: ValidFiles) -> bytes:
+    return json.dumps({**asdict(valid), "pid": os.getpid()}).encode()

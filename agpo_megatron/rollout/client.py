@@ -7,7 +7,9 @@ temperature 1 whatever the request says. All methods raise ``ServerError``; ``st
 
 from __future__ import annotations
 
+import errno
 import math
+import resource
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +63,17 @@ class ServerError(RuntimeError):
         return not 400 <= self.status < 500
 
 
+class NoDescriptor(RuntimeError):
+    """This machine has no file descriptor left for a connection; no server is to blame."""
+
+    def __init__(self, url: str) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        super().__init__(
+            f"no file descriptor left for a connection to {url}: the controller may open {soft} (hard limit {hard}); "
+            "raise the hard limit (`ulimit -Hn`, or LimitNOFILE of slurmd), or lower rollout.max_in_flight"
+        )
+
+
 class NonFiniteLogprob(ServerError):
     """A generated token has a NaN or infinite log-prob: the server's weights or numerics are broken."""
 
@@ -89,7 +102,7 @@ class _Finish(msgspec.Struct):
 
 
 class _Meta(msgspec.Struct):
-    output_token_logprobs: msgspec.Raw
+    output_token_logprobs: msgspec.Raw = msgspec.Raw(b"[]")
     finish_reason: _Finish | None = None
     weight_version: str = ""
     weight_versions: list[_Span] = []
@@ -107,8 +120,9 @@ _OUTPUTS = msgspec.json.Decoder(list[_Output] | _Output)
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One response of n tokens. ``tokens`` [n] int32; ``logprobs`` [n] float32, finite; ``finish_reason``: stop, length
-    or abort."""
+    """The n tokens that one request generated of a response. ``tokens`` [n] int32; ``logprobs`` [n] float32, finite;
+    ``finish_reason``: stop, length (of the request), or abort, which may come before the first token. ``versions``: by
+    place among these tokens."""
 
     tokens: Ints
     logprobs: Floats
@@ -179,9 +193,10 @@ class ServerClient:
         tokens = read_tokens(output.output_ids)
         if finish not in ("stop", "length", "abort"):
             raise ServerError(self.url, "/generate", 200, f"unexpected finish_reason {finish!r}")
-        if finish == "abort":
-            return Generation(tokens, np.zeros(0, np.float32), finish, spans)
         logprobs, echoed = read_logprobs(meta.output_token_logprobs)
+        if finish == "abort" and len(tokens) != len(echoed):
+            # It was still in SGLang's queue: whatever it names was not generated.
+            return Generation(tokens[:0], logprobs[:0], finish, ())
         if not np.array_equal(tokens, echoed):
             raise ServerError(self.url, "/generate", 200, "log-probs are not of the output tokens")
         if (broken := np.flatnonzero(~np.isfinite(logprobs))).size:
@@ -267,7 +282,8 @@ class ServerClient:
         await self._call("/destroy_weights_update_group", {"group_name": name}, timeout)
 
     async def pause(self, mode: str, timeout: float) -> None:
-        """Pause generation: ``abort`` ends running requests, polling once a second; ``retract`` sets them aside."""
+        """Pause generation: ``abort`` ends running requests, polling once a second; ``in_place`` halts them where they
+        are, to go on with ``continue_generation`` and, after an update, with new weights on the old cache."""
         await self._call("/pause_generation", {"mode": mode}, timeout)
 
     async def continue_generation(self, timeout: float = 30.0) -> None:
@@ -349,4 +365,6 @@ class ServerClient:
             message = f"nothing within {seconds:.0f} s"
             raise ServerError(self.url, endpoint, 0, message) from error
         except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise NoDescriptor(self.url) from error
             raise ServerError(self.url, endpoint, 0, repr(error)) from error

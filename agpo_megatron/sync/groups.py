@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from agpo_megatron.rollout.client import ServerError
-from agpo_megatron.rollout.pool import Server
+from agpo_megatron.rollout.servers import Server
 from agpo_megatron.sync.messages import TrainerPublishing, group_name
 from agpo_megatron.sync.transfer import Transfer
 

@@ -14,6 +14,10 @@ epoch. A server that hangs costs the time of one call; it is DEAD then, and must
 a publish begins by taking the version from all servers. Deadlines are nested, the trainer's broadcast first, then the
 servers' calls, the pass, the trainer's command and the publish, so that one that expires leaves time to go on. Nothing
 is generated on a paused server: that call would block.
+
+With ``keep_running`` a publish ends nothing: requests are paused ``in_place`` and go on afterwards, with the new
+weights on the cache of the old ones, which is not flushed. What a server that leaves such a transfer returns is
+thrown away.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from dataclasses import dataclass, replace
 
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerError
-from agpo_megatron.rollout.pool import RolloutPool, Server, State
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import Server, State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.groups import UpdateGroups
 from agpo_megatron.sync.messages import PublishReport, TrainerPublishing
@@ -67,7 +72,8 @@ class Publisher:
 
     ``plan``: by pipeline stage, the buckets that the trainer sends (``conversion.manifest``). ``server_ranks``: tensor
     parallel size of a server. ``backend``: gloo or nccl. ``probe_tokens``: sequence whose log-probs server and trainer
-    must agree on within ``probe_tolerance``. ``timeout``: seconds for one publish, all included.
+    must agree on within ``probe_tolerance``. ``timeout``: seconds for one publish, all included. ``keep_running``: see
+    the module; the first publish ends what an earlier controller has left running all the same.
     """
 
     def __init__(
@@ -81,11 +87,13 @@ class Publisher:
         probe_tokens: Sequence[int],
         probe_tolerance: float,
         timeout: float,
+        keep_running: bool = False,
     ) -> None:
         self._pool, self._trainer, self._plan = pool, trainer, plan
         self._server_ranks, self._backend = server_ranks, backend
         self._probe_tokens, self._probe_tolerance = list(probe_tokens), probe_tolerance
         self._timeout = timeout
+        self._keep_running, self._is_first = keep_running, True
         self._groups = UpdateGroups(trainer, server_ranks, backend)
         self._version: WeightVersion | None = (
             None  # None: a publish waits for its turn, or there was none
@@ -113,13 +121,15 @@ class Publisher:
             while True:
                 await self._pool.wait_alive(1, deadline - time.monotonic())
                 targets = [s for s in self._pool.servers if s.alive]
-                transfers = [await self._transfer(targets, self._version, deadline)]
+                keep = self._keep_running and not self._is_first
+                transfers = [await self._transfer(targets, self._version, deadline, keep)]
                 transfers += [
                     await self._transfer([s], self._version, deadline)
                     for s in transfers[0].failed
                     if s.alive
                 ]
                 if any(transfer.left for transfer in transfers):
+                    self._is_first = False
                     return _publication(transfers)
                 why = "; ".join(f"{s.url}: {t.failed[s]}" for t in transfers for s in t.failed)
                 if any(server.alive for server in self._pool.servers):
@@ -162,11 +172,16 @@ class Publisher:
     # One pass
 
     async def _transfer(
-        self, servers: Sequence[Server], version: WeightVersion, deadline: float
+        self,
+        servers: Sequence[Server],
+        version: WeightVersion,
+        deadline: float,
+        keep_running: bool = False,
     ) -> Transfer:
         """The whole order for ``servers``. Afterwards each is READY or named in ``failed`` (QUARANTINED or DEAD)."""
         now = time.monotonic()
-        run = Transfer(self._pool, list(servers), version, now + TRANSFER_SHARE * (deadline - now))
+        until = now + TRANSFER_SHARE * (deadline - now)
+        run = Transfer(self._pool, list(servers), version, until, keep_running)
         try:
             await self._execute(run)
         except BaseException:
@@ -179,15 +194,16 @@ class Publisher:
         return run
 
     async def _execute(self, run: Transfer) -> None:
-        with run.phase("drain"):
-            await self._pool.drain(run.servers, run.call_seconds)
+        if not run.keep_running:
+            with run.phase("drain"):
+                await self._pool.drain(run.servers, run.call_seconds)
         with run.phase("pause"):
             for server in run.servers:
                 if server.alive:
                     await self._pool.quarantine(server, "receives new weights")
                 else:
                     run.failed[server] = server.reason
-            await run.each(lambda s: s.client.pause("abort", run.call_seconds))
+            await run.each(lambda s: self._pause(s, run))
         with run.phase("open"):
             await self._groups.open(run)
         with run.phase("begin"):
@@ -294,10 +310,16 @@ class Publisher:
                 shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
                 await run.fail(server, f"checksums differ from {whose}: {shown}")
 
+    async def _pause(self, server: Server, run: Transfer) -> None:
+        server.paused = run.keep_running
+        await server.client.pause("in_place" if run.keep_running else "abort", run.call_seconds)
+
     async def _resume(self, server: Server, run: Transfer) -> None:
-        await server.client.flush_cache(run.call_seconds)
+        if not run.keep_running:  # the server refuses while requests run
+            await server.client.flush_cache(run.call_seconds)
         await server.client.set_weight_version(str(run.version), run.call_seconds)
         await server.client.continue_generation(run.call_seconds)
+        server.paused = False
 
     async def _probe(self, server: Server, expected: Sequence[float] | None, run: Transfer) -> None:
         found = await server.client.score(self._probe_tokens, timeout=run.call_seconds)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from agpo_megatron.rollout.client import ServerError
-from agpo_megatron.rollout.pool import RolloutPool, Server
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import Server
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport
 
@@ -21,13 +22,14 @@ CALL_SHARE = 1 / 3
 
 @dataclass
 class Transfer:
-    """``version``: what is sent. ``deadline``: of the pass, monotonic seconds. ``failed``: server -> why; such a one
-    takes no further part, and is QUARANTINED or DEAD."""
+    """``version``: what is sent. ``deadline``: of the pass, monotonic seconds. ``keep_running``: nothing is aborted.
+    ``failed``: server -> why; such a one takes no further part, and is QUARANTINED or DEAD."""
 
     pool: RolloutPool
     servers: list[Server]
     version: WeightVersion
     deadline: float
+    keep_running: bool = False
     failed: dict[Server, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     report: PublishReport | None = None
@@ -67,4 +69,5 @@ class Transfer:
     async def fail(self, server: Server, reason: str, dead: bool = False) -> None:
         log.error("publish: %s leaves the transfer: %s", server.url, reason)
         self.failed[server] = reason
+        server.torn += 1
         await (self.pool.give_up if dead else self.pool.quarantine)(server, reason)

@@ -16,7 +16,8 @@ from live_server import LiveServer, server_config, tiny_llama
 from plain_trainer import PlainTrainer, changed, logprobs
 
 from agpo_megatron.rollout.client import ServerClient
-from agpo_megatron.rollout.pool import RolloutPool, State
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.protocol import Publisher, PublishError
 

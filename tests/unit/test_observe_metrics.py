@@ -19,7 +19,9 @@ response/tokens_correct_mean, response/truncated_frac, group/zero_variance_frac,
 group/all_wrong_frac, group/cov_length_advantage, mask/kept_tokens, mask/kept_groups, loss/policy, loss/unclipped,
 loss/clip_gate, loss/kl, policy/entropy, policy/ratio_mean, policy/clip_frac, grad_norm, lr,
 rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped,
-time/rollout, time/reward, time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
+time/rollout, time/reward, time/score, time/update, time/publish, time/step, throughput/tokens_per_s,
+idle/trainer_frac, idle/servers_frac, idle/publish_frac, rollout/slots_used_frac, rollout/fragments, rollout/resumed,
+rollout/tokens_lost, rollout/length_bias, window/ready_groups, window/open_groups,
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
 policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max"""
 

@@ -7,7 +7,8 @@ import time
 
 from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.rollout.client import ServerClient
-from agpo_megatron.rollout.pool import RolloutPool, State
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.transfer import Transfer
 

@@ -16,7 +16,9 @@ from fake_sglang import FakeServer
 from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.rollout import pool as pool_module
 from agpo_megatron.rollout.client import NonFiniteLogprob, ServerClient, ServerError
-from agpo_megatron.rollout.pool import RolloutError, RolloutPool, State
+from agpo_megatron.rollout.group_rollout import RolloutError
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import Prompt
 from agpo_megatron.wait import WaitExpired
 
@@ -141,7 +143,10 @@ def test_attempts_are_bounded_and_all_are_reported() -> None:
         async with fleet(2, attempts=3) as (pool, fakes):
             for fake in fakes:
                 fake.behave = refuse
-            with pytest.raises(RolloutError, match=r"g000000000 failed 3 times .*503.*503.*503"):
+            with pytest.raises(
+                RolloutError,
+                match=r"g000000000: all samples at token 0 failed 3 times .*503.*503.*503",
+            ):
                 await pool.generate_group(prompts(1)[0])
             assert sorted(len(fake.requests) for fake in fakes) == [1, 2]
 
@@ -212,8 +217,10 @@ def test_an_abort_that_nobody_asked_for_is_a_failed_attempt() -> None:
     async def run() -> None:
         async with fleet(1, attempts=3) as (pool, (fake,)):
 
-            async def abort(_: dict[str, Any]) -> None:
-                fake.aborted = True
+            async def abort(body: dict[str, Any]) -> web.Response:
+                meta = {"finish_reason": {"type": "abort"}}  # as of a request that was still queued
+                outputs = [{"output_ids": [], "meta_info": meta}] * body["sampling_params"]["n"]
+                return web.json_response(outputs)
 
             fake.behave = abort
             with pytest.raises(
@@ -287,7 +294,7 @@ def test_every_token_must_have_a_version(spans: list[dict[str, Any]]) -> None:
                 {"version": "3.1.c", "start": 1, "end": 2},
             ]
             group = await pool.generate_group(prompts(1)[0])
-            assert [s.version for s in group.samples[0].versions] == ["1.1.a", "2.1.b", "3.1.c"]
+            assert [s.version for s in group.samples[0].versions] == ["2.1.b", "3.1.c"]
 
     asyncio.run(run())
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from test_sync_protocol import NAMES, publishing, received
 
-from agpo_megatron.rollout.pool import State
+from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.protocol import PublishError
 

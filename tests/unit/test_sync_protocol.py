@@ -15,7 +15,8 @@ from fake_sglang import FakeServer
 from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerClient
-from agpo_megatron.rollout.pool import RolloutPool, State
+from agpo_megatron.rollout.pool import RolloutPool
+from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
 from agpo_megatron.sync.protocol import Publisher, PublishError, differing, majority
