@@ -12,13 +12,13 @@ sequence), so they differ off policy only. To add one, write a function here and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from agpo_megatron.algorithm.gate import Adaptive, Gate, PartSum, total
+from agpo_megatron.algorithm.gate import Adaptive, Gate
 from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT, kl_estimate
 from agpo_megatron.algorithm.settings import LossSettings, PolicyLossName
 from agpo_megatron.samples import DEFAULTS
@@ -30,7 +30,7 @@ class LossRows:
 
     ``per_token`` [N], ``per_sequence`` [S]: the known ones of samples.COLUMNS, by name, fp32. ``sequence`` [N] int64 in
     [0, S): the sequence of each row; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on
-    the policy loss of whole sequences, if the gate is known before the backward pass.
+    the policy loss of whole sequences, where the gate is decided before the forward pass.
     """
 
     per_token: Mapping[str, Tensor]
@@ -335,47 +335,18 @@ def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
     return Ratios(logprob, torch.where(own, current, old), rows)
 
 
-def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
-    """Return S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
-    token = POLICY_LOSSES[settings.policy](_ratios(settings, logprob, rows), settings)
-    weights = (rows.column("loss_weight") * rows.column("correction")).double()
-    values = weights * token.surrogate.double()
-    return values.new_zeros(rows.sequences).index_add(0, rows.sequence, values)
-
-
-def scored_parts(
-    packs: Sequence[LossRows], values: Sequence[Tensor], groups: Sequence[Sequence[str]]
-) -> dict[str, PartSum]:
-    """Return the sums by group from a forward pass. Per pack: ``values`` [S] of ``sequence_values`` and ``groups``, the
-    group of each of its sequences."""
-    parts: dict[str, list[PartSum]] = {}
-    for rows, sums, names in zip(packs, values, groups, strict=True):
-        weight = rows.column("loss_weight").double()
-        size = (weight * rows.column("correction") * rows.column("advantage")).abs()
-        empty = torch.zeros(rows.sequences, dtype=torch.float64)
-        weights = empty.index_add(0, rows.sequence, weight)
-        scales = empty.index_add(0, rows.sequence, size)
-        counts = empty.index_add(0, rows.sequence, torch.ones_like(weight))
-        for i, group in enumerate(names):
-            if counts[i] > 0:  # else no part of the step, as in ``on_policy_parts``
-                part = PartSum(float(weights[i]), float(sums[i]), float(scales[i]))
-                parts.setdefault(group, []).append(part)
-    return {group: total(shares) for group, shares in parts.items()}
-
-
 def loss_metrics(
     settings: LossSettings, totals: Mapping[str, float], gate: Gate | None
 ) -> tuple[dict[str, float], float]:
     """Return the metrics of an optimizer step, from the ``SUMS`` of all its micro-batches, and the gain by which its
-    gradient is still to be scaled. ``gate``: None unless it was known before the backward pass."""
+    gradient is still to be scaled. ``gate``: None unless it was decided before the forward pass."""
     clip = settings.clip
     unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
     if gate is not None:
         unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
-    elif settings.gate_needs_the_step:
-        if clip.on == "total":
-            unclipped += settings.kl_coef * totals["kl"]
-            unclipped -= settings.entropy.coef * totals["weighted_entropy"]
+    elif clip.kind != "none" and clip.on == "total":
+        unclipped += settings.kl_coef * totals["kl"]
+        unclipped -= settings.entropy.coef * totals["weighted_entropy"]
         phi = Adaptive.of(clip)
         value = phi.value(unclipped, totals["scale"])
         mean_gain = still = phi.gain(unclipped, totals["scale"])

@@ -52,8 +52,8 @@ class TrainConfig(Section):
     updates_per_batch: int = Field(1, ge=1)
     """Optimizer steps on each batch, each on its share of the groups; weights are published after the last of them."""
     max_staleness: int = Field(0, ge=0)
-    """Batches by which generation may run ahead of training: a prompt is begun as soon as its batch is at most this many
-    behind the next one to be trained on. 0: generation and training take turns."""
+    """Batches by which generation may run ahead of training: a prompt is begun as soon as its batch is at most this
+    many behind the next one to be trained on. 0: generation and training take turns."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -92,8 +92,8 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(256, ge=1)
     """Response limit; longer ones are truncated."""
     fragment_tokens: int = Field(2048, ge=1)
-    """Tokens of one generation request at most; longer responses are continued by further requests. What a lost server or
-    a killed controller costs of a response."""
+    """Tokens of one generation request at most; longer responses are continued by further requests. What a lost server
+    or a killed controller costs of a response."""
     kv_on_publish: Literal["recompute", "keep"] = "recompute"
     """Responses that run while new weights arrive: continued on a cache computed anew with the new weights, or kept
     running on the old one, which was never executed on a GPU (docs/async.md)."""
