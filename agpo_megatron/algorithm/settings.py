@@ -169,11 +169,17 @@ class LossSettings(Section):
         """Return whether the adaptive part depends on more than one micro-batch."""
         return self.clip.kind != "none" and self.clip.scope in ("batch", "group")
 
+    @property
+    def corrects_tokens(self) -> bool:
+        """Return whether a token's correction depends on its own log-prob alone and is never 0 (``tis`` by token), so
+        that the loss can compute it."""
+        return self.correction.kind == "tis" and self.correction.level == "token"
+
     def scored_weights(self, updates: int) -> tuple[bool, bool]:
         """Return whether a batch of ``updates`` optimizer steps needs the trainer's (old, reference) log-probs."""
         own = (
             (updates > 1 and self.old_logprobs == "score")
-            or self.correction.kind != "none"
+            or (self.correction.kind != "none" and not (self.corrects_tokens and updates == 1))
             or self.entropy.target is not None
             or (self.kl.coef > 0 and self.kl.place == "reward")
         )

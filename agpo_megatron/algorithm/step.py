@@ -126,6 +126,7 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
         ],
         "trained": trained,
         "update": update,
+        "staleness": [staleness(s, request.first_step - 1) for s in samples],
         "old_logprobs": [request.scores.old.get(s.sample_id) for s in samples],
         "ref_logprobs": [request.scores.ref.get(s.sample_id) for s in samples],
         "correction": corrections,
@@ -209,9 +210,11 @@ def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
 
 
 def _correction(sample: Sample, kept: bool, request: StepRequest) -> Floats | None:
-    """Return the rollout correction of each response token; None if it is off or the sample was dropped unscored."""
+    """Return the rollout correction of each response token; None if it is off, if the loss computes it, or if the
+    sample was dropped unscored."""
     settings, old = request.algorithm.loss.correction, request.scores.old
-    if settings.kind == "none" or not (kept or sample.sample_id in old):
+    scored, _ = request.algorithm.loss.scored_weights(request.updates)
+    if settings.kind == "none" or not scored or not (kept or sample.sample_id in old):
         return None
     return rollout_correction(
         old[sample.sample_id],
@@ -343,7 +346,10 @@ def step_metrics(
         "group/cov_length_advantage": length_advantage_covariance(lengths, columns["advantage"]),
         "mask/kept_tokens": float(sum(columns["trained"])),
         "mask/kept_groups": float(sum(kept) / len(groups[0].samples)),
-        "rollout/staleness_mean": fmean(staleness(s, request.first_step - 1) for s in samples),
+        "rollout/staleness_mean": fmean(columns["staleness"]),
+        "rollout/staleness_max": float(
+            max(age for s in samples for _, age in ages(s, request.first_step - 1))
+        ),
         "tokens/skipped": float(
             sum(s.length for s, skip in zip(samples, skipped, strict=True) if skip)
         ),
@@ -397,13 +403,17 @@ def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
 
 def staleness(sample: Sample, current_step: int) -> float:
     """Return the mean staleness over the response's tokens: optimizer steps since the weights that generated them."""
-    if not sample.versions or not len(sample.response_tokens):
-        return 0.0
-    total = sum(
-        (span.end - span.start) * (current_step - WeightVersion.parse(span.version).step)
+    total = sum(tokens * age for tokens, age in ages(sample, current_step))
+    return total / max(len(sample.response_tokens), 1)
+
+
+def ages(sample: Sample, current_step: int) -> list[tuple[int, int]]:
+    """Return (number of tokens, their staleness) of each span of the response; age 0 where none is known."""
+    spans = [
+        (span.end - span.start, current_step - WeightVersion.parse(span.version).step)
         for span in sample.versions
-    )
-    return total / len(sample.response_tokens)
+    ]
+    return spans or [(len(sample.response_tokens), 0)]
 
 
 def supervised(examples: Sequence[Sample]) -> Decision:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from agpo_megatron.algorithm.gate import Gate, PartSum, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import MAXIMA, SUMS, check_rows, loss_metrics
+from agpo_megatron.algorithm.loss import check_rows
+from agpo_megatron.algorithm.loss_metrics import MAXIMA, SUMS, loss_metrics
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.gate import Adaptive, PartSum, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import POLICY_LOSSES, LossRows, micro_batch_loss, row_loss
+from agpo_megatron.algorithm.loss import POLICY_LOSSES, micro_batch_loss, row_loss
+from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.algorithm.settings import AlgorithmSettings, LossSettings
 from agpo_megatron.policy.packing import pack
 from agpo_megatron.samples import TrainSequence

@@ -176,6 +176,18 @@ def test_rollout_correction_and_its_denominators(denominators: str, weight: floa
     assert record.metrics["correction/mean"] == pytest.approx(2 * 2.718281828**0.5 / 8)
 
 
+def test_the_correction_that_the_loss_computes_is_not_decided_here() -> None:
+    tis: dict[str, Any] = {"loss": {"correction": {"kind": "tis"}}}
+    record = step(E4[:1], "grpo", algorithm=algorithm("grpo", tis))
+    assert list(record.columns["trained"]) == [2, 6] and "correction" not in record.columns
+    assert "correction/mean" not in record.metrics
+    tis["loss"]["kl"] = {"coef": 0.01, "place": "reward", "estimator": "k1"}  # which is scored
+    scored = step(E4[:1], "grpo", algorithm=algorithm("grpo", tis), scores=SCORES)
+    assert scored.columns["correction"][0] == pytest.approx([2.718281828**0.5] * 2)
+    assert scored.columns["correction"][1].tolist() == [2.0] * 6
+    assert scored.metrics["correction/mean"] == pytest.approx((2 * 2.718281828**0.5 + 12) / 8)
+
+
 def test_correction_metrics_leave_out_what_the_environment_wrote() -> None:
     first, second = E4[0].samples
     half = replace(second, loss_mask=np.array([1, 1, 0, 0, 0, 0], np.uint8))
@@ -255,6 +267,16 @@ def test_staleness_counts_optimizer_steps_per_token() -> None:
     sample = group(0, [1, 0], [4, 4]).samples[0]
     mixed = replace(sample, versions=(VersionSpan("3.1.a", 0, 1), VersionSpan("5.2.b", 1, 4)))
     assert staleness(mixed, 5) == pytest.approx(2 / 4)
+    fresh = group(1, [1, 0], [4, 4])
+    fresh.samples[:] = [replace(s, versions=(VersionSpan("5.2.b", 0, 4),)) for s in fresh.samples]
+    old = replace(sample, index=1, versions=(VersionSpan("1.1.a", 0, 4),))
+    both = [Group(made.prompt(0), [mixed, old]), fresh]
+    record = step(both, "grpo", first_step=6)
+    assert list(record.columns["staleness"]) == [0.5, 4, 0, 0]
+    assert record.metrics["rollout/staleness_mean"] == pytest.approx(4.5 / 4)
+    assert record.metrics["rollout/staleness_max"] == 4
+    worked = replace(sample, versions=())
+    assert staleness(worked, 5) == 0
 
 
 def test_a_batch_of_several_updates_is_divided_into_parts_with_weights_of_their_own() -> None:
@@ -289,6 +311,16 @@ def test_what_a_batch_must_know_of_the_trainer() -> None:
     assert several.scored_weights(1) == (False, False)
     assert several.scored_weights(4) == (True, False)
     assert LossSettings(old_logprobs="rollout").scored_weights(4) == (False, False)
+    token = LossSettings.model_validate({"correction": {"kind": "tis"}})
+    assert token.scored_weights(1) == (False, False), "the loss computes it"
+    assert token.scored_weights(2) == (True, False)
+    for other in (
+        {"correction": {"kind": "tis", "level": "sequence"}},
+        {"correction": {"kind": "mis"}},
+        {"correction": {"kind": "icepop"}},
+        {"correction": {"kind": "tis"}, "entropy": {"target": 0.5}},
+    ):
+        assert LossSettings.model_validate(other).scored_weights(1) == (True, False)
     kl = {"loss": {"kl": {"coef": 0.1, "place": "reward"}}}
     assert algorithm("grpo", kl).loss.scored_weights(1) == (True, True)
     assert algorithm("grpo", {"loss": {"kl": {"coef": 0.1}}}).loss.scored_weights(1) == (

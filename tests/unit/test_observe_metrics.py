@@ -21,7 +21,9 @@ loss/clip_gate, loss/kl, policy/entropy, policy/ratio_mean, policy/clip_frac, gr
 rollout/logprob_abs_diff_mean, rollout/logprob_abs_diff_max, rollout/staleness_mean, tokens/trained, tokens/skipped,
 time/rollout, time/reward, time/score, time/update, time/publish, time/step, throughput/tokens_per_s, sampling/rounds,
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
-policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max"""
+policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max, rollout/ess_token, rollout/ess_sequence,
+rollout/logprob_abs_diff_age0, rollout/logprob_abs_diff_age1, rollout/logprob_abs_diff_age2,
+rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

@@ -266,6 +266,33 @@ def test_corrections_weigh_the_policy_loss_alone(policy: Any) -> None:
     assert same(one, other)
 
 
+@pytest.mark.parametrize("adaptive", ["none", "exp"])
+def test_a_correction_in_the_update_is_that_of_scored_logprobs(policy: Any, adaptive: str) -> None:
+    work, scores = batch(), policy.score([batch()])
+    stale = []
+    for i, s in enumerate(work):
+        own = scores[s.sample_id].logprobs
+        server = [x - math.sin(3 * t + i) for t, x in enumerate(own)]
+        stale.append(changed(s, rollout_logprobs=server))
+    how = {"correction": {"kind": "tis"}, "adaptive": adaptive}
+    factors = {
+        s.sample_id: np.minimum(
+            np.exp(scores[s.sample_id].logprobs[1:] - s.columns["rollout_logprobs"]), 2.0
+        )
+        for s in stale
+    }
+    assert any((c == 2).any() and (c < 1).any() for c in factors.values())
+    decided = [changed(s, correction=[0.0, *factors[s.sample_id]]) for s in stale]
+    stats, gradient = run(policy, [stale[:3], stale[3:]], **how)
+    expected, its = run(policy, [decided], **how)
+    assert same(gradient, its)
+    assert stats["loss/unclipped"] == pytest.approx(expected["loss/unclipped"], abs=1e-6)
+    mean = np.mean([factors[s.sample_id][t - 1] for s in work for t in trained(s)])
+    assert stats["correction/mean"] == pytest.approx(mean, rel=1e-5)
+    assert "correction/mean" not in expected
+    assert not same(gradient, run(policy, [stale], adaptive=adaptive)[1], 1e-2)
+
+
 @pytest.mark.parametrize("name", ["gspo", "gspo_token", "cispo", "gmpo", "sapo"])
 def test_every_policy_loss_runs_and_ignores_the_split(policy: Any, name: str) -> None:
     work = scored(policy, batch("seq_mean_token_mean"), 0.2)
