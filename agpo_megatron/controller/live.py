@@ -87,7 +87,7 @@ async def commit(
     scored = [
         journaled
         for journaled in collected.groups
-        if not drops_groups(config.algorithm) or has_variance(journaled.group, config.algorithm)
+        if not drops_groups(config.algorithm) or has_variance(journaled.group)
     ]
     request = StepRequest(
         algorithm=config.algorithm,
@@ -133,7 +133,7 @@ async def collect(
         positions = range(cursor, cursor + size - len(chosen))
         cursor, rounds = positions.stop, rounds + 1
         for journaled in await generate(run, rollouts, positions, pending, timings):
-            informative = has_variance(journaled.group, config.algorithm)
+            informative = has_variance(journaled.group)
             (chosen if informative or not resample else uniform).append(journaled)
     missing = size - len(chosen)
     if missing:

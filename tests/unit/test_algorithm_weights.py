@@ -25,12 +25,10 @@ CLIP = Adaptive("max0")
 def advantages(groups, zero_variance="zero"):
     got = step_advantages(
         groups,
-        groups,
         [[1] * len(g) for g in groups],
+        [not is_zero_variance(g) for g in groups],
         estimator="group_norm",
         zero_variance=zero_variance,
-        tol=1e-6,
-        std_eps=1e-6,
         correct=[[r >= 1.0 for r in g] for g in groups],
     )
     return [a for group in got for a in group]
@@ -44,7 +42,7 @@ def test_loss_mask_worked_example():
     groups, lengths = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], [2, 6, 5, 3, 1, 3]
     a = advantages(groups)
     assert a == pytest.approx([0.707106, -0.707106, 0, 0, -0.707106, 0.707106], abs=6e-7)
-    kept = [not is_zero_variance(raw, 1e-6) for raw in groups for _ in raw]
+    kept = [not is_zero_variance(raw) for raw in groups for _ in raw]
     trained = [n if k else 0 for n, k in zip(lengths, kept, strict=True)]
     assert sum(trained) == 12
     expected = {
