@@ -32,7 +32,8 @@ class Objective:
     ``aggregation``: from token losses to L. ``adaptive``: phi of L at ratio 1, or (``scope`` "group") of each group's
     share of it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL
     term (k3) and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from
-    1. ``norm_length``: constant of the aggregation seq_mean_token_sum_norm.
+    1. ``norm_length``: constant of the aggregation seq_mean_token_sum_norm. ``tis``: bound of the importance weights of
+    tokens against the rollout server; None: no correction.
     """
 
     kind: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"] = "ppo"
@@ -46,6 +47,7 @@ class Objective:
     clip: tuple[float, float] = (0.2, 0.28)
     temperature: float = 1.0
     norm_length: int = 64
+    tis: float | None = None
 
 
 # ---------------------------------------------------------------- the model
@@ -287,6 +289,10 @@ def truth(
             if s.old_logprobs:
                 old = torch.tensor(s.old_logprobs[1:], dtype=torch.float64)
             loss, value = token_losses(chosen[mask], old[mask], s.advantage, objective)
+            if objective.tis is not None:  # q of the weights that the batch starts from
+                rollout = torch.tensor(s.rollout_logprobs[1:], dtype=torch.float64)
+                weight = (old - rollout)[mask].exp().clamp(max=objective.tis)
+                loss, value = weight * loss, weight * value
             if objective.adaptive != "none":  # phi is decided at ratio 1
                 value = torch.full_like(value, -s.advantage)
             losses.setdefault(s.group_id, []).append(loss)
