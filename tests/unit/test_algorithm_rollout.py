@@ -91,6 +91,8 @@ def test_they_are_those_of_the_scored_way() -> None:
     assert one == pytest.approx(other, rel=1e-6)
     assert sums["loss"] == pytest.approx(its["loss"], rel=1e-6)
     assert "correction/mean" not in metrics, "known with the batch"
+    moved = [changed(s, rollout_logprobs=[0.0, *[-9.0] * len(s.response_tokens)]) for s in scored]
+    assert computed(loss(**TIS), moved)[0] == other, "what was decided with the batch stays"
     without, _, _ = computed(loss(), plain)
     assert without == pytest.approx([-0.25, -0.25, -0.25, 0.5, 0.5])
 
@@ -118,6 +120,8 @@ def test_effective_sample_sizes() -> None:
     _, _, metrics = computed(loss(), work(gaps))
     assert metrics["rollout/ess_token"] == pytest.approx(25 / (4 * 7))
     assert metrics["rollout/ess_sequence"] == pytest.approx(9 / (2 * 5))
+    idle = changed(work([[LOG2]])[0], loss_weight=0.0)  # in the pack, without a trained token
+    assert computed(loss(), [*work(gaps), idle])[2] == metrics
     same = computed(loss(), work([[LOG2, LOG2], [LOG2, LOG2]]))[2]
     assert (same["rollout/ess_token"], same["rollout/ess_sequence"]) == pytest.approx((1, 1))
     # of the weights that the batch starts from, where those were scored

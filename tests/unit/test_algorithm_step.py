@@ -131,6 +131,16 @@ def test_length_terms_act_in_uniform_groups_if_they_are_meant_to(
     assert not has_variance(ALL_RIGHT[0]), "dynamic sampling looks at raw rewards"
 
 
+def test_the_length_reward_of_mixed_groups_brings_no_uniform_group_back() -> None:
+    """One verdict differs though the rewards agree: the bonus is paid, and there is still no variance."""
+    equal = group(0, [0.6, 0.6, 0.6], [10, 20, 30])
+    equal.samples[2] = replace(equal.samples[2], correct=False)
+    record = step([equal], "agpo")
+    assert list(record.columns["reward"]) == pytest.approx([0.7, 0.6, 0.6])
+    assert list(record.columns["advantage"]) == [0, 0, 0]
+    assert list(record.columns["trained"]) == [0, 0, 0]
+
+
 def test_a_member_at_the_mean_weighs_in_the_parts_of_a_bound_that_is_not_0() -> None:
     """Rewards 2, 1, 0 and lengths 2, 6, 3: L = 1/11, and a single group is the whole step: both scopes agree."""
     groups = [group(0, [2, 1, 0], [2, 6, 3])]
