@@ -55,8 +55,8 @@ def against_rollout(current: Tensor, rows: LossRows) -> dict[str, Tensor]:
     known = ~rollout.isnan()
     gap = torch.where(known, torch.where(old.isnan(), current, old) - rollout, 0.0).double()
     known = known.double()
-    diff, bounds = gap.abs(), torch.tensor(AGES[1:], device=gap.device, dtype=torch.float32)
-    age = torch.bucketize(rows.column("staleness"), bounds, right=True)
+    diff, staleness = gap.abs(), rows.column("staleness")
+    age = torch.stack([staleness >= lowest for lowest in AGES[1:]]).sum(0)
 
     def sums(x: Tensor, place: Tensor, count: int) -> Tensor:
         return x.new_zeros(count).index_add(0, place, x)
