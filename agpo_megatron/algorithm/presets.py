@@ -43,7 +43,6 @@ def _switches(
     scope: str = "batch",
     tie: str = "zero",
     kl: float = 0.0,
-    correction: str | None = None,
 ) -> dict[str, Any]:
     return {
         "length_reward": {"kind": length, "weight": length_weight},
@@ -57,7 +56,6 @@ def _switches(
             "mask": {"zero_variance": mask, "criterion": criterion},
             "clip": {"kind": clip, "scope": scope, "tie": tie},
             "kl": {"coef": kl},
-            **({"correction": {"kind": correction}} if correction else {}),
         },
     }
 
@@ -78,7 +76,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         length_weight=1.0,
         zero_variance="resample",
         clip_high=0.28,
-        correction="tis",  # sampling runs ahead by up to a batch
     ),
     "gspo": _switches(
         policy="gspo", clip_low=3e-4, clip_high=4e-4, aggregation="seq_mean_token_mean"
@@ -108,14 +105,18 @@ CORRECTION_KIND = "algorithm.loss.correction.kind"
 
 
 def correct_staleness(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Complete a configuration: where ``train.max_staleness`` is above 0, the correction is ``tis`` (by token, at most
-    2) unless its kind is written, or ``old_logprobs`` is rollout, which puts the gap into the ratio.
+    """Complete a configuration: where responses may be of older weights (``train.max_staleness`` above 0, or dynamic
+    sampling, which runs ahead by up to a batch), the correction is ``tis`` (by token, at most 2) unless its kind is
+    written, or ``old_logprobs`` is rollout, which puts the gap into the ratio.
 
     What is not a section is left to the schema, which refuses it.
     """
     stale, loss = _below(config, "train", "max_staleness"), _below(config, "algorithm", "loss")
-    correction = _below(loss, "correction")
-    if not isinstance(correction, Mapping) or not isinstance(stale, int) or stale < 1:
+    correction, section = _below(loss, "correction"), _below(config, "algorithm")
+    if not isinstance(correction, Mapping) or not isinstance(section, Mapping):
+        return config
+    resamples = _below(apply_preset(section), "advantage", "zero_variance") == "resample"
+    if not resamples and (not isinstance(stale, int) or stale < 1):
         return config
     if "kind" in correction or loss.get("old_logprobs") == "rollout":
         return config

@@ -23,7 +23,7 @@ RUN_DIR = "{run_dir}"
 class Resolved(NamedTuple):
     """A configuration and where each of its values comes from.
 
-    ``provenance``: dotted key -> "default", "preset NAME", "train.max_staleness", "file", "--set" or "--run-dir".
+    ``provenance``: dotted key -> "default", "preset NAME", "staleness", "file", "--set" or "--run-dir".
     """
 
     config: Config
@@ -185,7 +185,7 @@ def _provenance(config: Config, sources: Mapping[str, _Source]) -> dict[str, str
     preset = config.algorithm.preset
     unwritten = dict.fromkeys(preset_keys(preset), f"preset {preset}")
     if config.algorithm.loss.correction.kind != "none":
-        unwritten.setdefault(CORRECTION_KIND, "train.max_staleness")
+        unwritten[CORRECTION_KIND] = "staleness"
     return {
         key: sources[key].kind if key in sources else unwritten.get(key, "default")
         for key in leaves(config)

@@ -131,10 +131,12 @@ KIND = "algorithm.loss.correction.kind"
     [
         ([], "none", "default"),
         (["train.max_staleness=0"], "none", "default"),
-        (["train.max_staleness=1"], "tis", "train.max_staleness"),
+        (["train.max_staleness=1"], "tis", "staleness"),
+        (["algorithm.preset=dapo"], "tis", "staleness"),
+        (["algorithm.advantage.zero_variance=resample"], "tis", "staleness"),
         (["train.max_staleness=1", f"{KIND}=none"], "none", "--set"),
         (["train.max_staleness=1", f"{KIND}=icepop"], "icepop", "--set"),
-        (["train.max_staleness=1", "algorithm={preset: grpo}"], "tis", "train.max_staleness"),
+        (["train.max_staleness=1", "algorithm={preset: grpo}"], "tis", "staleness"),
         (["train.max_staleness=1", "algorithm.loss.old_logprobs=rollout"], "none", "default"),
     ],
 )
