@@ -26,7 +26,7 @@ def parts(contract: Contract, updates: int) -> tuple[Parts, dict[str, torch.Tens
     model = contract.model("dense-untied-4", models.LLAMA3)
     config = json.loads((model / "config.json").read_text())
     weights = {n: w.double() for n, w in models.weights_of(model).items()}
-    batch = recorded(LENGTHS, vocab=config["vocab_size"])
+    batch = recorded((*LENGTHS, 18, 22, 14, 8, 27), vocab=config["vocab_size"])
     with torch.no_grad():
         own = {s.sample_id: log_probs(weights, config, s.tokens)[0] for s in batch}
     behind = stale(batch, own)
