@@ -36,6 +36,23 @@ class Taken:
     cursor: int
 
 
+@dataclass
+class _Reach:
+    """How far a row of groups goes: ``batch`` is that of the next one, from 0 for the next batch to form."""
+
+    size: int
+    examined: int | None
+    batch: int = 0
+    accepted: float = 0.0
+    looked: int = 0
+
+    def look(self, accepted: float) -> None:
+        self.accepted += accepted
+        self.looked += 1
+        if self.accepted >= self.size - 1e-9 or self.looked == self.examined:
+            self.batch, self.accepted, self.looked = self.batch + 1, 0.0, 0
+
+
 class Window:
     """``size``: groups of a batch. ``batches``: left to form in this run. ``cursor``: position of the first prompt.
     ``examined``: under dynamic sampling, positions to look at for a batch at most, after which uniform groups fill it;
@@ -75,16 +92,31 @@ class Window:
 
     def admit(self) -> list[int]:
         """Return the positions to begin now, lowest first."""
-        ahead = min(self.published + self.max_staleness + 1, self.batches) - self.formed
-        wanted, begun = ahead * self.size, self.admitted
-        while self._accepted + self.open * self.acceptance < wanted and self._within_surplus(
-            wanted
-        ):
-            self.admitted += 1
+        ahead = self.published + self.max_staleness + 1 - self.formed
+        begun = self.admitted
+        if self._examined is None:
+            wanted = min(ahead, self.batches - self.formed) * self.size
+            self.admitted += max(0, wanted - self._accepted - self.open)
+        else:
+            expected, at_most = self._reach(self.acceptance), self._reach(1.0)
+            while (
+                expected.batch < min(ahead, self.batches - self.formed)
+                and at_most.batch < ahead + 1
+            ):
+                self.admitted += 1
+                expected.look(self.acceptance)
+                at_most.look(1.0)
         return list(range(begun, self.admitted))
 
-    def _within_surplus(self, wanted: int) -> bool:
-        return self._accepted + self.open < wanted + (0 if self._examined is None else self.size)
+    def _reach(self, share: float) -> _Reach:
+        """Return the batch that the next position to begin belongs to, if of each unfinished group a ``share`` is
+        accepted."""
+        reach = _Reach(self.size, self._examined)
+        for position in range(self.cursor, self.admitted):
+            verdict = self._verdicts.get(position)
+            if verdict is not Verdict.SET_ASIDE:
+                reach.look(share if verdict is None else float(verdict is Verdict.ACCEPTED))
+        return reach
 
     def finish(self, position: int, verdict: Verdict) -> None:
         """Note what became of a position that was begun."""
