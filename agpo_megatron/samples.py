@@ -45,8 +45,9 @@ COLUMNS = (
     Column("old_logprobs", "float32", "token", "step", UNKNOWN),
     # log-prob under the reference policy of the KL term
     Column("ref_logprobs", "float32", "token", "step", UNKNOWN),
-    # factor of the rollout correction on the policy loss; a token with factor 0 is not trained
-    Column("correction", "float32", "token", "step", 1.0),
+    # factor of the rollout correction on the policy loss; a token with factor 0 is not trained. Unknown: the loss
+    # computes it, or there is none
+    Column("correction", "float32", "token", "step", UNKNOWN),
     # shaped reward
     Column("reward", "float64", "sequence", "step", 0.0),
     # A, the same for every token
@@ -57,6 +58,8 @@ COLUMNS = (
     Column("trained", "int32", "sequence", "step", 0.0),
     # optimizer step within the batch that trains the sequence, from 0
     Column("update", "int32", "sequence", "step", 0.0),
+    # optimizer steps between the weights that generated a token and those that the batch starts from, mean over tokens
+    Column("staleness", "float64", "sequence", "step", 0.0),
 )
 
 

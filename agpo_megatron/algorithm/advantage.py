@@ -9,42 +9,45 @@ from typing import Literal
 from agpo_megatron.algorithm.settings import Estimator, ZeroVariance
 
 WITHOUT_GROUP_BASELINE = ("reinforce_pp", "batch_norm")
+STD_EPS = 1e-6
+"""Epsilon beside the standard deviation."""
+ZERO_VARIANCE = 1e-6
+"""Rewards of a group that differ by at most this are equal."""
+ROUNDING = 1e-12
+"""An advantage of at most this fraction of the largest one of the step is the rounding of a mean, and 0."""
 
 
-def is_zero_variance(raw_rewards: Sequence[float], tol: float) -> bool:
-    """Return whether all rewards of a group are equal:  max - min <= tol,  in double precision.
+def is_zero_variance(rewards: Sequence[float]) -> bool:
+    """Return whether all rewards of a group are equal:  max - min <= ZERO_VARIANCE,  in double precision.
 
-    Call it on the RAW rewards, before any length term. This test, and never
-    ``advantage == 0``, decides whether the loss mask drops a group: normalising equal non-dyadic
-    rewards in single precision leaves rounding noise that the small epsilon blows up (0.9 thirty
-    times gives |A| = 0.15), and a sample exactly at the mean of a mixed group has advantage 0
-    though its group is informative.
+    This test, and never ``advantage == 0``, decides whether the loss mask drops a group: normalising
+    equal non-dyadic rewards in single precision leaves rounding noise that the small epsilon blows
+    up (0.9 thirty times gives |A| = 0.15), and a sample exactly at the mean of a mixed group has
+    advantage 0 though its group is informative. ``step.varied_groups`` says which rewards it gets.
 
     Raises ValueError when the group is empty or a reward is not finite.
     """
-    if not raw_rewards:
+    if not rewards:
         raise ValueError("a group without rewards has no variance; every group needs samples")
-    _check_finite(raw_rewards)
-    return max(raw_rewards) - min(raw_rewards) <= tol
+    _check_finite(rewards)
+    return max(rewards) - min(rewards) <= ZERO_VARIANCE
 
 
 def step_advantages(
-    raw: Sequence[Sequence[float]],
-    shaped: Sequence[Sequence[float]],
+    rewards: Sequence[Sequence[float]],
     token_counts: Sequence[Sequence[int]],
+    varied: Sequence[bool],
     *,
     estimator: Estimator,
     zero_variance: ZeroVariance,
-    tol: float,
-    std_eps: float,
     correct: Sequence[Sequence[bool]],
     ddof: Literal[0, 1] = 1,
 ) -> list[list[float]]:
     """Return the advantages of all responses of a step, by group; all tokens of a response share one.
 
-    ``raw``: rewards of the functions by group, which alone decide zero variance. ``shaped``: the
-    same plus length and KL terms; these are normalised. ``token_counts``: trained tokens n of each
-    response. ``correct``: which responses are right.
+    ``rewards``: with length and KL terms, by group; these are normalised. ``token_counts``: trained
+    tokens n of each response. ``varied``: which groups have variance. ``correct``: which responses
+    are right. Advantages that are 0 but for rounding are exactly 0.
     With mu, sigma (``ddof``) of the group and G its size::
 
         group_norm             (r - mu) / (sigma + eps)                       GRPO 2402.03300   (A1)
@@ -67,40 +70,39 @@ def step_advantages(
     ``correct`` avoids that. Results do not depend on the order of groups or samples.
     Raises ValueError for lists of different length or a reward that is not finite.
     """
-    for group, shaped_group, counts in zip(raw, shaped, token_counts, strict=True):
-        if not len(group) == len(shaped_group) == len(counts):
+    for group, counts in zip(rewards, token_counts, strict=True):
+        if len(group) != len(counts):
             raise ValueError(
-                f"advantages: {len(group)} raw rewards, {len(shaped_group)} shaped ones and "
-                f"{len(counts)} token counts in one group"
+                f"advantages: {len(group)} rewards and {len(counts)} token counts in one group"
             )
-        _check_finite(shaped_group)
-    no_variance = [is_zero_variance(group, tol) for group in raw]
+        _check_finite(group)
     match estimator:
         case "group_norm":
-            values = [_normalised(group, std_eps, ddof) for group in shaped]
+            values = [_normalised(group, ddof) for group in rewards]
         case "group_center":
-            values = [_centred(group) for group in shaped]
+            values = [_centred(group) for group in rewards]
         case "rloo":
             values = [
                 [x * len(group) / (len(group) - 1) for x in _centred(group)]
                 if len(group) > 1
                 else [0.0]
-                for group in shaped
+                for group in rewards
             ]
         case "batch_norm":
-            values = _whitened(shaped, [[1] * len(group) for group in shaped], std_eps, ddof)
+            values = _whitened(rewards, [[1] * len(group) for group in rewards], ddof)
         case "reinforce_pp":
-            values = _whitened(shaped, token_counts, std_eps, ddof)
+            values = _whitened(rewards, token_counts, ddof)
         case "reinforce_pp_baseline":
-            values = _whitened([_centred(g) for g in shaped], token_counts, std_eps, ddof)
+            values = _whitened([_centred(g) for g in rewards], token_counts, ddof)
         case _:
             raise ValueError(f"unknown advantage estimator {estimator!r}")
-    for i, group in enumerate(raw):
-        if no_variance[i] and zero_variance == "constant":
+    for i, group in enumerate(rewards):
+        if not varied[i] and zero_variance == "constant":
             values[i] = [_zero_variance_constant(correct[i])] * len(group)
-        elif no_variance[i] and estimator not in WITHOUT_GROUP_BASELINE:
+        elif not varied[i] and estimator not in WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
-    return values
+    bound = ROUNDING * max((abs(a) for group in values for a in group), default=0.0)
+    return [[a if abs(a) > bound else 0.0 for a in group] for group in values]
 
 
 def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[float]) -> float:
@@ -129,18 +131,17 @@ def _centred(rewards: Sequence[float]) -> list[float]:
     return [x - mean for x in above]
 
 
-def _normalised(rewards: Sequence[float], std_eps: float, ddof: int) -> list[float]:
+def _normalised(rewards: Sequence[float], ddof: int) -> list[float]:
     if len(rewards) == 1:
         return [0.0]
     centred = _centred(rewards)
     sigma = math.sqrt(math.fsum(x * x for x in centred) / (len(centred) - ddof))
-    return [x / (sigma + std_eps) for x in centred]
+    return [x / (sigma + STD_EPS) for x in centred]
 
 
 def _whitened(
     groups: Sequence[Sequence[float]],
     counts: Sequence[Sequence[int]],
-    std_eps: float,
     ddof: int,
 ) -> list[list[float]]:
     """Scale to mean 0 and deviation 1 over the whole step, each value counted ``counts`` times."""
@@ -151,7 +152,7 @@ def _whitened(
     lowest = min(x for x, _ in flat)
     mean = math.fsum((x - lowest) * n for x, n in flat) / total
     variance = math.fsum(n * (x - lowest - mean) ** 2 for x, n in flat) / (total - ddof)
-    scale = math.sqrt(variance) + std_eps
+    scale = math.sqrt(variance) + STD_EPS
     return [[(x - lowest - mean) / scale for x in group] for group in groups]
 
 

@@ -9,7 +9,6 @@ a step are one number per sequence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from agpo_megatron.algorithm.settings import AggregationMode
@@ -67,20 +66,3 @@ def sequence_weights(
         1.0 / (divisor * (d if per_token_mean else 1)) if n else 0.0
         for n, d in zip(trained, counted, strict=True)
     ]
-
-
-def on_policy_loss(
-    weights: Sequence[float], trained: Sequence[int], advantages: Sequence[float]
-) -> float:
-    """Return the policy loss at ratio 1,  L = - sum_i w_i n_i A_i:  known before any forward pass.
-
-    On policy, with complete groups (advantages add up to 0) and token_mean this is
-    - Cov(n, A) / mean(n): eq. 1c. The sum is exactly rounded, so the order of the sequences does
-    not matter. Raises ValueError on a length mismatch.
-    """
-    if not len(weights) == len(trained) == len(advantages):
-        raise ValueError(
-            f"on-policy loss: {len(weights)} weights, {len(trained)} counts and "
-            f"{len(advantages)} advantages"
-        )
-    return math.fsum(-w * n * a for w, n, a in zip(weights, trained, advantages, strict=True))

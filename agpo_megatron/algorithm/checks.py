@@ -10,15 +10,25 @@ def check_algorithm(
     algorithm: AlgorithmSettings,
     *,
     max_response_tokens: int,
+    max_staleness: int = 0,
 ) -> tuple[list[str], list[str]]:
     """Return (contradictions, warnings)."""
     rules = _contradictions(algorithm, max_response_tokens)
     doubts = _doubts_about_rewards(algorithm) + _doubts_about_the_loss(algorithm)
+    resamples = algorithm.advantage.zero_variance == "resample"
+    if max_staleness or resamples:
+        cause = "advantage.zero_variance resample (which runs ahead by up to a batch)"
+        cause = f"train.max_staleness {max_staleness}" if max_staleness else cause
+        doubts += _doubts_about_staleness(algorithm.loss, cause)
     return [text for is_wrong, text in rules if is_wrong], [text for odd, text in doubts if odd]
 
 
 def without_effect(loss: LossSettings, updates: int) -> str:
-    """Name the settings that have no effect while every ratio is 1, in one line; "" where ratios can differ."""
+    """Name the settings that have no effect while every ratio is 1, in one line; "" where ratios can differ.
+
+    The ratio starts from the weights that the batch starts from, not from those that generated it: staleness does not
+    move it (that is what the correction is for), unless ``old_logprobs`` is rollout.
+    """
     if updates > 1 or loss.old_logprobs == "rollout":
         return ""
     idle = (
@@ -27,7 +37,10 @@ def without_effect(loss: LossSettings, updates: int) -> str:
     idle += ["loss.clip_low", "loss.clip_high"] if loss.policy != "sapo" else []
     idle += ["loss.dual_clip"] if loss.dual_clip is not None else []
     idle += ["loss.kl.importance"] if loss.kl.importance else []
-    return f"with train.updates_per_batch 1 every ratio is 1: without effect are {', '.join(idle)}"
+    return (
+        "with train.updates_per_batch 1 every ratio is 1, however old the responses are: without effect are "
+        + ", ".join(idle)
+    )
 
 
 def _contradictions(algorithm: AlgorithmSettings, limit: int) -> list[tuple[bool, str]]:
@@ -81,7 +94,7 @@ def has_group_baseline(algorithm: AlgorithmSettings) -> bool:
 
 
 def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:
-    advantage, loss, length = algorithm.advantage, algorithm.loss, algorithm.length_reward
+    advantage, loss = algorithm.advantage, algorithm.loss
     constant = advantage.zero_variance == "constant"
     return [
         (
@@ -105,14 +118,31 @@ def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]
             "on most steps",
         ),
         (
-            constant and length.kind == "agpo" and length.groups == "all",
-            "algorithm: length_reward.groups all has no effect in all-right groups, whose advantage "
-            "advantage.zero_variance constant fixes at +1",
+            constant and algorithm.shaping_separates,
+            "algorithm: a length or KL term tells apart responses whose raw rewards agree, so that hardly a group is "
+            "left to the +1 and -1 of advantage.zero_variance constant",
         ),
         (
             advantage.zero_variance == "resample" and loss.mask.zero_variance,
             "algorithm: advantage.zero_variance resample replaces the groups that loss.mask.zero_variance would drop; "
-            "the mask acts on what is left when resample_rounds run out only",
+            "the mask acts on what is left when resample_factor runs out only",
+        ),
+    ]
+
+
+def _doubts_about_staleness(loss: LossSettings, cause: str) -> list[tuple[bool, str]]:
+    correction = loss.correction
+    return [
+        (
+            correction.kind == "none" and loss.old_logprobs == "score",
+            f"algorithm.loss.correction: kind none with {cause}: responses of older "
+            "weights are trained on as if the policy had just written them, and several updates_per_batch make it "
+            "worse; set kind tis",
+        ),
+        (
+            correction.kind != "none" and correction.level == "sequence",
+            f"algorithm.loss.correction: level sequence with {cause}: the product over a "
+            "sequence explodes with the age of its tokens, and few sequences outweigh all others; use level token",
         ),
     ]
 

@@ -2,17 +2,18 @@
 
 Both hold the same weights but compute them differently. With the old log-probs (trainer, before the
 update) and the rollout log-probs (server), the ratio of a token is q_t = exp(old_t - rollout_t); it
-weighs the policy loss of the token, without gradient.
+weighs the policy loss of the token, without gradient. Truncated weights of single tokens need nothing
+but the token's own log-prob: with one update per batch the loss computes them (loss.py); all others
+are decided here, before the batch trains.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT
 from agpo_megatron.algorithm.settings import CorrectionKind, CorrectionLevel
 from agpo_megatron.samples import Floats, Mask
-
-_LIMIT = 20.0
 
 
 def rollout_correction(
@@ -55,7 +56,7 @@ def rollout_correction(
         if level == "sequence_mean":
             total /= max(int(np.count_nonzero(masked)), 1)
         gap[:] = total
-    q = np.exp(np.clip(gap, -_LIMIT, _LIMIT, out=gap), out=gap)
+    q = np.exp(np.clip(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, out=gap), out=gap)
     if kind != "tis":
         q[~((q >= low) & (q <= high))] = 0  # a NaN is refused too
     np.minimum(q, np.float32(high), out=q)

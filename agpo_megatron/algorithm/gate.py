@@ -12,15 +12,19 @@ so its only effect on a step is one factor on the gradient, the gain phi'(L)::
 max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
 named in its limitations, whose form is not published.
 
-Input of the gate. On policy (rho = 1), with complete groups (advantages add up to 0) and
-token-mean weights,
+Input of the gate. It is decided on the policy loss at ratio 1, also where ratios and corrections
+are not 1,
 
-    L = - sum_i n_i A_i / sum_i n_i = - Cov(n, A) / mean(n)          (1c)
+    L = - sum_i w_i n_i A_i                                          (1c)
 
-with n_i the trained tokens of sequence i: L < 0 exactly when longer responses have the higher
-advantage. The gate drops the updates that would reward length and keeps those in which the long
-answers are the wrong ones. With seq_mean_token_mean the same value is identically 0, and the gate
-would act on rounding noise.
+with n_i the trained tokens of sequence i. With complete groups (advantages add up to 0) and
+token-mean weights this is - Cov(n, A) / mean(n): L < 0 exactly when longer responses have the
+higher advantage. The gate drops the updates that would reward length and keeps those in which the
+long answers are the wrong ones; a loss with ratios or corrections in it says something else. L is
+known before any forward pass, so a closed gate need not run one. With seq_mean_token_mean it is
+identically 0, and the gate would act on rounding noise. Exceptions: ``clip.on: total``, which is
+decided on the sum of all terms after the backward pass, and the scopes within a micro-batch, on
+the losses that are differentiated.
 
 Scope. phi is not linear, so its argument matters. "batch" is the loss of the whole optimizer step
 over all ranks and micro-batches; with several updates per batch, each step has a loss and a gate of
@@ -123,7 +127,7 @@ def _finite(loss: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PartSum:
-    """A part of the step: its weight sum W, its loss sum S (eq. 1e) and the size of its terms, sum |w c A|."""
+    """A part of the step: its weight sum W, its loss sum S (eq. 1e) and the size of its terms, sum |w A|."""
 
     weight: float = 0.0
     loss: float = 0.0
@@ -140,26 +144,20 @@ def total(parts: Iterable[PartSum]) -> PartSum:
     )
 
 
-def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum] | None:
-    """Return the sums by group at ratio 1, where the loss is -A: S = -sum w c A. None if there are old log-probs."""
+def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum]:
+    """Return the sums by group at ratio 1, where the loss of a token is -A: S = -sum w n A (eq. 1c)."""
     parts: dict[str, list[PartSum]] = {}
     for s in sequences:
-        trained = s.trained()
-        if not len(trained):
-            continue
-        if "old_logprobs" in s.columns and s.scalar("update") > 0:
-            return None
-        weight, c = s.scalar("loss_weight"), float(len(trained))
-        if "correction" in s.columns:
-            c = math.fsum(s.columns["correction"][trained].tolist())
-        loss = -weight * s.scalar("advantage") * c
-        parts.setdefault(s.group_id, []).append(PartSum(weight * len(trained), loss, abs(loss)))
+        if n := len(s.trained()):
+            weight = s.scalar("loss_weight") * n
+            loss = -weight * s.scalar("advantage")
+            parts.setdefault(s.group_id, []).append(PartSum(weight, loss, abs(loss)))
     return {group: total(shares) for group, shares in parts.items()}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The adaptive part of a step whose loss is known: ``loss`` L, ``value`` phi of it, ``gains`` by group."""
+    """The adaptive part of a step: ``loss`` L (eq. 1c), ``value`` phi of it, ``gains`` by group."""
 
     loss: float
     value: float

@@ -55,8 +55,12 @@ def kl_sum(logprobs: Floats, ref_logprobs: Floats, estimator: KlEstimator) -> fl
     return float(kl_estimate(own, ref, estimator).sum())
 
 
+ENTROPY_STEP = 0.005
+"""Step of the adaptive entropy coefficient (delta)."""
+
+
 def next_entropy_coefficient(
-    coefficient: float, entropy: float, target: float, delta: float
+    coefficient: float, entropy: float, target: float
 ) -> tuple[float, float]:
     """Adapt the entropy coefficient (Skywork-OR1, arXiv:2505.22312).
 
@@ -67,5 +71,5 @@ def next_entropy_coefficient(
         applied: c' if H <= target, else 0
     """
     if entropy <= target:
-        return coefficient + delta, coefficient + delta
-    return max(0.0, coefficient - delta), 0.0
+        return coefficient + ENTROPY_STEP, coefficient + ENTROPY_STEP
+    return max(0.0, coefficient - ENTROPY_STEP), 0.0

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: policy losses of its tokens, KL and entropy terms, and their metrics.
+"""The loss of a micro-batch: policy losses of its tokens, KL and entropy terms, and their sums for the metrics.
 
     sum_micro-batches [ sum_t g w c l  +  beta sum_t w k  -  c_H sum_t w H ]
 
@@ -12,57 +12,17 @@ sequence), so they differ off policy only. To add one, write a function here and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from agpo_megatron.algorithm.gate import Adaptive, Gate, PartSum, total
+from agpo_megatron.algorithm.gate import Adaptive
 from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT, kl_estimate
+from agpo_megatron.algorithm.loss_metrics import against_rollout, largest
+from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.algorithm.settings import LossSettings, PolicyLossName
-from agpo_megatron.samples import DEFAULTS
-
-
-@dataclass(frozen=True)
-class LossRows:
-    """The N rows (trained tokens) of one packed micro-batch of S whole sequences, with their columns.
-
-    ``per_token`` [N], ``per_sequence`` [S]: the known ones of samples.COLUMNS, by name, fp32. ``sequence`` [N] int64 in
-    [0, S): the sequence of each row; all trained rows of a sequence are here. ``gains`` [S] fp32 or None: factors on
-    the policy loss of whole sequences, if the gate is known before the backward pass.
-    """
-
-    per_token: Mapping[str, Tensor]
-    per_sequence: Mapping[str, Tensor]
-    sequence: Tensor
-    sequences: int
-    gains: Tensor | None = None
-
-    def column(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a column for each row, [N]; its default where no sequence has it."""
-        if name in self.per_token:
-            return self.per_token[name].to(dtype)
-        if name in self.per_sequence:
-            return self.per_sequence[name][self.sequence].to(dtype)
-        return torch.full_like(self.sequence, DEFAULTS[name], dtype=dtype)
-
-    def part(self, rows: slice | Tensor) -> LossRows:
-        """Select some of the rows; sequences keep their numbers."""
-        cut = {name: values[rows] for name, values in self.per_token.items()}
-        return replace(self, per_token=cut, sequence=self.sequence[rows])
-
-    def to(self, device: torch.device) -> LossRows:
-        def there(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        return LossRows(
-            {name: there(values) for name, values in self.per_token.items()},
-            {name: there(values) for name, values in self.per_sequence.items()},
-            there(self.sequence),
-            self.sequences,
-            None if self.gains is None else there(self.gains),
-        )
 
 
 @dataclass(frozen=True)
@@ -208,27 +168,6 @@ POLICY_LOSSES: dict[PolicyLossName, PolicyLoss] = {
 SEQUENCE_RATIO_LOSSES: frozenset[PolicyLossName] = frozenset({"gspo", "gspo_token", "gmpo"})
 """Policy losses in which a token's gradient depends on the other tokens of its sequence."""
 
-SUMS = (
-    "loss",
-    "scale",
-    "adapted",
-    "gain",
-    "kl",
-    "weighted_entropy",
-    "entropy",
-    "ratio",
-    "clipped",
-    "tokens",
-    "rollout_diff",
-    "rollout_tokens",
-    "old_diff",
-    "old_tokens",
-)
-"""Statistics that are summed over micro-batches. ``loss`` is L, by the surrogate; ``scale`` the size of its terms,
-sum |w c A|; ``adapted`` phi of it, for scopes within a micro-batch. Beside them are ``MAXIMA``."""
-MAXIMA = ("rollout_diff_max", "old_diff_max")
-"""Largest entries of ``rollout_diff`` and ``old_diff``."""
-
 
 def check_rows(settings: LossSettings, rows: LossRows) -> None:
     """Raise ValueError if some or all rows (on the host) lack a log-prob that the loss needs."""
@@ -239,6 +178,14 @@ def check_rows(settings: LossSettings, rows: LossRows) -> None:
         raise ValueError("a KL term needs reference log-probs; score the batch with them first")
     if settings.old_logprobs == "rollout" and rows.column("rollout_logprobs").isnan().any():
         raise ValueError("old_logprobs rollout needs the log-probs of a rollout server")
+    if settings.correction.kind != "none":
+        missing = rows.column("correction").isnan()
+        if settings.corrects_tokens:
+            missing &= rows.column("rollout_logprobs").isnan()
+        if missing.any():
+            raise ValueError(
+                "a rollout correction needs the log-probs of a rollout server, scored against"
+            )
 
 
 def micro_batch_loss(
@@ -250,10 +197,8 @@ def micro_batch_loss(
     """
     losses, sums = _row_losses(settings, logprob, entropy, rows)
     stats = {name: value.double().sum() for name, value in sums.items()}
-    for name in MAXIMA:
-        diff = sums[name.removesuffix("_max")].double()
-        stats[name] = diff.amax() if len(diff) else diff.sum()
-    return losses.sum(), stats
+    stats["old_diff_max"] = largest(sums["old_diff"].double())
+    return losses.sum(), stats | against_rollout(logprob.detach(), rows)
 
 
 def row_loss(
@@ -281,12 +226,10 @@ def _row_losses(
     """Return (weighted loss of each row; its contributions to ``SUMS``), all [N]."""
     current = logprob.detach()
     ratios = _ratios(settings, logprob, rows)
-    w, rollout, old = (
-        rows.column(name, current.dtype)
-        for name in ("loss_weight", "rollout_logprobs", "old_logprobs")
-    )
+    w, old = (rows.column(name, current.dtype) for name in ("loss_weight", "old_logprobs"))
     token = POLICY_LOSSES[settings.policy](ratios, settings)
-    corrected = w * rows.column("correction", w.dtype)
+    correction, computed = _correction(settings, current, rows)
+    corrected = w * correction
     values = corrected * token.surrogate
     scale = (corrected * ratios.advantage).abs()
     gains, adapted = _gains(settings, w, values, scale, rows)
@@ -303,9 +246,6 @@ def _row_losses(
         losses = losses - settings.entropy.coef * w * entropy
 
     scored = ~old.isnan()
-    # Server against trainer under one set of weights: those that the batch starts from, if they were scored.
-    at_rollout = torch.where(scored, old, current)
-    known = ~rollout.isnan()
     return losses, {
         "loss": values,
         "scale": scale,
@@ -317,11 +257,23 @@ def _row_losses(
         "ratio": token.ratio,
         "clipped": token.is_clipped,
         "tokens": torch.ones_like(current),
-        "rollout_diff": torch.where(known, (at_rollout - rollout).abs(), 0.0),
-        "rollout_tokens": known,
         "old_diff": torch.where(scored, (current - old).abs(), 0.0),
         "old_tokens": scored,
+        "correction": torch.where(computed, correction, 0.0),
+        "corrected_tokens": computed,
     }
+
+
+def _correction(settings: LossSettings, current: Tensor, rows: LossRows) -> tuple[Tensor, Tensor]:
+    """Return (c of each row [N], rows [N] bool whose c is computed here): as decided with the batch; else, truncated by
+    token, min(exp(current - rollout), high) without gradient; else 1."""
+    decided = rows.column("correction", current.dtype)
+    unknown = decided.isnan()
+    if not settings.corrects_tokens:
+        return torch.where(unknown, 1.0, decided), torch.zeros_like(unknown)
+    gap = current - rows.column("rollout_logprobs", current.dtype)
+    q = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=settings.correction.high)
+    return torch.where(unknown, q, decided), unknown
 
 
 def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
@@ -333,75 +285,6 @@ def _ratios(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Ratios:
     old = rows.column("old_logprobs", logprob.dtype)
     own = old.isnan() | (rows.column("update") == 0)
     return Ratios(logprob, torch.where(own, current, old), rows)
-
-
-def sequence_values(settings: LossSettings, logprob: Tensor, rows: LossRows) -> Tensor:
-    """Return S_i = sum_t w c l of each sequence of the pack, [S] fp64, without gradient: the part sums of eq. 1e."""
-    token = POLICY_LOSSES[settings.policy](_ratios(settings, logprob, rows), settings)
-    weights = (rows.column("loss_weight") * rows.column("correction")).double()
-    values = weights * token.surrogate.double()
-    return values.new_zeros(rows.sequences).index_add(0, rows.sequence, values)
-
-
-def scored_parts(
-    packs: Sequence[LossRows], values: Sequence[Tensor], groups: Sequence[Sequence[str]]
-) -> dict[str, PartSum]:
-    """Return the sums by group from a forward pass. Per pack: ``values`` [S] of ``sequence_values`` and ``groups``, the
-    group of each of its sequences."""
-    parts: dict[str, list[PartSum]] = {}
-    for rows, sums, names in zip(packs, values, groups, strict=True):
-        weight = rows.column("loss_weight").double()
-        size = (weight * rows.column("correction") * rows.column("advantage")).abs()
-        empty = torch.zeros(rows.sequences, dtype=torch.float64)
-        weights = empty.index_add(0, rows.sequence, weight)
-        scales = empty.index_add(0, rows.sequence, size)
-        counts = empty.index_add(0, rows.sequence, torch.ones_like(weight))
-        for i, group in enumerate(names):
-            if counts[i] > 0:  # else no part of the step, as in ``on_policy_parts``
-                part = PartSum(float(weights[i]), float(sums[i]), float(scales[i]))
-                parts.setdefault(group, []).append(part)
-    return {group: total(shares) for group, shares in parts.items()}
-
-
-def loss_metrics(
-    settings: LossSettings, totals: Mapping[str, float], gate: Gate | None
-) -> tuple[dict[str, float], float]:
-    """Return the metrics of an optimizer step, from the ``SUMS`` of all its micro-batches, and the gain by which its
-    gradient is still to be scaled. ``gate``: None unless it was known before the backward pass."""
-    clip = settings.clip
-    unclipped, value, mean_gain, still = totals["loss"], totals["loss"], 1.0, 1.0
-    if gate is not None:
-        unclipped, value, mean_gain = gate.loss, gate.value, gate.mean
-    elif settings.gate_needs_the_step:
-        if clip.on == "total":
-            unclipped += settings.kl_coef * totals["kl"]
-            unclipped -= settings.entropy.coef * totals["weighted_entropy"]
-        phi = Adaptive.of(clip)
-        value = phi.value(unclipped, totals["scale"])
-        mean_gain = still = phi.gain(unclipped, totals["scale"])
-    elif clip.kind != "none":
-        value, mean_gain = totals["adapted"], totals["gain"] / max(totals["tokens"], 1.0)
-    metrics = {
-        "loss/policy": value,
-        "loss/unclipped": unclipped,
-        "tokens/trained": totals["tokens"],
-    }
-    tokens, known = totals["tokens"], totals["rollout_tokens"]
-    if tokens:
-        metrics["loss/clip_gate"] = mean_gain
-        metrics["policy/entropy"] = totals["entropy"] / tokens
-        if settings.kl_coef > 0:
-            metrics["loss/kl"] = totals["kl"]
-        if settings.policy != "nll":
-            metrics["policy/ratio_mean"] = totals["ratio"] / tokens
-            metrics["policy/clip_frac"] = totals["clipped"] / tokens
-    if known:
-        metrics["rollout/logprob_abs_diff_mean"] = totals["rollout_diff"] / known
-        metrics["rollout/logprob_abs_diff_max"] = totals["rollout_diff_max"]
-    if scored := totals["old_tokens"]:
-        metrics["policy/old_logprob_abs_diff_mean"] = totals["old_diff"] / scored
-        metrics["policy/old_logprob_abs_diff_max"] = totals["old_diff_max"]
-    return metrics, still
 
 
 def _gains(

@@ -9,6 +9,7 @@ compared line by line.
 - ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
 - ``agpo_v3_authors``: the same as in the authors' code: samples with advantage 0 are masked, each micro-batch is
   clipped by itself, dual clip, half the gradient at a tie. Its result depends on the micro-batch size.
+- ``grpo_authors``: the GRPO baseline of the authors' scripts: dual clip, and a small KL term in the loss.
 - ``agpo_exp``: v3's mask with exponential normalisation for the clip (``loss.clip.kind``: elu, softplus are variants).
 - ``grpo`` 2402.03300, ``dr_grpo`` 2503.20783, ``dapo`` 2503.14476, ``gspo`` 2507.18071, ``cispo`` 2506.13585,
   ``rloo`` 2402.14740, ``reinforce_pp`` 2501.03262, ``gmpo`` 2507.20673, ``sapo`` 2511.20347.
@@ -41,6 +42,7 @@ def _switches(
     clip: str = "none",
     scope: str = "batch",
     tie: str = "zero",
+    kl: float = 0.0,
 ) -> dict[str, Any]:
     return {
         "length_reward": {"kind": length, "weight": length_weight},
@@ -53,6 +55,7 @@ def _switches(
             "aggregation": aggregation,
             "mask": {"zero_variance": mask, "criterion": criterion},
             "clip": {"kind": clip, "scope": scope, "tie": tie},
+            "kl": {"coef": kl},
         },
     }
 
@@ -66,9 +69,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     ),
     "agpo_exp": _switches(mask=True, clip="exp", clip_high=0.28),
     "grpo": _switches(),
+    "grpo_authors": _switches(dual_clip=3.0, kl=0.001),
     "dr_grpo": _switches(estimator="group_center", aggregation="seq_mean_token_sum_norm"),
     "dapo": _switches(
-        length="dapo_overlong", length_weight=1.0, zero_variance="resample", clip_high=0.28
+        length="dapo_overlong",
+        length_weight=1.0,
+        zero_variance="resample",
+        clip_high=0.28,
     ),
     "gspo": _switches(
         policy="gspo", clip_low=3e-4, clip_high=4e-4, aggregation="seq_mean_token_mean"
@@ -92,6 +99,36 @@ def apply_preset(section: Mapping[str, Any]) -> dict[str, Any]:
     name = section.get("preset", DEFAULT_PRESET)
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
     return _merge(preset, section)
+
+
+CORRECTION_KIND = "algorithm.loss.correction.kind"
+
+
+def correct_staleness(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Complete a configuration: where responses may be of older weights (``train.max_staleness`` above 0, or dynamic
+    sampling, which runs ahead by up to a batch), the correction is ``tis`` (by token, at most 2) unless its kind is
+    written, or ``old_logprobs`` is rollout, which puts the gap into the ratio.
+
+    What is not a section is left to the schema, which refuses it.
+    """
+    stale, loss = _below(config, "train", "max_staleness"), _below(config, "algorithm", "loss")
+    correction, section = _below(loss, "correction"), _below(config, "algorithm")
+    if not isinstance(correction, Mapping) or not isinstance(section, Mapping):
+        return config
+    resamples = _below(apply_preset(section), "advantage", "zero_variance") == "resample"
+    if not resamples and (not isinstance(stale, int) or stale < 1):
+        return config
+    if "kind" in correction or loss.get("old_logprobs") == "rollout":
+        return config
+    tis: dict[str, Any] = {"algorithm": {"loss": {"correction": {"kind": "tis"}}}}
+    return _merge(config, tis)
+
+
+def _below(tree: Any, *keys: str) -> Any:
+    """Return what is at the end of ``keys``; an empty section where nothing is, None where it cannot be."""
+    for key in keys:
+        tree = tree.get(key, {}) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def preset_keys(name: str) -> dict[str, Any]:

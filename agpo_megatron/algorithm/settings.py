@@ -56,21 +56,18 @@ class AdvantageSettings(Section):
     estimator: Estimator = "group_norm"
     """Estimator of the advantages from the rewards (docs/algorithm.md, section 1)."""
     zero_variance: ZeroVariance = "zero"
-    """Groups whose raw rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or
-    replaced by groups of further prompts (DAPO's dynamic sampling)."""
-    zero_variance_tol: float = Field(1e-6, ge=0)
-    """A group has zero variance when max - min of its raw rewards is at most this."""
-    std_eps: float = Field(1e-6, gt=0)
-    """Added to the standard deviation (ddof 1)."""
-    resample_rounds: int = Field(10, ge=1)
-    """``resample``: rounds of generation per step at most; then zero-variance groups fill the step."""
+    """Groups whose rewards are all equal: advantage 0; +1 (all right) / -1 (all wrong) (AGPO v1, eq. A1); or replaced
+    by groups of further prompts (DAPO's dynamic sampling)."""
+    resample_factor: int = Field(10, ge=1)
+    """``resample``: prompts looked at for a batch at most, as a multiple of ``train.prompts_per_batch``; then the
+    earliest zero-variance groups fill it."""
 
 
 class MaskSettings(Section):
     zero_variance: bool = False
     """Drop zero-variance groups from the loss (AGPO v3, eq. A3)."""
     criterion: Literal["group", "sample"] = "group"
-    """Drop whole groups by their raw rewards, or single samples with advantage 0 (the authors' code)."""
+    """Drop whole groups by their rewards, or single samples with advantage 0 (the authors' code)."""
     truncated: bool = False
     """Drop truncated responses from the loss (DAPO's overlong filtering)."""
     denominators: Literal["exclude", "keep"] = "exclude"
@@ -110,13 +107,12 @@ class EntropySettings(Section):
     """Weight of the entropy bonus; with ``target`` its first value."""
     target: float | None = Field(None, gt=0)
     """Entropy (nats) below which the bonus acts, with a coefficient that adapts; null keeps ``coef`` fixed."""
-    delta: float = Field(0.005, gt=0)
-    """Step of the adaptive coefficient."""
 
 
 class CorrectionSettings(Section):
     kind: CorrectionKind = "none"
-    """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]."""
+    """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]. Where
+    it is not written, ``tis`` with ``train.max_staleness`` above 0 (unless ``old_logprobs`` is ``rollout``)."""
     level: CorrectionLevel = "token"
     """Ratio of a token, of the sequence (product), or its geometric mean."""
     low: float = Field(0.5, ge=0)
@@ -169,11 +165,17 @@ class LossSettings(Section):
         """Return whether the adaptive part depends on more than one micro-batch."""
         return self.clip.kind != "none" and self.clip.scope in ("batch", "group")
 
+    @property
+    def corrects_tokens(self) -> bool:
+        """Return whether a token's correction depends on its own log-prob alone and is never 0 (``tis`` by token), so
+        that the loss can compute it."""
+        return self.correction.kind == "tis" and self.correction.level == "token"
+
     def scored_weights(self, updates: int) -> tuple[bool, bool]:
         """Return whether a batch of ``updates`` optimizer steps needs the trainer's (old, reference) log-probs."""
         own = (
             (updates > 1 and self.old_logprobs == "score")
-            or self.correction.kind != "none"
+            or (self.correction.kind != "none" and not (self.corrects_tokens and updates == 1))
             or self.entropy.target is not None
             or (self.kl.coef > 0 and self.kl.place == "reward")
         )
@@ -193,6 +195,7 @@ class AlgorithmSettings(Section):
         "agpo_v3_authors",
         "agpo_exp",
         "grpo",
+        "grpo_authors",
         "dr_grpo",
         "dapo",
         "gspo",
@@ -209,6 +212,16 @@ class AlgorithmSettings(Section):
     """Advantages."""
     loss: LossSettings = LossSettings()
     """Policy loss."""
+
+    @property
+    def shaping_separates(self) -> bool:
+        """Return whether a term of the reward is meant to act in groups whose raw rewards agree: then the shaped
+        rewards decide whether a group has variance."""
+        length, kl = self.length_reward, self.loss.kl
+        acts = length.kind not in ("none", "agpo") or (
+            length.kind == "agpo" and length.groups == "all"
+        )
+        return (acts and length.weight > 0) or (kl.coef > 0 and kl.place == "reward")
 
     @model_validator(mode="before")
     @classmethod

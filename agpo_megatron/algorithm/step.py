@@ -100,9 +100,10 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     loss = request.algorithm.loss
     samples = [sample for group in groups for sample in group.samples]
     shaped = shape_rewards(groups, request)
+    varied = varied_groups(shaped, request.algorithm)
     maskable = [int(np.count_nonzero(s.loss_mask)) for s in samples]
-    advantages = _advantages(groups, shaped, maskable, request)
-    kept = _kept(samples, groups, advantages, request)
+    advantages = _advantages(groups, shaped, varied, maskable, request)
+    kept = _kept(groups, varied, advantages, request)
     corrections = [_correction(s, k, request) for s, k in zip(samples, kept, strict=True)]
     passing = [
         n if c is None else int(np.count_nonzero(c != 0))  # booleans count five times faster
@@ -125,12 +126,13 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
         ],
         "trained": trained,
         "update": update,
+        "staleness": [staleness(s, request.first_step - 1) for s in samples],
         "old_logprobs": [request.scores.old.get(s.sample_id) for s in samples],
         "ref_logprobs": [request.scores.ref.get(s.sample_id) for s in samples],
         "correction": corrections,
     }
     known = {n: values for n, values in columns.items() if any(v is not None for v in values)}
-    metrics = step_metrics(groups, shaped, known, kept, request)
+    metrics = step_metrics(groups, shaped, varied, known, kept, request)
     if loss.entropy.target is not None:
         metrics["loss/entropy_coef"] = applied
     return Decision(known, metrics, applied, state)
@@ -149,20 +151,25 @@ def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
     return [int(part) for part in part_of]
 
 
-def raw_rewards(group: Group) -> list[float]:
-    """Return the rewards of the functions, which alone decide whether a group has variance."""
-    return [s.raw_reward for s in group.samples]
+def varied_groups(shaped: Shaped, algorithm: AlgorithmSettings) -> list[bool]:
+    """Return which groups have variance, for advantages and the loss mask alike: by the raw rewards, so that a term
+    which tells apart the members of mixed groups brings no other group back; by the shaped ones where a term is meant
+    to act in groups whose raw rewards agree (``shaping_separates``)."""
+    deciding = shaped.total if algorithm.shaping_separates else shaped.raw
+    return [not is_zero_variance(rewards) for rewards in deciding]
 
 
-def has_variance(group: Group, algorithm: AlgorithmSettings) -> bool:
-    """Return whether the raw rewards of the group differ."""
-    return not is_zero_variance(raw_rewards(group), algorithm.advantage.zero_variance_tol)
+def has_variance(group: Group) -> bool:
+    """Return whether the raw rewards of the group differ: known from the group alone, before anything is scored.
+    Dynamic sampling replaces the other groups (DAPO: those that are all right or all wrong)."""
+    return not is_zero_variance([s.raw_reward for s in group.samples])
 
 
 def drops_groups(algorithm: AlgorithmSettings) -> bool:
-    """Return whether zero-variance groups are dropped from the batch entirely, so that they need not be scored."""
-    kl, mask = algorithm.loss.kl, algorithm.loss.mask
-    if kl.coef > 0 and kl.place == "reward":
+    """Return whether groups without ``has_variance`` are dropped from the batch entirely, so that they need not be
+    scored."""
+    mask = algorithm.loss.mask
+    if algorithm.shaping_separates:
         return False
     return mask.zero_variance and mask.criterion == "group" and mask.denominators == "exclude"
 
@@ -190,7 +197,7 @@ def length_terms(group: Group, algorithm: AlgorithmSettings, max_tokens: int) ->
 def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
     """Return the raw rewards, and those with the length and KL terms."""
     algorithm, kl, scores = request.algorithm, request.algorithm.loss.kl, request.scores
-    raw = [raw_rewards(group) for group in groups]
+    raw = [[s.raw_reward for s in group.samples] for group in groups]
     bonus = [length_terms(group, algorithm, request.max_response_tokens) for group in groups]
     penalty = [[0.0] * len(rewards) for rewards in raw]
     if kl.coef > 0 and kl.place == "reward":
@@ -208,9 +215,11 @@ def shape_rewards(groups: Sequence[Group], request: StepRequest) -> Shaped:
 
 
 def _correction(sample: Sample, kept: bool, request: StepRequest) -> Floats | None:
-    """Return the rollout correction of each response token; None if it is off or the sample was dropped unscored."""
+    """Return the rollout correction of each response token; None if it is off, if the loss computes it, or if the
+    sample was dropped unscored."""
     settings, old = request.algorithm.loss.correction, request.scores.old
-    if settings.kind == "none" or not (kept or sample.sample_id in old):
+    scored, _ = request.algorithm.loss.scored_weights(request.updates)
+    if settings.kind == "none" or not scored or not (kept or sample.sample_id in old):
         return None
     return rollout_correction(
         old[sample.sample_id],
@@ -248,7 +257,7 @@ def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
         return settings.coef, settings.coef
     if entropy is None:  # no group was left to measure it on
         return request.entropy_state, 0.0
-    return next_entropy_coefficient(request.entropy_state, entropy, settings.target, settings.delta)
+    return next_entropy_coefficient(request.entropy_state, entropy, settings.target)
 
 
 def _by_group(values: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:
@@ -258,39 +267,37 @@ def _by_group(values: Sequence[T], groups: Sequence[Group]) -> list[list[T]]:
 
 
 def _advantages(
-    groups: Sequence[Group], shaped: Shaped, maskable: Sequence[int], request: StepRequest
+    groups: Sequence[Group],
+    shaped: Shaped,
+    varied: Sequence[bool],
+    maskable: Sequence[int],
+    request: StepRequest,
 ) -> list[float]:
     settings = request.algorithm.advantage
     values = step_advantages(
-        shaped.raw,
         shaped.total,
         _by_group(maskable, groups),
+        varied,
         estimator=settings.estimator,
         zero_variance=settings.zero_variance,
-        tol=settings.zero_variance_tol,
-        std_eps=settings.std_eps,
         correct=[[sample.correct for sample in group.samples] for group in groups],
     )
     return [a for group in values for a in group]
 
 
 def _kept(
-    samples: Sequence[Sample],
     groups: Sequence[Group],
+    varied: Sequence[bool],
     advantages: Sequence[float],
     request: StepRequest,
 ) -> list[bool]:
     """Return, for each sample, whether it passes the loss masks."""
-    mask, kept = request.algorithm.loss.mask, [True] * len(samples)
+    mask, samples = request.algorithm.loss.mask, [s for group in groups for s in group.samples]
+    kept = [True] * len(samples)
     if mask.zero_variance and mask.criterion == "sample":
         kept = [a != 0.0 for a in advantages]
     elif mask.zero_variance:
-        kept = [
-            varied
-            for group in groups
-            for varied in [has_variance(group, request.algorithm)]
-            for _ in group.samples
-        ]
+        kept = [v for group, v in zip(groups, varied, strict=True) for _ in group.samples]
     if mask.truncated:
         kept = [k and not s.truncated for k, s in zip(kept, samples, strict=True)]
     return kept
@@ -307,15 +314,17 @@ def _counted(
 
 
 def _zero_advantages_matter(algorithm: AlgorithmSettings, entropy_coef: float) -> bool:
-    """Return whether sequences with A = 0 count: in another term, or in the weight of a part of phi (eq. 1e)."""
-    loss = algorithm.loss
-    other = loss.kl_coef > 0 or entropy_coef > 0
-    return other or (loss.clip.kind not in ("none", "max0") and loss.clip.scope != "batch")
+    """Return whether sequences with A = 0 count: in another term, or in the weight W of a part of phi (eq. 1e), on
+    which phi(S / W) depends, but not the side of 0 that it is on."""
+    loss, clip = algorithm.loss, algorithm.loss.clip
+    weighs = clip.kind not in ("none", "max0") or (clip.kind == "max0" and clip.min != 0)
+    return loss.kl_coef > 0 or entropy_coef > 0 or (weighs and clip.scope != "batch")
 
 
 def step_metrics(
     groups: Sequence[Group],
     shaped: Shaped,
+    varied: Sequence[bool],
     columns: Mapping[str, Sequence[Any]],
     kept: Sequence[bool],
     request: StepRequest,
@@ -325,7 +334,7 @@ def step_metrics(
     lengths = [len(sample.response_tokens) for sample in samples]
     correct_lengths = [n for n, sample in zip(lengths, samples, strict=True) if sample.correct]
     correct = [[sample.correct for sample in group.samples] for group in groups]
-    varied = [has_variance(group, request.algorithm) for group in groups]
+    maskable = [int(np.count_nonzero(s.loss_mask)) for s in samples]
     skipped = [
         not (w and n) for w, n in zip(columns["loss_weight"], columns["trained"], strict=True)
     ]
@@ -339,10 +348,13 @@ def step_metrics(
         "group/zero_variance_frac": fmean(not v for v in varied),
         "group/all_correct_frac": fmean(all(c) for c in correct),
         "group/all_wrong_frac": fmean(not any(c) for c in correct),
-        "group/cov_length_advantage": length_advantage_covariance(lengths, columns["advantage"]),
+        "group/cov_length_advantage": length_advantage_covariance(maskable, columns["advantage"]),
         "mask/kept_tokens": float(sum(columns["trained"])),
         "mask/kept_groups": float(sum(kept) / len(groups[0].samples)),
-        "rollout/staleness_mean": fmean(staleness(s, request.first_step - 1) for s in samples),
+        "rollout/staleness_mean": fmean(columns["staleness"]),
+        "rollout/staleness_max": float(
+            max(age for s in samples for _, age in ages(s, request.first_step - 1))
+        ),
         "tokens/skipped": float(
             sum(s.length for s, skip in zip(samples, skipped, strict=True) if skip)
         ),
@@ -395,13 +407,17 @@ def _by_part_and_source(groups: Sequence[Group]) -> dict[str, float]:
 
 def staleness(sample: Sample, current_step: int) -> float:
     """Return the mean staleness over the response's tokens: optimizer steps since the weights that generated them."""
-    if not sample.versions or not len(sample.response_tokens):
-        return 0.0
-    total = sum(
-        (span.end - span.start) * (current_step - WeightVersion.parse(span.version).step)
+    total = sum(tokens * age for tokens, age in ages(sample, current_step))
+    return total / max(len(sample.response_tokens), 1)
+
+
+def ages(sample: Sample, current_step: int) -> list[tuple[int, int]]:
+    """Return (number of tokens, their staleness) of each span of the response; age 0 where none is known."""
+    spans = [
+        (span.end - span.start, current_step - WeightVersion.parse(span.version).step)
         for span in sample.versions
-    )
-    return total / len(sample.response_tokens)
+    ]
+    return spans or [(len(sample.response_tokens), 0)]
 
 
 def supervised(examples: Sequence[Sample]) -> Decision:

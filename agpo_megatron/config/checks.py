@@ -39,6 +39,7 @@ def check_config(config: Config) -> list[str]:
     errors, warnings = check_algorithm(
         config.algorithm,
         max_response_tokens=config.rollout.max_response_tokens,
+        max_staleness=config.train.max_staleness,
     )
     found.errors += errors
     found.warnings += warnings

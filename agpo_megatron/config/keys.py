@@ -70,6 +70,9 @@ def nearest_key(unknown: str) -> str:
     def likeness(key: Key) -> float:
         # The last part counts most: a key is more often put into a wrong section than misspelt beyond recognition.
         by_leaf = difflib.SequenceMatcher(None, leaf, key.leaf).ratio()
+        by_leaf += 0.1 * (
+            key.leaf in leaf.split("_")
+        )  # max_steps is rather steps than max_staleness
         return by_leaf + 0.5 * difflib.SequenceMatcher(None, unknown, key.name).ratio()
 
     return max(schema_keys(), key=likeness).name

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from agpo_megatron.algorithm.presets import preset_keys
+from agpo_megatron.algorithm.presets import CORRECTION_KIND, preset_keys
 
 from .errors import ConfigError
 from .keys import nearest_key, required_below
@@ -23,7 +23,7 @@ RUN_DIR = "{run_dir}"
 class Resolved(NamedTuple):
     """A configuration and where each of its values comes from.
 
-    ``provenance``: dotted key -> "default", "preset NAME", "file", "--set" or "--run-dir".
+    ``provenance``: dotted key -> "default", "preset NAME", "staleness", "file", "--set" or "--run-dir".
     """
 
     config: Config
@@ -183,11 +183,11 @@ def _ancestors(key: str) -> Iterator[str]:
 
 def _provenance(config: Config, sources: Mapping[str, _Source]) -> dict[str, str]:
     preset = config.algorithm.preset
-    from_preset = preset_keys(preset)
+    unwritten = dict.fromkeys(preset_keys(preset), f"preset {preset}")
+    if config.algorithm.loss.correction.kind != "none":
+        unwritten[CORRECTION_KIND] = "staleness"
     return {
-        key: sources[key].kind
-        if key in sources
-        else (f"preset {preset}" if key in from_preset else "default")
+        key: sources[key].kind if key in sources else unwritten.get(key, "default")
         for key in leaves(config)
     }
 

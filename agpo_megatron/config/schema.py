@@ -6,10 +6,12 @@ Cross-field checks live in ``checks.py``, reading YAML in ``loading.py``.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from agpo_megatron.algorithm.presets import correct_staleness
 from agpo_megatron.algorithm.settings import AlgorithmSettings, Section
 
 from .task import DataConfig, EvalConfig, RewardConfig
@@ -228,3 +230,8 @@ class Config(Section):
     """Nodes, device and deadlines."""
     prepare: PrepareConfig = PrepareConfig()
     """Demonstration data and models."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _correct_staleness(cls, config: Any) -> Any:
+        return correct_staleness(config) if isinstance(config, Mapping) else config

@@ -45,7 +45,7 @@ def window_of(config: Config, step: int, cursor: int) -> Window:
         train.max_staleness,
         (train.steps - step) // train.updates_per_batch,
         cursor,
-        advantage.resample_rounds * train.prompts_per_batch if resample else None,
+        advantage.resample_factor * train.prompts_per_batch if resample else None,
     )
 
 
@@ -95,7 +95,7 @@ async def commit(
     scored = [
         journaled
         for journaled in collected.groups
-        if not drops_groups(config.algorithm) or has_variance(journaled.group, config.algorithm)
+        if not drops_groups(config.algorithm) or has_variance(journaled.group)
     ]
     request = StepRequest(
         algorithm=config.algorithm,

@@ -140,7 +140,7 @@ class Producer:
     def _settle(self, journaled: JournaledGroup) -> None:
         """Note a durable group."""
         group = journaled.group
-        informative = has_variance(group, self._config.algorithm)
+        informative = has_variance(group)
         self._ready[group.prompt.position] = journaled
         self._stats.finished(group)
         self.window.finish(

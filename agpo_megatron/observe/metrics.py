@@ -71,6 +71,14 @@ METRIC_KEYS = (
     "correction/dropped_frac",
     "policy/old_logprob_abs_diff_mean",
     "policy/old_logprob_abs_diff_max",
+    "rollout/ess_token",
+    "rollout/ess_sequence",
+    "rollout/logprob_abs_diff_age0",
+    "rollout/logprob_abs_diff_age1",
+    "rollout/logprob_abs_diff_age2",
+    "rollout/logprob_abs_diff_age4",
+    "rollout/logprob_abs_diff_age8",
+    "rollout/staleness_max",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""

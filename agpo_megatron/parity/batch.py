@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
+from agpo_megatron.algorithm.correction import rollout_correction
 from agpo_megatron.algorithm.settings import AggregationMode
 from agpo_megatron.samples import TrainSequence, group_of
 
@@ -32,8 +33,8 @@ Division = list[list[list[TrainSequence]]]
 class Recorded:
     """One sequence of the batch, without a loss weight: weights are computed from the whole batch.
 
-    ``loss_mask``: 1 for trained tokens. ``old_logprobs``, ``ref_logprobs``: aligned with the tokens; empty: ratio 1,
-    no reference. ``kept``: false for sequences of a group that the loss mask drops.
+    ``loss_mask``: 1 for trained tokens. ``old_logprobs``, ``ref_logprobs``, ``rollout_logprobs``: aligned with the
+    tokens; empty: ratio 1, no reference, no server. ``kept``: false for sequences of a group that the loss mask drops.
     """
 
     sample_id: str
@@ -43,6 +44,7 @@ class Recorded:
     kept: bool = True
     old_logprobs: list[float] = field(default_factory=list)
     ref_logprobs: list[float] = field(default_factory=list)
+    rollout_logprobs: list[float] = field(default_factory=list)
 
     @property
     def group_id(self) -> str:
@@ -86,21 +88,53 @@ def off_policy(batch: Sequence[Recorded], logprobs: Mapping[str, Tensor]) -> lis
 
 
 def train_sequences(
-    batch: Sequence[Recorded], aggregation: AggregationMode, norm_length: int
+    batch: Sequence[Recorded],
+    aggregation: AggregationMode,
+    norm_length: int,
+    tis: float | None = None,
 ) -> list[TrainSequence]:
-    """Build the sequences as the controller does: loss weights from the masks of the whole batch."""
+    """Build the sequences as the controller does: loss weights from the masks of the whole batch, and, where old
+    log-probs were scored, the rollout correction with the bound ``tis``."""
     trained = [sum(s.loss_mask) if s.kept else 0 for s in batch]
     weights = sequence_weights(trained, trained, aggregation, norm_length)
-    return [_train_sequence(s, w) for s, w in zip(batch, weights, strict=True)]
+    return [_train_sequence(s, w, tis) for s, w in zip(batch, weights, strict=True)]
 
 
-def _train_sequence(s: Recorded, weight: float) -> TrainSequence:
+def stale(
+    batch: Sequence[Recorded], logprobs: Mapping[str, Tensor], by: float = 1.2
+) -> list[Recorded]:
+    """Add log-probs of a server with other weights: ``logprobs`` ([n - 1] by sample id) plus random shifts."""
+    rng = random.Random(2)
+    return [
+        replace(
+            s,
+            rollout_logprobs=[
+                0.0,
+                *(x + rng.uniform(-by, by) for x in logprobs[s.sample_id].tolist()),
+            ],
+        )
+        for s in batch
+    ]
+
+
+def _train_sequence(s: Recorded, weight: float, tis: float | None) -> TrainSequence:
     """Build one sequence whose response is everything after the first token; the mask selects trained tokens."""
-    columns = {
-        name: np.array(values[1:], dtype=np.float32)
-        for name, values in (("old_logprobs", s.old_logprobs), ("ref_logprobs", s.ref_logprobs))
-        if values
+    known = {
+        "old_logprobs": s.old_logprobs,
+        "ref_logprobs": s.ref_logprobs,
+        "rollout_logprobs": s.rollout_logprobs,
     }
+    columns = {n: np.array(v[1:], dtype=np.float32) for n, v in known.items() if v}
+    if tis is not None and s.old_logprobs:
+        columns["correction"] = rollout_correction(
+            columns["old_logprobs"],
+            columns["rollout_logprobs"],
+            np.array(s.loss_mask[1:], dtype=np.uint8),
+            kind="tis",
+            level="token",
+            low=0.0,
+            high=tis,
+        )
     return TrainSequence(
         s.sample_id,
         np.array(s.tokens[:1], dtype=np.int32),

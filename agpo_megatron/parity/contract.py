@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.settings import (
     ClipSettings,
+    CorrectionSettings,
     EntropySettings,
     KlSettings,
     LossSettings,
@@ -143,20 +144,25 @@ class Contract:
         train: TrainConfig,
         how: Split = "packed",
     ) -> Updates:
-        """Take one optimizer step per part of a batch, all with old log-probs of the weights before the first step."""
+        """Take one optimizer step per part of a batch, all with old log-probs of the weights before the first step; the
+        layout is given them where the trainer would have scored them."""
         config = json.loads((model / "config.json").read_text())
         start = self._weights[model.name]
         scored, truths, weights = reference_updates(
             start, config, parts, objective, optimizer(train)
         )
+        loss = loss_settings(objective)
+        if not loss.scored_weights(len(parts))[0]:
+            scored = [[replace(s, old_logprobs=[]) for s in part] for part in scored]
         sequences = [
-            train_sequences(part, objective.aggregation, objective.norm_length) for part in scored
+            train_sequences(part, objective.aggregation, objective.norm_length, objective.tis)
+            for part in scored
         ]
         found = self.run(
             model,
             policy,
             [split(part, policy.data_parallel, how) for part in sequences],
-            loss_settings(objective),
+            loss,
             train,
             temperature=objective.temperature,
             scores=False,
@@ -238,4 +244,7 @@ def loss_settings(objective: Objective) -> LossSettings:
         ),
         kl=KlSettings(coef=objective.kl),
         entropy=EntropySettings(coef=objective.entropy),
+        correction=CorrectionSettings()
+        if objective.tis is None
+        else CorrectionSettings(kind="tis", high=objective.tis),
     )

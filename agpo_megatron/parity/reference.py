@@ -29,10 +29,11 @@ ROUTE_MARGIN = 1e-5
 class Objective:
     """The loss of a whole step by its definition (docs/algorithm.md).
 
-    ``aggregation``: from token losses to L. ``adaptive``: phi of L, or (``scope`` "group") of each group's share of
-    it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL term (k3)
-    and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from 1.
-    ``norm_length``: constant of the aggregation seq_mean_token_sum_norm.
+    ``aggregation``: from token losses to L. ``adaptive``: phi of L at ratio 1, or (``scope`` "group") of each group's
+    share of it: "max0" is max(L, ``minimum``), "exp" is tau exp(L / tau). ``kl``, ``entropy``: coefficients of the KL
+    term (k3) and of the entropy bonus, which phi does not touch. ``clip``: lower and upper distance of the ratio from
+    1. ``norm_length``: constant of the aggregation seq_mean_token_sum_norm. ``tis``: bound of the importance weights of
+    tokens against the rollout server; None: no correction.
     """
 
     kind: Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"] = "ppo"
@@ -46,6 +47,7 @@ class Objective:
     clip: tuple[float, float] = (0.2, 0.28)
     temperature: float = 1.0
     norm_length: int = 64
+    tis: float | None = None
 
 
 # ---------------------------------------------------------------- the model
@@ -155,9 +157,10 @@ def log_probs(
 
 @dataclass(frozen=True)
 class Truth:
-    """The values that every layout must reproduce. ``loss``: L before, ``value``: after phi. ``gradients``: of
-    ``value`` and the other terms. ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: for every
-    token but the first. ``ratios``: for the trained tokens."""
+    """The values that every layout must reproduce. ``loss``: L, at ratio 1 where phi acts on it; ``value``: after phi.
+    ``gradients``: of the policy loss times the gain phi'(L), and of the other terms.
+    ``entropy``: mean over the trained tokens. ``logprobs``, ``entropies``: for every token but the first. ``ratios``:
+    for the trained tokens."""
 
     loss: float
     value: float
@@ -230,22 +233,32 @@ def adapt(loss: Tensor, objective: Objective) -> Tensor:
     return loss
 
 
-def adapted_loss(losses: Mapping[str, list[Tensor]], objective: Objective) -> tuple[Tensor, Tensor]:
-    """Return L and phi of it; with scope group, over groups p of weight W_p and loss S_p, sum W_p phi(S_p / W_p).
-    ``losses``: one tensor per sequence, by group."""
-    everything = [x for group in losses.values() for x in group]
-    loss = aggregate(everything, objective)
-    if objective.scope == "batch":
-        return loss, adapt(loss, objective)
-    value = torch.zeros_like(loss)
-    for name in losses:
-        inside = [float(g == name) for g, group in losses.items() for _ in group]
-        part = aggregate([x * i for x, i in zip(everything, inside, strict=True)], objective)
-        weight = aggregate(
-            [torch.full_like(x, i) for x, i in zip(everything, inside, strict=True)], objective
-        )
-        value = value + weight * adapt(part / weight, objective)
-    return loss, value
+def policy_loss(
+    losses: Mapping[str, list[Tensor]], values: Mapping[str, list[Tensor]], objective: Objective
+) -> tuple[Tensor, float, float]:
+    """Return (policy loss to be differentiated, L, phi of L). Both mappings: one tensor per sequence, by group; those
+    of ``values`` are what L is made of.
+
+    Over parts p (the step, or its groups) of weight W_p: the gradient is that of sum gain_p loss_p, where the gain is
+    phi'(L_p / W_p), and the value is sum W_p phi(L_p / W_p).
+    """
+    parts = [set(losses)] if objective.scope == "batch" else [{name} for name in losses]
+    total, value = torch.zeros((), dtype=torch.float64), 0.0
+    for part in parts:
+
+        def share(of: Mapping[str, list[Tensor]], part: set[str] = part) -> Tensor:
+            return aggregate([x * (g in part) for g in of for x in of[g]], objective)
+
+        weight = share({g: [torch.ones_like(x) for x in xs] for g, xs in values.items()})
+        if objective.scope == "batch":
+            weight = torch.ones_like(weight)
+        mean = (share(values) / weight).detach().requires_grad_()
+        adapted = adapt(mean, objective)
+        (gain,) = torch.autograd.grad(adapted, mean)
+        total = total + gain * share(losses)
+        value += float((weight * adapted).detach())
+    everything = [x for group in values.values() for x in group]
+    return total, float(aggregate(everything, objective)), value
 
 
 def other_terms(chosen: Tensor, entropy: Tensor, s: Recorded, objective: Objective) -> Tensor:
@@ -276,6 +289,12 @@ def truth(
             if s.old_logprobs:
                 old = torch.tensor(s.old_logprobs[1:], dtype=torch.float64)
             loss, value = token_losses(chosen[mask], old[mask], s.advantage, objective)
+            if objective.tis is not None:  # q of the weights that the batch starts from
+                rollout = torch.tensor(s.rollout_logprobs[1:], dtype=torch.float64)
+                weight = (old - rollout)[mask].exp().clamp(max=objective.tis)
+                loss, value = weight * loss, weight * value
+            if objective.adaptive != "none":  # phi is decided at ratio 1
+                value = torch.full_like(value, -s.advantage)
             losses.setdefault(s.group_id, []).append(loss)
             values.setdefault(s.group_id, []).append(value)
             others.append(other_terms(chosen, entropy, s, objective)[mask])
@@ -284,12 +303,11 @@ def truth(
             if objective.kind in ("gspo", "gspo_token"):  # the ratio of the sequence
                 log_ratio = log_ratio.mean().expand_as(log_ratio)
             ratios.append(log_ratio.exp())
-    _, to_differentiate = adapted_loss(losses, objective)
-    reported, value = adapted_loss(values, objective)
+    to_differentiate, reported, adapted = policy_loss(losses, values, objective)
     (to_differentiate + aggregate(others, objective)).backward()
     return Truth(
-        loss=reported.item(),
-        value=value.item(),
+        loss=reported,
+        value=adapted,
         gradients={n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()},
         entropy=float(torch.cat(trained_entropy).mean()),
         logprobs=logprobs,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.algorithm.loss import LossRows
+from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.policy.packing import PackedBatch
 
 

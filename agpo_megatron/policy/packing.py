@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agpo_megatron.algorithm.loss import LossRows
+from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.config.schema import PolicyConfig
 from agpo_megatron.samples import COLUMNS, Array, TrainSequence
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.algorithm.gate import Gate, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import MAXIMA, SUMS, check_rows, loss_metrics, scored_parts
+from agpo_megatron.algorithm.gate import Gate, PartSum, gate_of, on_policy_parts
+from agpo_megatron.algorithm.loss import check_rows
+from agpo_megatron.algorithm.loss_metrics import MAXIMA, SUMS, loss_metrics
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
@@ -95,11 +96,11 @@ class Policy:
 
         Replicas may have different numbers of them, or none: fillers of weight 0 make up the difference.
 
-        The adaptive part acts on the loss of the whole step, exactly, in every layout. If that loss is known before
-        backward (at ratio 1; else from a forward pass, when there are other terms or group scope), its gain is folded
-        into the weights of the policy loss alone; if all gains are 0 and nothing else has gradients, forward and
-        backward are not run. Otherwise the gradient is scaled by the gain before it is clipped. At a gain of 0 the
-        optimizer steps on a zero gradient (``step``: moments decay, weights still move) or not (``skip_step``).
+        The adaptive part acts on the whole step, exactly, in every layout. It is decided before anything is computed
+        (eq. 1c), and its gain is folded into the weights of the policy loss alone; if all gains are 0 and nothing else
+        has gradients, forward and backward are not run. With ``clip.on: total`` the gradient is scaled by the gain
+        before it is clipped. At a gain of 0 the optimizer steps on a zero gradient (``step``: moments decay, weights
+        still move) or not (``skip_step``).
 
         Returns global statistics, the same on every rank: those of ``algorithm.loss.loss_metrics``, and grad_norm.
         Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
@@ -112,7 +113,7 @@ class Policy:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            gate = self._known_gate(micro_batches, batches, loss)
+            gate = self._gate(micro_batches, loss)
             if gate is not None:
                 if not any(gate.gains.values()) and not loss.has_other_terms:
                     return self._skip(gate, lr, loss.clip.when_clipped)
@@ -133,30 +134,16 @@ class Policy:
             "tokens/trained": 0.0,
         }
 
-    def _known_gate(
-        self, micro_batches: MicroBatches, batches: Sequence[PackedBatch], loss: LossSettings
-    ) -> Gate | None:
-        """Return the gate if it acts before backward, the same on every rank; None if it acts later or not at all."""
+    def _gate(self, micro_batches: MicroBatches, loss: LossSettings) -> Gate | None:
+        """Return the gate of the step, the same on every rank; None if it acts within packs, later, or not at all."""
         if not loss.gate_needs_the_step or loss.clip.on == "total":
             return None
-        sequences = [s for batch in micro_batches for s in batch]
-        speaks = self.layout.speaks_for_replica
-        mine = on_policy_parts(sequences) if speaks and loss.old_logprobs == "score" else None
-        shares = self._everyones(mine if speaks else {})
-        if any(share is None for share in shares):
-            if loss.clip.scope == "batch" and not loss.has_other_terms:
-                return None
-            values = step.run_values(self.chunks, self.layout, batches, self.head, loss)
-            groups = [[group_of(span.sample_id) for span in batch.spans] for batch in batches]
-            rows = [batch.loss for batch in batches]
-            shares = self._everyones(scored_parts(rows, values, groups) if speaks else {})
-        return gate_of(loss, shares)
-
-    def _everyones(self, value: Any) -> list[Any]:
-        """Gather ``value`` of all ranks, in rank order."""
+        mine: dict[str, PartSum] = {}
+        if self.layout.speaks_for_replica:
+            mine = on_policy_parts(s for batch in micro_batches for s in batch)
         everyones: list[Any] = [None] * self.layout.world
-        dist.all_gather_object(everyones, value, group=self.layout.control_group)
-        return everyones
+        dist.all_gather_object(everyones, mine, group=self.layout.control_group)
+        return gate_of(loss, everyones)
 
     def keep_reference(self) -> None:
         """Copy the current weights to the host as the reference policy of a KL term."""

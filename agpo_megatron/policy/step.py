@@ -16,7 +16,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from agpo_megatron.algorithm.loss import micro_batch_loss, row_loss, sequence_values
+from agpo_megatron.algorithm.loss import micro_batch_loss, row_loss
 from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.logprob.fused import selected_logprobs
 from agpo_megatron.logprob.projection import Kernels
@@ -65,19 +65,6 @@ def run_scoring(
     """Run forward without autograd. Returns, on the last stage, per micro-batch ``logprob``, ``entropy`` [N]."""
     with torch.no_grad():
         return _run(chunks, layout, batches, _Head(layout, head, None), forward_only=True)
-
-
-def run_values(
-    chunks: Sequence[Any],
-    layout: Layout,
-    batches: Sequence[PackedBatch],
-    head: HeadSettings,
-    loss: LossSettings,
-) -> list[Tensor]:
-    """Run forward without autograd. Returns, on the last stage, per micro-batch ``sequence_values``, [S] fp64."""
-    with torch.no_grad():
-        values = _Head(layout, head, loss, values_only=True)
-        return [r["values"] for r in _run(chunks, layout, batches, values, forward_only=True)]
 
 
 def _run(
@@ -129,14 +116,8 @@ def _packed_params(batch: PackedBatch, share: Share) -> Any:
 class _Head:
     """The ``output_processor``: from hidden states to the loss of a micro-batch, or to its log-probs when scoring."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        head: HeadSettings,
-        loss: LossSettings | None,
-        values_only: bool = False,
-    ) -> None:
-        self.layout, self.head, self.loss, self.values_only = layout, head, loss, values_only
+    def __init__(self, layout: Layout, head: HeadSettings, loss: LossSettings | None) -> None:
+        self.layout, self.head, self.loss = layout, head, loss
         self.stats: dict[str, Tensor] = {}
 
     def __call__(
@@ -152,9 +133,7 @@ class _Head:
         batch, share = context
         weight = output_layer.weight if output_weight is None else output_weight
         group = self.layout.tp_group if self.layout.tp > 1 else None
-        one_pass = None
-        if self.loss is not None and not self.values_only:
-            one_pass = row_loss(self.loss, share.own(batch.loss))
+        one_pass = row_loss(self.loss, share.own(batch.loss)) if self.loss else None
         result = selected_logprobs(
             select_rows(
                 hidden_states.squeeze(1),
@@ -175,9 +154,6 @@ class _Head:
         logprob, entropy = share.whole(result.logprob, result.entropy)
         if self.loss is None:
             self.stats = {"logprob": logprob, "entropy": entropy}
-            return logprob.sum()
-        if self.values_only:
-            self.stats = {"values": sequence_values(self.loss, logprob, batch.loss)}
             return logprob.sum()
         loss, self.stats = micro_batch_loss(self.loss, logprob, entropy, batch.loss)
         return loss if result.loss is None else result.loss

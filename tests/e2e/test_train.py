@@ -21,7 +21,7 @@ from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import read_summary
 
 STEPS = 4
-PLUS_MINUS_ONE = {  # advantages of +-1: every group has weight; the ratio starts from what was scored
+PLUS_MINUS_ONE = {  # advantages of +-1: every group has weight; the correction is computed in the update
     "algorithm.preset": "agpo_v1",
     "algorithm.loss": {"correction": {"kind": "tis"}},
 }

@@ -127,7 +127,7 @@ def test_two_sources_with_rewards_of_their_own_killed_while_they_generate_and_ev
 def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> None:
     """Groups are replaced, and the step is decided only after old and reference log-probs are known: neither is lost
     by a kill in between, and the reference stays the initial policy."""
-    loss = {"kl": {"coef": 0.05}, "correction": {"kind": "tis"}}
+    loss = {"kl": {"coef": 0.05}, "correction": {"kind": "tis", "level": "sequence_mean"}}
     kill_and_continue(
         tmp_path,
         [
@@ -139,7 +139,7 @@ def test_dynamic_sampling_with_scores_killed_while_it_scores(tmp_path: Path) -> 
         check_dynamic_sampling,
         **{
             "algorithm.preset": "dapo",
-            "algorithm.advantage": {"resample_rounds": 2},
+            "algorithm.advantage": {"resample_factor": 2},
             "algorithm.loss": loss,
         },
     )

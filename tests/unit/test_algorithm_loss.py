@@ -306,9 +306,9 @@ def test_importance_gives_the_gradient_of_the_reverse_kl():
 
 
 def test_entropy_coefficient():
-    assert next_entropy_coefficient(0.01, 0.2, 0.3, 0.005) == pytest.approx((0.015, 0.015))
-    assert next_entropy_coefficient(0.01, 0.4, 0.3, 0.005) == pytest.approx((0.005, 0.0))
-    assert next_entropy_coefficient(0.001, 0.4, 0.3, 0.005) == (0.0, 0.0)
+    assert next_entropy_coefficient(0.01, 0.2, 0.3) == pytest.approx((0.015, 0.015))
+    assert next_entropy_coefficient(0.01, 0.4, 0.3) == pytest.approx((0.005, 0.0))
+    assert next_entropy_coefficient(0.001, 0.4, 0.3) == (0.0, 0.0)
 
 
 # --- rollout correction ---------------------------------------------------------------------

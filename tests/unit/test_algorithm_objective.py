@@ -15,7 +15,8 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.gate import Adaptive, PartSum, gate_of, on_policy_parts
-from agpo_megatron.algorithm.loss import POLICY_LOSSES, LossRows, micro_batch_loss, row_loss
+from agpo_megatron.algorithm.loss import POLICY_LOSSES, micro_batch_loss, row_loss
+from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.algorithm.settings import AlgorithmSettings, LossSettings
 from agpo_megatron.policy.packing import pack
 from agpo_megatron.samples import TrainSequence
@@ -44,7 +45,6 @@ def test_scopes_of_the_loss_clip_worked_example() -> None:
     """Groups A = +1, -1 each, lengths 300, 100 and 100, 200; micro-batches are the groups."""
     work = sequences([300, 100, 100, 200], [1.0, -1.0, 1.0, -1.0])
     parts = on_policy_parts(work)
-    assert parts is not None
     gate = gate_of(loss(adaptive="max0"), [parts])
     assert gate.loss == pytest.approx(-0.142857, abs=6e-7)
     assert (gate.value, set(gate.gains.values())) == (0.0, {0.0})
@@ -65,8 +65,8 @@ def test_parts_of_all_ranks_count_once() -> None:
     """A group whose samples lie on two ranks has one loss."""
     work = sequences([300, 100, 100, 200], [1.0, -1.0, 1.0, -1.0])
     how = loss(adaptive="exp", scope="group")
-    together = gate_of(how, [on_policy_parts(work) or {}])
-    apart = gate_of(how, [on_policy_parts(work[::2]) or {}, {}, on_policy_parts(work[1::2]) or {}])
+    together = gate_of(how, [on_policy_parts(work)])
+    apart = gate_of(how, [on_policy_parts(work[::2]), {}, on_policy_parts(work[1::2])])
     assert apart.gains == pytest.approx(together.gains)
     assert apart.value == pytest.approx(together.value)
     nothing = gate_of(how, [{}, {}])
@@ -135,8 +135,8 @@ def test_ranks_and_micro_batches_change_neither_loss_nor_gradient(
         ranks[rank][micro].append(one)
     how = loss(adaptive=adaptive)
     plain, sums = summed(loss(), [[work]], None)
-    gate = gate_of(how, [on_policy_parts(work) or {}])
-    shares = [on_policy_parts([s for some in rank for s in some]) or {} for rank in ranks]
+    gate = gate_of(how, [on_policy_parts(work)])
+    shares = [on_policy_parts([s for some in rank for s in some]) for rank in ranks]
     split_gate = gate_of(how, shares)
     assert split_gate.loss == pytest.approx(gate.loss, abs=1e-12)
     assert split_gate.gains == pytest.approx(gate.gains)

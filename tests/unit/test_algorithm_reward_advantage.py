@@ -21,27 +21,24 @@ from agpo_megatron.algorithm.length_reward import (
     kimi_length_reward,
 )
 
-TOL = 1e-6
 fast = settings(max_examples=60, deadline=None)
 
 
-def advantages(raw, shaped=None, **settings):
+def advantages(rewards, **settings):
     """Of one group."""
-    shaped = raw if shaped is None else shaped
-    return of_step([raw], [shaped], [[1] * len(raw)], **settings)[0]
+    return of_step([rewards], [[1] * len(rewards)], **settings)[0]
 
 
-def of_step(raw, shaped=None, counts=None, **settings):
+def of_step(rewards, counts=None, **settings):
     settings = {
         "estimator": "group_norm",
         "zero_variance": "zero",
-        "tol": TOL,
-        "std_eps": 1e-6,
-        "correct": [[r >= 1.0 for r in g] for g in raw],
+        "correct": [[r >= 1.0 for r in g] for g in rewards],
+        "varied": [not is_zero_variance(g) for g in rewards],
         **settings,
     }
-    counts = [[1] * len(g) for g in raw] if counts is None else counts
-    return step_advantages(raw, raw if shaped is None else shaped, counts, **settings)
+    counts = [[1] * len(g) for g in rewards] if counts is None else counts
+    return step_advantages(rewards, counts, **settings)
 
 
 def near(values, abs=6e-7):
@@ -53,30 +50,23 @@ def near(values, abs=6e-7):
 
 
 @pytest.mark.parametrize(
-    "raw, std_eps, expected",
+    "raw, expected",
     [
         (
             [1, 0, 0, 1, 0, 0, 0, 0],
-            1e-6,
             [1.620182, -0.540061, -0.540061, 1.620182] + [-0.540061] * 4,
         ),
         (
-            [1, 0, 0, 1, 0, 0, 0, 0],
-            1e-4,
-            [1.619835, -0.539945, -0.539945, 1.619835] + [-0.539945] * 4,
-        ),
-        (
             [1, -1, -1, 1, -1, -1, -1, -1],
-            1e-6,
             [1.620183, -0.540061, -0.540061, 1.620183] + [-0.540061] * 4,
         ),
-        ([1, 0, 0, 0], 1e-6, [1.499997, -0.499999, -0.499999, -0.499999]),
-        ([1, 0.5, 0], 1e-6, [0.999998, 0, -0.999998]),
+        ([1, 0, 0, 0], [1.499997, -0.499999, -0.499999, -0.499999]),
+        ([1, 0.5, 0], [0.999998, 0, -0.999998]),
     ],
 )
-def test_mixed_group_is_normalised_with_the_unbiased_deviation(raw, std_eps, expected):
+def test_mixed_group_is_normalised_with_the_unbiased_deviation(raw, expected):
     for zero_variance in ("zero", "constant"):
-        assert advantages(raw, zero_variance=zero_variance, std_eps=std_eps) == near(expected)
+        assert advantages(raw, zero_variance=zero_variance) == near(expected)
 
 
 @pytest.mark.parametrize(
@@ -98,39 +88,47 @@ def test_zero_variance_group(raw, correct, constant):
     assert v1 == [constant] * len(raw)
 
 
-def test_raw_decides_zero_variance_and_shaped_is_normalised():
-    # Shaping alone must not bring a zero-variance group back ...
-    assert advantages([1.0, 1.0], [1.1, 1.0]) == [0.0, 0.0]
-    assert advantages([1.0, 1.0], [1.1, 1.0], zero_variance="constant") == [1.0, 1.0]
-    # ... nor does shaping that cancels all differences divide noise by epsilon.
-    assert advantages([1.0, 0.0, 0.0], [0.05] * 3) == [0.0] * 3
+def test_what_has_variance_is_said_by_the_caller():
+    assert advantages([1.1, 1.0], varied=[False]) == [0.0, 0.0]
+    assert advantages([1.1, 1.0], varied=[False], zero_variance="constant") == [1.0, 1.0]
+    assert advantages([1.1, 1.0], varied=[True]) == near([0.707097, -0.707097])
+    # Shaping that cancels all differences does not divide noise by epsilon.
+    assert advantages([0.05] * 3, varied=[True]) == [0.0] * 3
+
+
+@pytest.mark.parametrize("estimator", ["group_norm", "group_center", "rloo", "reinforce_pp"])
+def test_an_advantage_that_is_rounding_is_0(estimator):
+    """The mean of 0.1, 0.2 and 0.3 is not 0.2: the middle one would have |A| = 1e-16."""
+    got = advantages([0.1, 0.2, 0.3], estimator=estimator)
+    assert got[1] == 0.0 and got[0] < 0 < got[2]
+    small = of_step([[0.1, 0.2, 0.3], [0.0, 1e-5, 1e-5]], estimator="group_center")
+    assert all(small[1]), "small is not rounding"
 
 
 @pytest.mark.parametrize(
-    "rewards, tol, expected",
+    "rewards, expected",
     [
-        ([0.9] * 30, 0.0, True),
-        ([0.1 + 0.2, 0.3], 0.0, False),
-        ([0.1 + 0.2, 0.3], 1e-6, True),
-        ([0.0, 2e-6], 1e-6, False),
-        ([0.0, 0.25], 0.25, True),
-        ([1.0, 0.5, 0.0], 1e-6, False),
-        ([3.0], 0.0, True),
+        ([0.9] * 30, True),
+        ([0.1 + 0.2, 0.3], True),
+        ([0.0, 1e-6], True),
+        ([0.0, 2e-6], False),
+        ([1.0, 0.5, 0.0], False),
+        ([3.0], True),
     ],
 )
-def test_is_zero_variance(rewards, tol, expected):
-    assert is_zero_variance(rewards, tol) is expected
+def test_is_zero_variance(rewards, expected):
+    assert is_zero_variance(rewards) is expected
 
 
 def test_bad_rewards_are_refused():
     with pytest.raises(ValueError, match="without rewards"):
-        is_zero_variance([], TOL)
+        is_zero_variance([])
     with pytest.raises(ValueError, match="not finite"):
-        is_zero_variance([1.0, math.nan], TOL)
-    with pytest.raises(ValueError, match="2 raw rewards, 1 shaped ones and 2 token counts"):
-        advantages([1.0, 0.0], [1.0])
+        is_zero_variance([1.0, math.nan])
+    with pytest.raises(ValueError, match="2 rewards and 1 token counts"):
+        of_step([[1.0, 0.0]], [[1]])
     with pytest.raises(ValueError, match="not finite"):
-        advantages([1.0, 0.0], [1.0, math.inf])
+        advantages([1.0, math.inf], varied=[True])
 
 
 # --- the other estimators --------------------------------------------------------------------
@@ -243,14 +241,15 @@ rewards = st.lists(st.sampled_from([-1.0, 0.0, 0.3, 0.5, 1.0]), min_size=2, max_
 def test_advantages_are_centred_scaled_and_order_free(raw, data):
     bonus = data.draw(st.lists(st.floats(0, 0.1), min_size=len(raw), max_size=len(raw)))
     shaped = [r + b for r, b in zip(raw, bonus, strict=True)]
-    got = advantages(raw, shaped)
-    if is_zero_variance(raw, TOL):
+    mixed = [not is_zero_variance(raw)]
+    got = advantages(shaped, varied=mixed)
+    if not mixed[0]:
         assert got == [0.0] * len(raw)
         return
     assert math.fsum(got) == pytest.approx(0, abs=1e-9)
     assert statistics.stdev(got) == pytest.approx(1, abs=1e-4)  # epsilon takes a little
     order = data.draw(st.permutations(range(len(raw))))
-    moved = advantages([raw[i] for i in order], [shaped[i] for i in order])
+    moved = advantages([shaped[i] for i in order], varied=mixed)
     assert moved == [got[i] for i in order]  # exactly
 
 
@@ -264,12 +263,12 @@ def test_length_bonus_worked_example():
     signed = [2.0 * c - 1 for c in correct]
     totals = [r + b for r, b in zip(signed, bonus, strict=True)]
     assert totals == near([1.1, 1.066667, 1, -1, -1, 1.033333])
-    assert advantages(signed, totals) == near(
+    assert advantages(totals) == near(
         [0.692385, 0.660913, 0.597969, -1.290354, -1.290354, 0.629441]
     )
     assert advantages(signed) == near([0.645497] * 3 + [-1.290993] * 2 + [0.645497])
     raw = [float(c) for c in correct]
-    assert advantages(raw, [r + b for r, b in zip(raw, bonus, strict=True)]) == near(
+    assert advantages([r + b for r, b in zip(raw, bonus, strict=True)]) == near(
         [0.73632, 0.67496, 0.55224, -1.288559, -1.288559, 0.6136]
     )
 

@@ -9,6 +9,7 @@ import made
 import numpy as np
 import pytest
 
+from agpo_megatron.algorithm.gate import gate_of, on_policy_parts
 from agpo_megatron.algorithm.settings import AlgorithmSettings, LossSettings
 from agpo_megatron.algorithm.step import (
     Decision,
@@ -16,9 +17,10 @@ from agpo_megatron.algorithm.step import (
     StepRequest,
     decide,
     drops_groups,
+    has_variance,
     staleness,
 )
-from agpo_megatron.samples import Floats, Group, VersionSpan
+from agpo_megatron.samples import Floats, Group, TrainSequence, VersionSpan
 
 
 def group(position: int, accuracies: list[float], lengths: list[int]) -> Group:
@@ -92,6 +94,91 @@ def test_length_reward_acts_in_mixed_groups_and_is_reported() -> None:
     assert record.metrics["reward/length"] == pytest.approx(0.2 / 6)
     assert record.metrics["response/tokens_correct_mean"] == 250
     assert step(E4[1:2] + E4[:1], "agpo").metrics["group/all_correct_frac"] == 0.5
+
+
+ALL_RIGHT = [group(0, [1, 1], [100, 300])]
+OVERLONG = {"kind": "dapo_overlong", "weight": 1.0, "buffer": 900}
+
+
+@pytest.mark.parametrize(
+    ("length", "acts"),
+    [
+        ({"kind": "none"}, False),
+        ({"kind": "agpo"}, False),
+        ({"kind": "agpo", "groups": "all"}, True),
+        ({"kind": "kimi"}, True),
+        ({"kind": "cosine"}, True),
+        (OVERLONG, True),
+        ({"kind": "kimi", "weight": 0.0}, False),
+    ],
+)
+@pytest.mark.parametrize("preset", ["grpo", "agpo_v3", "agpo_v1", "dapo"])
+def test_length_terms_act_in_uniform_groups_if_they_are_meant_to(
+    length: dict[str, Any], acts: bool, preset: str
+) -> None:
+    """Advantages, the loss mask and the constants see the same groups."""
+    how = algorithm(preset, {"length_reward": {"weight": 0.1, **length}})
+    record = step(ALL_RIGHT, preset, algorithm=how)
+    shorter, longer = record.columns["advantage"]
+    if acts:
+        assert (shorter, longer) == pytest.approx((0.5**0.5, -(0.5**0.5)), abs=1e-4)
+    else:
+        assert shorter == longer == (1.0 if preset == "agpo_v1" else 0.0)
+    masked = preset == "agpo_v3" and not acts
+    assert list(record.columns["trained"]) == ([0, 0] if masked else [100, 300])
+    assert record.metrics["group/zero_variance_frac"] == float(not acts)
+    assert drops_groups(how) == (preset == "agpo_v3" and not acts)
+    assert not has_variance(ALL_RIGHT[0]), "dynamic sampling looks at raw rewards"
+
+
+def test_the_length_reward_of_mixed_groups_brings_no_uniform_group_back() -> None:
+    """One verdict differs though the rewards agree: the bonus is paid, and there is still no variance."""
+    equal = group(0, [0.6, 0.6, 0.6], [10, 20, 30])
+    equal.samples[2] = replace(equal.samples[2], correct=False)
+    record = step([equal], "agpo")
+    assert list(record.columns["reward"]) == pytest.approx([0.7, 0.6, 0.6])
+    assert list(record.columns["advantage"]) == [0, 0, 0]
+    assert list(record.columns["trained"]) == [0, 0, 0]
+
+
+def test_a_member_at_the_mean_weighs_in_the_parts_of_a_bound_that_is_not_0() -> None:
+    """Rewards 2, 1, 0 and lengths 2, 6, 3: L = 1/11, and a single group is the whole step: both scopes agree."""
+    groups = [group(0, [2, 1, 0], [2, 6, 3])]
+    gains = {}
+    for scope in ("batch", "group"):
+        clip = {"kind": "max0", "min": 0.1, "scope": scope}
+        how = algorithm("grpo", {"loss": {"clip": clip}})
+        columns = step(groups, "grpo", algorithm=how).columns
+        sequences = [
+            TrainSequence(
+                s.sample_id,
+                s.prompt_tokens,
+                s.response_tokens,
+                s.loss_mask,
+                {"loss_weight": columns["loss_weight"][i], "advantage": columns["advantage"][i]},
+            )
+            for i, s in enumerate(groups[0].samples)
+        ]
+        gate = gate_of(how.loss, [on_policy_parts(sequences)])
+        assert gate.loss == pytest.approx(1 / 11, abs=1e-6)
+        gains[scope] = set(gate.gains.values())
+    assert gains == {"batch": {0.0}, "group": {0.0}}
+
+
+def test_the_covariance_is_of_trained_tokens() -> None:
+    """The right answer is the longer response, but most of it the environment wrote."""
+    of, (right, wrong) = E4[0].prompt, group(0, [1, 0], [9, 5]).samples
+    mask = np.array([1, 1, *[0] * 7], np.uint8)
+    record = step([Group(of, [replace(right, loss_mask=mask), wrong])], "grpo")
+    assert record.metrics["group/cov_length_advantage"] == pytest.approx(-1.5 * 0.5**0.5, abs=1e-5)
+    tokens = sum(record.columns["trained"])
+    assert on_policy(record) == pytest.approx(3 * 0.5**0.5 / tokens, abs=1e-5), "eq. 1c"
+
+
+def test_the_authors_mask_drops_a_member_at_the_mean_whatever_the_rounding() -> None:
+    thirds = [group(0, [0.1, 0.2, 0.3], [2, 2, 2])]
+    assert list(step(thirds, "agpo_v3_authors").columns["trained"]) == [2, 0, 2]
+    assert list(step(thirds, "agpo_v3").columns["trained"]) == [2, 2, 2]
 
 
 def test_an_all_masked_step_has_no_weight_and_no_nan() -> None:
@@ -176,6 +263,18 @@ def test_rollout_correction_and_its_denominators(denominators: str, weight: floa
     assert record.metrics["correction/mean"] == pytest.approx(2 * 2.718281828**0.5 / 8)
 
 
+def test_the_correction_that_the_loss_computes_is_not_decided_here() -> None:
+    tis: dict[str, Any] = {"loss": {"correction": {"kind": "tis"}}}
+    record = step(E4[:1], "grpo", algorithm=algorithm("grpo", tis))
+    assert list(record.columns["trained"]) == [2, 6] and "correction" not in record.columns
+    assert "correction/mean" not in record.metrics
+    tis["loss"]["kl"] = {"coef": 0.01, "place": "reward", "estimator": "k1"}  # which is scored
+    scored = step(E4[:1], "grpo", algorithm=algorithm("grpo", tis), scores=SCORES)
+    assert scored.columns["correction"][0] == pytest.approx([2.718281828**0.5] * 2)
+    assert scored.columns["correction"][1].tolist() == [2.0] * 6
+    assert scored.metrics["correction/mean"] == pytest.approx((2 * 2.718281828**0.5 + 12) / 8)
+
+
 def test_correction_metrics_leave_out_what_the_environment_wrote() -> None:
     first, second = E4[0].samples
     half = replace(second, loss_mask=np.array([1, 1, 0, 0, 0, 0], np.uint8))
@@ -205,15 +304,16 @@ def test_what_the_mask_drops_is_not_scored() -> None:
         step(E4, "agpo_v3", algorithm=masked, scores=SCORES)
 
 
-def test_kl_in_the_reward_moves_rewards_but_not_the_zero_variance_rule() -> None:
+def test_kl_in_the_reward_moves_rewards_and_with_them_uniform_groups() -> None:
     section = {"loss": {"kl": {"coef": 0.01, "place": "reward", "estimator": "k1"}}}
     how = algorithm("grpo", section)
     record = step(E4[:1], "grpo", algorithm=how, scores=SCORES)
     assert list(record.columns["reward"]) == pytest.approx([1 - 0.02, 0 - 0.18])
     same = group(0, [1, 1], [2, 6])
     uniform = step([same], "grpo", algorithm=how, scores=SCORES)
-    assert list(uniform.columns["advantage"]) == [0, 0]
-    assert uniform.columns["reward"][0] != uniform.columns["reward"][1]
+    assert list(uniform.columns["reward"]) == pytest.approx([1 - 0.02, 1 - 0.18])
+    assert list(uniform.columns["advantage"]) == pytest.approx([0.5**0.5, -(0.5**0.5)], abs=1e-5)
+    assert uniform.metrics["group/zero_variance_frac"] == 0.0
 
 
 def test_a_term_beside_the_policy_loss_keeps_uniform_groups_in_training() -> None:
@@ -228,7 +328,7 @@ def test_a_term_beside_the_policy_loss_keeps_uniform_groups_in_training() -> Non
 
 
 def test_the_entropy_coefficient_is_journaled_and_carried() -> None:
-    section = {"loss": {"entropy": {"coef": 0.01, "target": 0.5, "delta": 0.005}}}
+    section = {"loss": {"entropy": {"coef": 0.01, "target": 0.5}}}
     how = algorithm("grpo", section)
     low = step(E4[:1], "grpo", algorithm=how, scores=SCORES, entropy_state=0.02)
     assert (low.entropy_coef, low.entropy_state) == pytest.approx((0.025, 0.025))
@@ -245,16 +345,25 @@ def test_the_entropy_coefficient_is_journaled_and_carried() -> None:
 
 
 def test_what_dynamic_sampling_replaced_is_reported() -> None:
-    record = step([E4[0], E4[2]], "dapo", discarded=1, rounds=2)
-    assert record.metrics["sampling/rounds"] == 2
+    record = step([E4[0], E4[2]], "dapo", discarded=1)
     assert record.metrics["sampling/discarded_groups"] == 1
-    assert "sampling/rounds" not in step(E4, "agpo").metrics
+    assert "sampling/discarded_groups" not in step(E4, "agpo").metrics
 
 
 def test_staleness_counts_optimizer_steps_per_token() -> None:
     sample = group(0, [1, 0], [4, 4]).samples[0]
     mixed = replace(sample, versions=(VersionSpan("3.1.a", 0, 1), VersionSpan("5.2.b", 1, 4)))
     assert staleness(mixed, 5) == pytest.approx(2 / 4)
+    fresh = group(1, [1, 0], [4, 4])
+    fresh.samples[:] = [replace(s, versions=(VersionSpan("5.2.b", 0, 4),)) for s in fresh.samples]
+    old = replace(sample, index=1, versions=(VersionSpan("1.1.a", 0, 4),))
+    both = [Group(made.prompt(0), [mixed, old]), fresh]
+    record = step(both, "grpo", first_step=6)
+    assert list(record.columns["staleness"]) == [0.5, 4, 0, 0]
+    assert record.metrics["rollout/staleness_mean"] == pytest.approx(4.5 / 4)
+    assert record.metrics["rollout/staleness_max"] == 4
+    worked = replace(sample, versions=())
+    assert staleness(worked, 5) == 0
 
 
 def test_a_batch_of_several_updates_is_divided_into_parts_with_weights_of_their_own() -> None:
@@ -289,6 +398,16 @@ def test_what_a_batch_must_know_of_the_trainer() -> None:
     assert several.scored_weights(1) == (False, False)
     assert several.scored_weights(4) == (True, False)
     assert LossSettings(old_logprobs="rollout").scored_weights(4) == (False, False)
+    token = LossSettings.model_validate({"correction": {"kind": "tis"}})
+    assert token.scored_weights(1) == (False, False), "the loss computes it"
+    assert token.scored_weights(2) == (True, False)
+    for other in (
+        {"correction": {"kind": "tis", "level": "sequence"}},
+        {"correction": {"kind": "mis"}},
+        {"correction": {"kind": "icepop"}},
+        {"correction": {"kind": "tis"}, "entropy": {"target": 0.5}},
+    ):
+        assert LossSettings.model_validate(other).scored_weights(1) == (True, False)
     kl = {"loss": {"kl": {"coef": 0.1, "place": "reward"}}}
     assert algorithm("grpo", kl).loss.scored_weights(1) == (True, True)
     assert algorithm("grpo", {"loss": {"kl": {"coef": 0.1}}}).loss.scored_weights(1) == (

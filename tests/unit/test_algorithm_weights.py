@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import sequence
 
 from agpo_megatron.algorithm.advantage import (
     is_zero_variance,
     length_advantage_covariance,
     step_advantages,
 )
-from agpo_megatron.algorithm.aggregation import on_policy_loss, sequence_weights
-from agpo_megatron.algorithm.gate import Adaptive
+from agpo_megatron.algorithm.aggregation import sequence_weights
+from agpo_megatron.algorithm.gate import Adaptive, on_policy_parts
 
 MODES = ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 fast = settings(max_examples=60, deadline=None)
@@ -25,12 +26,10 @@ CLIP = Adaptive("max0")
 def advantages(groups, zero_variance="zero"):
     got = step_advantages(
         groups,
-        groups,
         [[1] * len(g) for g in groups],
+        [not is_zero_variance(g) for g in groups],
         estimator="group_norm",
         zero_variance=zero_variance,
-        tol=1e-6,
-        std_eps=1e-6,
         correct=[[r >= 1.0 for r in g] for g in groups],
     )
     return [a for group in got for a in group]
@@ -40,11 +39,20 @@ def plain(lengths, mode="token_mean"):
     return sequence_weights(lengths, lengths, mode, 8)
 
 
+def on_policy_loss(weights, trained, advantages):
+    """L of eq. 1c, the argument of the gate: of sequences of one group."""
+    work = [
+        sequence(f"g0.{i}", [1] * (n + 1), w, [0] + [1] * n, a)
+        for i, (w, n, a) in enumerate(zip(weights, trained, advantages, strict=True))
+    ]
+    return on_policy_parts(work)["g0"].loss
+
+
 def test_loss_mask_worked_example():
     groups, lengths = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], [2, 6, 5, 3, 1, 3]
     a = advantages(groups)
     assert a == pytest.approx([0.707106, -0.707106, 0, 0, -0.707106, 0.707106], abs=6e-7)
-    kept = [not is_zero_variance(raw, 1e-6) for raw in groups for _ in raw]
+    kept = [not is_zero_variance(raw) for raw in groups for _ in raw]
     trained = [n if k else 0 for n, k in zip(lengths, kept, strict=True)]
     assert sum(trained) == 12
     expected = {
@@ -103,8 +111,6 @@ def test_refusals():
             sequence_weights([1], [1], "seq_mean_token_sum_norm", bad)
     with pytest.raises(ValueError, match="unknown aggregation mode 'mean'"):
         sequence_weights([1], [1], "mean")
-    with pytest.raises(ValueError, match="1 weights, 1 counts and 0 advantages"):
-        on_policy_loss([1.0], [1], [])
 
 
 @fast

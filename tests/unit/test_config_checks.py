@@ -154,6 +154,10 @@ def test_contradictions_are_refused(tmp_path: Path, override: str, message: str)
     assert message in found[0]
 
 
+CORRECTION = "algorithm.loss.correction"
+NONE = f"{CORRECTION}.kind=none"
+
+
 @pytest.mark.parametrize(
     ("overrides", "idle"),
     [
@@ -169,6 +173,8 @@ def test_contradictions_are_refused(tmp_path: Path, override: str, message: str)
         ),
         (["train.updates_per_batch=4"], ""),
         (["algorithm.loss.old_logprobs=rollout"], ""),
+        (["train.max_staleness=2"], "however old the responses are: without effect are loss.clip_"),
+        (["train.max_staleness=2", "train.updates_per_batch=2"], ""),
     ],
 )
 def test_check_says_what_a_ratio_of_one_leaves_without_effect(
@@ -180,6 +186,26 @@ def test_check_says_what_a_ratio_of_one_leaves_without_effect(
     assert cli.main(["check", str(path), *sets]) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
     assert (idle in notes[0]) if idle else notes == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.max_staleness=1"], ""),
+        (["train.max_staleness=1", "algorithm.loss.old_logprobs=rollout"], ""),
+        (["train.max_staleness=2", NONE], "kind none with train.max_staleness 2"),
+        (["train={max_staleness: 1, updates_per_batch: 2}", NONE], "kind none with"),
+        (["train.updates_per_batch=2", NONE], ""),
+        (["train.max_staleness=1", f"{CORRECTION}={{kind: mis, level: sequence}}"], "explodes"),
+        (["train.max_staleness=1", f"{CORRECTION}.level=sequence_mean"], ""),
+        ([f"{CORRECTION}={{kind: mis, level: sequence}}"], ""),
+    ],
+)
+def test_what_staleness_needs_of_a_correction(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    found = [w for w in check_config(config_with(tmp_path, *overrides)) if "staleness" in w]
+    assert len(found) == bool(words) and words in "".join(found)
 
 
 def test_fp8_on_a_cpu_is_refused_whatever_is_installed(tmp_path: Path) -> None:
@@ -240,8 +266,8 @@ def test_every_contradiction_is_reported_at_once(tmp_path: Path) -> None:
             "closes on most steps",
         ),
         (["algorithm.loss.aggregation=seq_mean_token_mean"], "acts on rounding noise"),
-        (["algorithm={preset: agpo_v1, length_reward: {groups: all}}"], "fixes at +1"),
-        (["algorithm.advantage.zero_variance=resample"], "resample_rounds run out only"),
+        (["algorithm={preset: agpo_v1, length_reward: {groups: all}}"], "hardly a group is left"),
+        (["algorithm.advantage.zero_variance=resample"], "resample_factor runs out only"),
         (
             [
                 "algorithm={preset: agpo, loss: {aggregation: seq_mean_token_mean, clip: {scope: group}}}"

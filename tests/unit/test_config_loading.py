@@ -123,6 +123,42 @@ def test_every_preset_loads_sets_the_same_keys_and_passes_the_checks(
         assert origin[key] == f"preset {preset}"
 
 
+KIND = "algorithm.loss.correction.kind"
+
+
+@pytest.mark.parametrize(
+    ("sets", "kind", "from_what"),
+    [
+        ([], "none", "default"),
+        (["train.max_staleness=0"], "none", "default"),
+        (["train.max_staleness=1"], "tis", "staleness"),
+        (["algorithm.preset=dapo"], "tis", "staleness"),
+        (["algorithm.advantage.zero_variance=resample"], "tis", "staleness"),
+        (["train.max_staleness=1", f"{KIND}=none"], "none", "--set"),
+        (["train.max_staleness=1", f"{KIND}=icepop"], "icepop", "--set"),
+        (["train.max_staleness=1", "algorithm={preset: grpo}"], "tis", "staleness"),
+        (["train.max_staleness=1", "algorithm.loss.old_logprobs=rollout"], "none", "default"),
+    ],
+)
+def test_what_is_stale_is_corrected_unless_told_otherwise(
+    tmp_path: Path, sets: list[str], kind: str, from_what: str
+) -> None:
+    config, origin = resolve_config(written(tmp_path, MINIMAL), sets)
+    assert (config.algorithm.loss.correction.kind, origin[KIND]) == (kind, from_what)
+    assert (config.algorithm.loss.correction.level, config.algorithm.loss.correction.high) == (
+        "token",
+        2.0,
+    )
+    again, _ = resolve_config(written(tmp_path, resolved_yaml(config, origin)))
+    assert again == config
+
+
+@pytest.mark.parametrize("text", ["train.max_staleness='1'", "algorithm=3", f"{KIND[:-5]}=null"])
+def test_a_wrong_value_beside_staleness_is_refused_as_it_is(tmp_path: Path, text: str) -> None:
+    sets = ["train.max_staleness=1", text]
+    assert text.partition("=")[0] in refusal(tmp_path, MINIMAL, *sets)
+
+
 def test_presets_differ(tmp_path: Path) -> None:
     switches = [preset_keys(name) for name in PRESETS]
     assert all(a != b for i, a in enumerate(switches) for b in switches[:i])

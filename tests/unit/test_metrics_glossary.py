@@ -9,10 +9,10 @@ from agpo_megatron.observe.metrics import METRIC_KEYS
 
 REPO = Path(__file__).parents[2]
 PACKAGE = REPO / "agpo_megatron"
-ROW = re.compile(r"^\| `([a-z_/]+)` \| ([^|]+) \| `([a-z]+)` \| ([^|]+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `([a-z0-9_/]+)` \| ([^|]+) \| `([a-z]+)` \| ([^|]+) \|$", re.MULTILINE)
 GLOSSARY = ROW.findall((REPO / "docs" / "metrics.md").read_text(encoding="utf-8"))
 FAMILIES = "|".join(sorted({key.partition("/")[0] for key in METRIC_KEYS if "/" in key}))
-WRITTEN = re.compile(rf'"((?:{FAMILIES})/[a-z_]+)"\s*(?::|\]\s*=|,)')
+WRITTEN = re.compile(rf'"((?:{FAMILIES})/[a-z0-9_]+)"\s*(?::|\]\s*=|,)')
 # A duration that the controller compares with the signal's lead; a unit on the progress display.
 NOT_A_METRIC = {"time/save", "tokens/s"}
 

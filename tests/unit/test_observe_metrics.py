@@ -23,7 +23,9 @@ time/rollout, time/reward, time/score, time/update, time/publish, time/step, thr
 idle/trainer_frac, idle/servers_frac, idle/publish_frac, rollout/slots_used_frac, rollout/fragments, rollout/resumed,
 rollout/tokens_lost, rollout/length_bias, window/ready_groups, window/open_groups,
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
-policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max"""
+policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max, rollout/ess_token, rollout/ess_sequence,
+rollout/logprob_abs_diff_age0, rollout/logprob_abs_diff_age1, rollout/logprob_abs_diff_age2,
+rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

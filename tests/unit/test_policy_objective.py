@@ -78,6 +78,12 @@ def scored(policy: Any, sequences: Sequence[TrainSequence], shift: float) -> lis
     ]
 
 
+def shorter_of_two(work: list[TrainSequence]) -> list[tuple[TrainSequence, int]]:
+    """Each sequence with the length of the shorter one of its group."""
+    pairs = zip(work[::2], work[1::2], strict=True)
+    return [(s, min(a.length, b.length)) for a, b in pairs for s in (a, b)]
+
+
 def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> bool:
     return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-9))
 
@@ -110,13 +116,14 @@ def test_splitting_changes_neither_loss_nor_gradient(
 def test_the_gradient_is_that_of_the_policy_loss_times_the_gain(
     policy: Any, kind: str, shift: float, sign: float
 ) -> None:
-    """On policy the gain is known before backward; off policy (a ratio that is not 1) it comes after it."""
+    """The gain is that of the loss at ratio 1, whatever the ratios."""
     work = batch(sign=sign)
     if shift:
         work = scored(policy, work, shift)
     plain, gradient = run(policy, [work[:3], work[3:]])
     stats, adapted = run(policy, [work[:3], work[3:]], adaptive=kind, tau=0.5)
-    loss = plain["loss/unclipped"]
+    loss = on_policy(work)
+    assert (abs(plain["loss/unclipped"] - loss) > 1e-4) == bool(shift), "ratios that matter"
     gains = {
         "max0": float(loss > 0),
         "exp": math.exp(loss / 0.5),
@@ -129,14 +136,27 @@ def test_the_gradient_is_that_of_the_policy_loss_times_the_gain(
     assert same(adapted, gains[kind] * gradient)
 
 
-def test_a_gate_known_to_be_closed_runs_nothing(
-    policy: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scope", ["batch", "group"])
+@pytest.mark.parametrize("how", ["ratio 1", "old log-probs", "correction", "rollout log-probs"])
+def test_a_closed_gate_runs_nothing(
+    policy: Any, monkeypatch: pytest.MonkeyPatch, scope: str, how: str
 ) -> None:
+    """Whatever the ratios and corrections: those here would turn the sign of the loss."""
     from agpo_megatron.policy import step
 
     work = batch(sign=math.copysign(1.0, -on_policy(batch())))
+    if scope == "group":
+        work = [changed(s, advantage=-1.0 + 2 * (s.length > n)) for s, n in shorter_of_two(work)]
+    far = [[-9.0 if s.scalar("advantage") < 0 else 9.0] * s.length for s in work]
+    name = {"old log-probs": "old_logprobs", "rollout log-probs": "rollout_logprobs"}.get(how)
+    if name:
+        work = [changed(s, **{name: x}) for s, x in zip(work, far, strict=True)]
+    elif how == "correction":
+        up = [[9.0 if x[0] < 0 else 0.1] * len(x) for x in far]
+        work = [changed(s, correction=c) for s, c in zip(work, up, strict=True)]
+    old = {"old_logprobs": "rollout"} if how == "rollout log-probs" else {}
     monkeypatch.setattr(step, "_run", lambda *_, **__: pytest.fail("a pass was run"))
-    stats, gradient = run(policy, [work], adaptive="max0")
+    stats, gradient = run(policy, [work], adaptive="max0", scope=scope, **old)
     assert stats["loss/unclipped"] == pytest.approx(on_policy(work)) and on_policy(work) < 0
     assert (stats["loss/policy"], stats["loss/clip_gate"], stats["grad_norm"]) == (0, 0, 0)
     assert not gradient.any() and "policy/entropy" not in stats
@@ -206,7 +226,9 @@ def test_scopes_gate_their_parts(policy: Any, scope: str, shift: float) -> None:
     for part in parts:
         share = sum(s.scalar("loss_weight") * len(s.trained()) for s in part)
         plain, its = run(policy, [part])
-        gain = math.exp(plain["loss/unclipped"] / share / 0.7)
+        # Parts within a pack are decided on the loss itself, groups at ratio 1.
+        argument = on_policy(part) if scope == "group" else plain["loss/unclipped"]
+        gain = math.exp(argument / share / 0.7)
         expected += gain * its
         value += share * 0.7 * gain
     assert stats["loss/policy"] == pytest.approx(value, rel=1e-5)
@@ -235,12 +257,40 @@ def test_corrections_weigh_the_policy_loss_alone(policy: Any) -> None:
         for t in trained(s)
     )
     assert stats["loss/unclipped"] == pytest.approx(expected, abs=1e-6)
-    known, _ = run(policy, [corrected], adaptive="exp")
-    assert known["loss/unclipped"] == pytest.approx(expected, abs=1e-9)
+    gated, _ = run(policy, [corrected], adaptive="exp")
+    assert gated["loss/unclipped"] == pytest.approx(on_policy(work), abs=1e-9)
+    assert abs(on_policy(work) - expected) > 1e-3
     flat = [changed(s, advantage=0.0) for s in corrected]
     _, one = run(policy, [flat], entropy_coef=0.1)
     _, other = run(policy, [[changed(s, advantage=0.0) for s in work]], entropy_coef=0.1)
     assert same(one, other)
+
+
+@pytest.mark.parametrize("adaptive", ["none", "exp"])
+def test_a_correction_in_the_update_is_that_of_scored_logprobs(policy: Any, adaptive: str) -> None:
+    work, scores = batch(), policy.score([batch()])
+    stale = []
+    for i, s in enumerate(work):
+        own = scores[s.sample_id].logprobs
+        server = [x - math.sin(3 * t + i) for t, x in enumerate(own)]
+        stale.append(changed(s, rollout_logprobs=server))
+    how = {"correction": {"kind": "tis"}, "adaptive": adaptive}
+    factors = {
+        s.sample_id: np.minimum(
+            np.exp(scores[s.sample_id].logprobs[1:] - s.columns["rollout_logprobs"]), 2.0
+        )
+        for s in stale
+    }
+    assert any((c == 2).any() and (c < 1).any() for c in factors.values())
+    decided = [changed(s, correction=[0.0, *factors[s.sample_id]]) for s in stale]
+    stats, gradient = run(policy, [stale[:3], stale[3:]], **how)
+    expected, its = run(policy, [decided], **how)
+    assert same(gradient, its)
+    assert stats["loss/unclipped"] == pytest.approx(expected["loss/unclipped"], abs=1e-6)
+    mean = np.mean([factors[s.sample_id][t - 1] for s in work for t in trained(s)])
+    assert stats["correction/mean"] == pytest.approx(mean, rel=1e-5)
+    assert "correction/mean" not in expected
+    assert not same(gradient, run(policy, [stale], adaptive=adaptive)[1], 1e-2)
 
 
 @pytest.mark.parametrize("name", ["gspo", "gspo_token", "cispo", "gmpo", "sapo"])

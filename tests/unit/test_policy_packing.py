@@ -40,7 +40,7 @@ def test_rows_are_the_positions_before_weighted_tokens() -> None:
     column = batch.loss.column
     assert column("loss_weight").tolist() == [0.5, 0.5, 0.25, 0.25]
     assert batch.loss.sequence.tolist() == [0, 0, 1, 1]
-    assert column("correction").tolist() == [1.0] * 4
+    assert column("staleness").tolist() == [0.0] * 4
     assert column("advantage").tolist() == [2.0] * 4
     assert column("rollout_logprobs").isnan().tolist() == [True, True, False, False]
     assert column("rollout_logprobs")[2:].tolist() == [-1, -2]

@@ -9,7 +9,7 @@ stands beside it. Nothing is extrapolated: what is measured on a part of the bat
     parse        one answer to /generate, 8 responses with log-probs: bytes to Generation objects through
                  ServerClient.generate, without a socket; best of 30
     scores       read_scores and place_on_loss_mask: what the trainer scored, back at its places
-    decide       ``decide`` with token-level TIS over the batch, all groups with variance; best of 3
+    decide       ``decide`` with a token-level correction over the batch, all groups with variance; best of 3
     commit       Journal.commit of that decision, old log-probs and factors of every token with it
     append       Journal.append of an eighth of the batch at a time against a plain write and sync of the same bytes,
                  in turn, 8 times: least raw seconds over least seconds
@@ -232,7 +232,7 @@ def scored(folder: Path, groups: Sequence[Group]) -> tuple[Scores, Clock]:
 
 def request_of(scores: Scores, tokens: int) -> StepRequest:
     return StepRequest(
-        algorithm=AlgorithmSettings.model_validate({"loss": {"correction": {"kind": "tis"}}}),
+        algorithm=AlgorithmSettings.model_validate({"loss": {"correction": {"kind": "mis"}}}),
         first_step=1,
         updates=1,
         seed=0,
