@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.algorithm.checks import without_effect
 from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
-from agpo_megatron.config.checks import check_config, check_inputs
+from agpo_megatron.config.checks import check_config, check_inputs, notes
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
@@ -99,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
-            loss, updates = resolved.config.algorithm.loss, resolved.config.train.updates_per_batch
-            if note := without_effect(loss, updates):
+            for note in notes(resolved.config):
                 sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
