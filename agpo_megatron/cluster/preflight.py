@@ -46,7 +46,7 @@ SAME_EVERYWHERE = ("agpo_megatron", "nccl")
 the version that torch has loaded, which a package of another version may be installed beside."""
 TE = "transformer_engine.pytorch"
 OTHER_DESCRIPTORS = 512
-"""Of the controller, beside connections: files, reward workers' pipes, calls of a publish."""
+"""Open files of the controller beside connections: its own, reward workers' pipes, calls of a publish."""
 
 
 @dataclass(frozen=True)

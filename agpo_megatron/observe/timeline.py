@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agpo_megatron.observe.curves import Steps
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -28,7 +30,6 @@ left of the step."""
 _SLOTS = "#3a9a6b"
 SHOWN = 40
 """Steps in a picture, the last ones: more are no longer told apart."""
-Steps = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
