@@ -74,7 +74,7 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
             with seconds_into(timings, "time/step"):
                 producer.admit()
                 with run.phase(f"generate step {run.version.step + 1}", timings, "time/rollout"):
-                    collected = await producer.batch()
+                    collected = await producer.batch(run.stop_if_asked)
                 batch = await commit(run, collected, entropy_state, timings)
             entropy_state = batch.record.entropy_state
             yield batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -85,15 +85,19 @@ class Producer:
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
-    async def batch(self) -> Collected:
-        """Wait for the groups of the next batch. Raises what ended the generation of one."""
+    async def batch(self, between: Callable[[], Awaitable[None]]) -> Collected:
+        """Wait for the groups of the next batch. ``between`` is called every second of the wait, and may raise. Raises
+        what ended the generation of a group."""
         while True:
             if self._failure is not None:
                 raise self._failure
             if taken := self.window.take():
                 break
             self._changed.clear()
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._changed.wait()
+            await between()
         metrics = self._stats.take([self._ready[p].group for p in taken.positions])
         groups = [self._ready.pop(p) for p in taken.positions]
         for position in taken.discarded:

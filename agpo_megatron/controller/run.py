@@ -199,6 +199,17 @@ class Run:
         if stop:
             raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
 
+    async def stop_if_asked(self) -> None:
+        """Between two steps: if the run is asked to end, save what is not saved yet, and raise StoppedOnRequest."""
+        if not self.stop_requested():
+            return
+        saved = [step for step, _ in self.folder.complete_checkpoints()]
+        if self.version.step and self.version.step not in saved:
+            await self.save()
+        raise StoppedOnRequest(
+            f"asked to end: stopped after step {self.version.step}, which is saved"
+        )
+
     async def update(self, batch: Batch, step: int) -> dict[str, float]:
         """Take one optimizer step on its part of the batch and advance ``version``.
 
