@@ -1,4 +1,4 @@
-"""``agpo-megatron {prepare,sft,train,eval,check,parity,status}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,check,parity,status,timeline}``: also ``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.algorithm.checks import without_effect
 from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
-from agpo_megatron.config.checks import check_config, check_inputs
+from agpo_megatron.config.checks import check_config, check_inputs, notes
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
+from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import render_summary
 
 
@@ -73,24 +73,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "who is doing what, for how long, in the newest start of a run"
     status = commands.add_parser("status", help=text, description=text)
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    text = "draw where the time of runs went, above each other: the trainer's phases, the servers' slots"
+    timeline = commands.add_parser("timeline", help=text, description=text)
+    timeline.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    timeline.add_argument(
+        "--out", type=Path, metavar="PNG", help="default: timeline.png in the first RUN_DIR"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     arguments = parse_arguments(argv)
-    # Make the path absolute, so that every spelling means the same folder.
-    run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
     try:
         if arguments.command == "status":
             sys.stdout.write(describe_run(RunFolder(arguments.run_dir)))
             return 0
+        if arguments.command == "timeline":
+            sys.stdout.write(f"{timeline(arguments.run_dirs, arguments.out)}\n")
+            return 0
+        # Make the path absolute, so that every spelling means the same folder.
+        run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
         resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
-            loss, updates = resolved.config.algorithm.loss, resolved.config.train.updates_per_batch
-            if note := without_effect(loss, updates):
+            for note in notes(resolved.config):
                 sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
@@ -183,6 +191,15 @@ def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
             f"--step {step}: {checkpoint} could not be converted; the lines above say why"
         )
     return out
+
+
+def timeline(run_dirs: Sequence[Path], out: Path | None) -> Path:
+    """Draw the timelines of runs, finished or not. Raises ValueError for a run without a step."""
+    from agpo_megatron.observe.timeline import draw_timeline
+
+    path = out or run_dirs[0] / "timeline.png"
+    draw_timeline({str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}, path)
+    return path
 
 
 def parity(config: Config, ranks: int) -> int:

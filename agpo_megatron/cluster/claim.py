@@ -32,6 +32,11 @@ FREE = (
     "reward.max_error_frac",
     "sft.",
     "train.micro_batch_tokens",
+    # How far generation runs ahead: which prompts form a batch does not depend on it, and below the bound the age of a
+    # token is a matter of how many servers there are anyway. The correction that it brings is part of the run.
+    "train.max_staleness",
+    "rollout.fragment_tokens",
+    "rollout.kv_on_publish",
     "rollout.servers",
     "rollout.tensor_parallel",
     "rollout.port",

@@ -7,6 +7,7 @@ every other node over TCP (so an address nobody can reach is found, and clocks a
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import subprocess
 import threading
@@ -25,11 +26,18 @@ from agpo_megatron.cluster.environments import (
     interpreter,
 )
 from agpo_megatron.cluster.processes import free_port
-from agpo_megatron.cluster.roles import NodeRoles, Plan, gpus_needed
+from agpo_megatron.cluster.roles import (
+    MODES_WITH_SERVERS,
+    MODES_WITH_TRAINERS,
+    NodeRoles,
+    Plan,
+    gpus_needed,
+)
 from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
 from agpo_megatron.rollout.server import device_of, refuse_port_in_use
+from agpo_megatron.rollout.slots import slots_beside
 
 CALL_SECONDS = 10.0
 NEEDED: dict[Kind, str] = {"trainer": "megatron-core", "rollout": "sglang"}
@@ -37,6 +45,8 @@ SAME_EVERYWHERE = ("agpo_megatron", "nccl")
 """Trainers and servers, otherwise of different environments, meet in NCCL groups when weights are published. ``nccl``:
 the version that torch has loaded, which a package of another version may be installed beside."""
 TE = "transformer_engine.pytorch"
+OTHER_DESCRIPTORS = 512
+"""Open files of the controller beside connections: its own, reward workers' pipes, calls of a publish."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,9 @@ def gather_facts(
         problems += wrong
     if device_of(config) == "cuda" and (problem := infiniband_problem()):
         problems.append(problem)
+    if roles.controller:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        problems += descriptor_problems(config, mode, hard)
     try:
         check_inputs(config, mode)
         _read_weights(Path(config.model.path))
@@ -97,6 +110,27 @@ def gather_facts(
             f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"
         )
     return NodeFacts(address, interface, hello_port, ports, versions, memory, problems)
+
+
+def descriptor_problems(config: Config, mode: str, hard: int) -> list[str]:
+    """Compare the controller's connections at most with ``hard``, to which it raises its limit of open files.
+
+    A request has a connection, and is one sample's once its group's first fragment is there; a rank has one for its
+    heartbeat and one for commands.
+    """
+    rollout = config.rollout
+    servers = rollout.servers if mode in MODES_WITH_SERVERS else 0
+    ranks = config.policy.world_size if mode in MODES_WITH_TRAINERS else 0
+    beside = slots_beside(rollout.max_in_flight)
+    needed = servers * (rollout.max_in_flight + beside) + 2 * ranks + OTHER_DESCRIPTORS
+    if hard == resource.RLIM_INFINITY or needed <= hard:
+        return []
+    return [
+        f"the controller may open {hard} files (hard limit), but needs up to rollout.servers {servers} x "
+        f"(max_in_flight {rollout.max_in_flight} + {beside} for evaluations) + 2 x {ranks} ranks + "
+        f"{OTHER_DESCRIPTORS} = {needed}; raise the hard limit (`ulimit -Hn`, or LimitNOFILE of slurmd), or lower "
+        "rollout.max_in_flight"
+    ]
 
 
 def kinds_of(roles: NodeRoles) -> list[Kind]:

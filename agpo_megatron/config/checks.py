@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agpo_megatron.algorithm.checks import check_algorithm
+from agpo_megatron.algorithm.checks import check_algorithm, without_effect
 
 from .errors import ConfigError
 from .schema import Config, PolicyConfig
 from .task import DataConfig, SourceConfig
+
+FEW_TOKENS = 64
+"""A fragment of fewer costs more in requests than it can save."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ def check_config(config: Config) -> list[str]:
     _check_task(config, found)
     _check_rollout(config, found)
     _check_train(config, found)
+    _check_running_ahead(config, found)
     if found.errors:
         raise ConfigError(found.errors)
     return found.warnings
@@ -269,6 +273,54 @@ def _check_train(config: Config, found: _Findings) -> None:
             f"{config.data.max_prompt_tokens} + rollout.max_response_tokens {config.rollout.max_response_tokens} = "
             f"{longest}; sequences beyond the budget become micro-batches of their own"
         )
+
+
+def _check_running_ahead(config: Config, found: _Findings) -> None:
+    train, rollout = config.train, config.rollout
+    batches = train.steps // train.updates_per_batch
+    if batches and train.max_staleness >= batches:
+        found.warnings.append(
+            f"train: max_staleness {train.max_staleness} is not below the {batches} batches of the run (steps / "
+            "updates_per_batch): all of it may be generated with the weights that it starts from"
+        )
+    if rollout.fragment_tokens < min(FEW_TOKENS, rollout.max_response_tokens):
+        requests = -(-rollout.max_response_tokens // rollout.fragment_tokens)
+        found.warnings.append(
+            f"rollout: fragment_tokens {rollout.fragment_tokens} makes up to {requests} requests of a response of "
+            f"max_response_tokens {rollout.max_response_tokens}, each scheduled and prefilled anew; use {FEW_TOKENS} "
+            "or more unless this is a test"
+        )
+    if rollout.kv_on_publish == "keep" and not _runs_ahead(config):
+        found.warnings.append(
+            "rollout: kv_on_publish keep has no effect with train.max_staleness 0: no response runs at a publish"
+        )
+    elif rollout.kv_on_publish == "keep" and config.cluster.device != "cpu":
+        found.warnings.append(
+            "rollout: kv_on_publish keep has never run on a GPU, where it may leave a forward pass in flight beside "
+            "the transfer (docs/async.md); use recompute"
+        )
+
+
+def _runs_ahead(config: Config) -> bool:
+    return config.train.max_staleness > 0 or config.algorithm.advantage.zero_variance == "resample"
+
+
+def notes(config: Config) -> list[str]:
+    """Name what a sound configuration means beyond its keys, for ``check``."""
+    train, found = config.train, []
+    if note := without_effect(config.algorithm.loss, train.updates_per_batch):
+        found.append(note)
+    if config.algorithm.advantage.zero_variance == "resample":
+        found.append(
+            f"advantage.zero_variance resample begins groups beyond the batch: responses may be up to "
+            f"{train.max_staleness + 1} batches old, one more than train.max_staleness"
+        )
+    if train.max_staleness and config.eval.every and config.eval.sets:
+        found.append(
+            "with train.max_staleness above 0 evaluations run beside training: their scores are of the weights from "
+            "one step to another, which they state (`weights`)"
+        )
+    return found
 
 
 def check_inputs(config: Config, command: str = "train") -> None:

@@ -13,6 +13,7 @@ import faulthandler
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def main() -> int:
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    raise_descriptor_limit()
     try:
         with log_file.open("a") as stacks:  # of all threads, when the supervisor asks for them
             faulthandler.register(signal.SIGUSR2, file=stacks)
@@ -60,6 +62,20 @@ def main() -> int:
         sys.stderr.write(f"agpo-megatron: {root_cause(error)}\n")
         return 1
     return 0
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many open files as the system lets it: every request to a server has a connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the preflight has compared the hard limit, not this one
+        log.warning("the limit of open files stays at %d (hard limit %d): %s", soft, hard, error)
+    else:
+        log.info("open files: at most %d (%d before)", hard, soft)
 
 
 def root_cause(error: BaseException) -> str:

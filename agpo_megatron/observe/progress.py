@@ -17,10 +17,16 @@ from rich.text import Text
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TREND = 40  # steps shown in a trend line
 _PLAIN_LINES = 100  # lines a whole run prints, about, when it is not on a terminal
+_ACTIVITIES = {
+    "generation": ("time/rollout",),
+    "training": ("time/score", "time/update"),
+    "publishing": ("time/publish",),
+}
+"""What a batch may spend its time on, or wait for."""
 
 
 class Progress:
-    """Shows step, accuracy, response tokens, loss and clip gate, throughput and the current phase.
+    """Shows step, accuracy, response tokens, loss and clip gate, throughput, bottleneck and the current phase.
 
     ``metrics`` of ``step`` are those of ``observe.metrics``; a key that is absent is shown as a dash. On anything
     but a terminal a step is one line (of long runs, every so many steps) and phases are not shown. ``updates``: steps
@@ -34,6 +40,7 @@ class Progress:
         self._every = max(1, total_steps // _PLAIN_LINES)  # long runs: a log, not a flood
         self._console = console or Console()
         self._history: list[Mapping[str, float]] = []
+        self._batch: list[Mapping[str, float]] = []  # its steps so far
         self._phase, self._since = "start", time.monotonic()
         self._live: Live | None = None
         if self._console.is_terminal:
@@ -59,12 +66,13 @@ class Progress:
         """Show a finished step."""
         # Metrics of a whole batch stand with its first step; they are shown with the others too.
         first = not self._history or metrics["step"] % self._updates == 1 % self._updates
+        self._batch = [metrics] if first else [*self._batch, metrics]
         shown = {**({} if first else self._history[-1]), **metrics}
         self._history.append(shown)
         if self._live:
             self._live.refresh()
         elif len(self._history) % self._every == 0 or metrics["step"] == self._total:
-            self._line(plain_line(shown, self._total))
+            self._line(plain_line(shown, self._total, bottleneck(self._batch)))
 
     def close(self) -> None:
         """Leave the last state on the screen. Harmless when closed already."""
@@ -115,7 +123,8 @@ class Progress:
         gate = _gate(last)
         style = {"closed": "yellow", "open": "green"}.get(gate, "dim")
         table.add_row("loss", _number(last.get("loss/policy"), "+.4f"), Text(gate, style=style))
-        table.add_row("tokens/s", _number(last.get("throughput/tokens_per_s"), ".0f"), "")
+        slowest = Text(bottleneck(self._batch), style="cyan")
+        table.add_row("tokens/s", _number(last.get("throughput/tokens_per_s"), ".0f"), slowest)
         return table
 
     def _remaining(self, done: int) -> str:
@@ -129,8 +138,11 @@ class Progress:
         return f"{sum(times) / len(times):.1f} s/step, {clock} left"
 
 
-def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
-    """Format one step as a line of a log. Supervised steps have no answers, so nothing is said of them."""
+def plain_line(metrics: Mapping[str, float], total_steps: int, slowest: str = "") -> str:
+    """Format one step as a line of a log. Supervised steps have no answers, so nothing is said of them.
+
+    ``slowest``: the bottleneck.
+    """
     width = len(str(total_steps))
     get = metrics.get
     answers = (
@@ -145,7 +157,22 @@ def plain_line(metrics: Mapping[str, float], total_steps: int) -> str:
         f"{' gate ' + _gate(metrics) if 'reward/accuracy' in metrics else ''}"
         f"  {_number(get('throughput/tokens_per_s'), '.0f')} tok/s"
         f"  {_number(get('time/step'), '.1f')} s"
+        f"{slowest and f' ({slowest})'}"
     )
+
+
+def bottleneck(batch: Sequence[Mapping[str, float]]) -> str:
+    """Name what most of the time of a batch's steps went to, with its share: generation (waiting for groups), training
+    (scores and updates) or publishing; "" where that is not recorded."""
+
+    def total(*keys: str) -> float:
+        values = (row.get(key, 0.0) for row in batch for key in keys)
+        return sum(value for value in values if math.isfinite(value))
+
+    taken = {name: total(*keys) for name, keys in _ACTIVITIES.items()}
+    slowest = max(taken, key=lambda name: taken[name])
+    whole = total("time/step")
+    return f"{slowest} {taken[slowest] / whole:.0%}" if whole and taken[slowest] else ""
 
 
 def sparkline(values: Sequence[float]) -> str:

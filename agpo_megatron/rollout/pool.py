@@ -17,15 +17,13 @@ from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.rollout.client import Sampling, ServerClient, ServerError
 from agpo_megatron.rollout.group_rollout import Counts, Terms, roll_out
 from agpo_megatron.rollout.servers import Server, State
-from agpo_megatron.rollout.slots import Slots
+from agpo_megatron.rollout.slots import Slots, slots_beside
 from agpo_megatron.samples import Fragment, Group, Ints, Prompt
 from agpo_megatron.wait import WaitExpired, waiting_async
 
 log = logging.getLogger(__name__)
 PROBE_SECONDS = 0.5
 PROBE_SECONDS_MAX = 5.0
-BESIDE_SHARE = 8
-"""An evaluation beside training has slots of its own: this part of ``rollout.max_in_flight``, in addition to it."""
 
 
 class RolloutPool:
@@ -47,7 +45,7 @@ class RolloutPool:
         self.refresh: Callable[[Server], Awaitable[None]] | None = None
         self.end_hung: Callable[[int], None] | None = None
         self.counts = Counts()
-        beside = -(-config.max_in_flight // BESIDE_SHARE)
+        beside = slots_beside(config.max_in_flight)
         self.slots = Slots(config.max_in_flight, self._ready, self._watch_over)
         self.slots_beside = Slots(beside, self._ready, self._watch_over)
         self._config = config

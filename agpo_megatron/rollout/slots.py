@@ -17,8 +17,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from agpo_megatron.rollout.servers import Server
 
+BESIDE_SHARE = 8
+"""An evaluation beside training has slots of its own: this part of ``rollout.max_in_flight``, in addition to it."""
 Priority = tuple[int, int]
 """(prompt position, index of the sample): the request that a batch needs first comes first."""
+
+
+def slots_beside(max_in_flight: int) -> int:
+    """Slots of a server for an evaluation beside training."""
+    return -(-max_in_flight // BESIDE_SHARE)
 
 
 @dataclass(order=True)

@@ -45,30 +45,30 @@ def test_slurm_accepts_the_script_at_production_size(production: SlurmCluster) -
     assert refused.returncode != 0
 
 
-def test_the_dry_run_shows_128_ranks_and_8_servers_in_their_places(where: Path) -> None:
+def test_the_dry_run_shows_96_ranks_and_12_servers_in_their_places(where: Path) -> None:
     shown = dry_run(where, "--set", "model.path=/m")
     lines = shown.splitlines()
-    for i in range(16):
+    for i in range(12):
         controller = "controller, " if i == 0 else ""
         assert re.search(rf"^  trainer{i} +{controller}ranks {8 * i}-{8 * i + 7}$", shown, re.M)
-    for i in range(8):
+    for i in range(12):
         assert re.search(rf"^  rollout{i} +server {i}$", shown, re.M)
-    assert "128 trainer ranks (TP 8 x PP 4 x CP 1 x DP 4) on 16 node(s), 8 rollout server" in shown
+    assert "96 trainer ranks (TP 8 x PP 4 x CP 1 x DP 3) on 12 node(s), 12 rollout server" in shown
     steps = [line for line in lines if line.startswith("srun ")]
-    assert len(steps) == 1 + 8
-    assert "--nodes=16 " in steps[0] and "trainer15" in steps[0]
+    assert len(steps) == 1 + 12
+    assert "--nodes=12 " in steps[0] and "trainer11" in steps[0]
     assert all("--nodes=1 " in step for step in steps[1:])
-    assert "--nodelist=rollout7 " in steps[-1]
+    assert "--nodelist=rollout11 " in steps[-1]
 
 
 def test_a_mode_has_the_roles_it_needs(where: Path) -> None:
     evaluation = dry_run(where, "--mode", "eval", "--set", "model.path=/m")
     assert re.search(r"^  trainer0 +controller$", evaluation, re.M)
-    assert "ranks 0" not in evaluation and re.search(r"^  rollout7 +server 7$", evaluation, re.M)
+    assert "ranks 0" not in evaluation and re.search(r"^  rollout11 +server 11$", evaluation, re.M)
     cold_start = dry_run(
         where, "--mode=sft", "--set", "model.path=/m", "--set", "sft={base: b, path: p}"
     )
-    assert re.search(r"^  trainer15 +ranks 120-127$", cold_start, re.M)
+    assert re.search(r"^  trainer11 +ranks 88-95$", cold_start, re.M)
     assert "rollout0" not in cold_start
 
 

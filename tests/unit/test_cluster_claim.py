@@ -1,4 +1,4 @@
-"""The lock of a run folder: of one command at a time, on file systems as they are."""
+"""A run folder has one command at a time, on file systems as they are, and holds one run for good."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from agpo_megatron.cluster import claim
-from agpo_megatron.cluster.claim import only_command_on
+from agpo_megatron.cluster.claim import only_command_on, refuse_another_run
 from agpo_megatron.config import ConfigError
+from agpo_megatron.config.loading import resolve_config
+from agpo_megatron.config.record import resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
 
 
@@ -69,3 +71,32 @@ def test_a_file_system_without_locks_is_named(
     words = "cannot be locked .no such thing.*Lustre: -o flock"
     with pytest.raises(ConfigError, match=words), only_command_on(folder):
         pass
+
+
+def refusal(folder: RunFolder, began_with: list[str], now: list[str]) -> str:
+    """What a run that began with some settings says to others; "" when it goes on with them."""
+    path = folder.path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: d}\n")
+    first = resolve_config(path, began_with, str(folder.path))
+    refuse_another_run(first.config, folder, "train")
+    folder.config.write_text(resolved_yaml(first.config, first.provenance))
+    try:
+        refuse_another_run(resolve_config(path, now, str(folder.path)).config, folder, "train")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_how_far_generation_runs_ahead_may_change(folder: RunFolder) -> None:
+    """Like the number of servers, which decides about the age of responses below the bound."""
+    before = ["train.max_staleness=4", "rollout={fragment_tokens: 512, kv_on_publish: keep}"]
+    assert refusal(folder, before, ["train.max_staleness=1"]) == ""
+
+
+def test_the_correction_that_comes_with_running_ahead_may_not(folder: RunFolder) -> None:
+    said = refusal(folder, [], ["train.max_staleness=1"])
+    assert "algorithm.loss.correction.kind: 'none' in the run folder, 'tis' now" in said
+    assert "train.max_staleness" not in said
+    kept = ["train.max_staleness=1", "algorithm.loss.correction.kind=none"]
+    folder.config.unlink()
+    assert refusal(folder, [], kept) == ""

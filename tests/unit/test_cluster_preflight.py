@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from agpo_megatron.cluster.preflight import (
     Hello,
     NodeFacts,
     call_others,
+    descriptor_problems,
     gather_facts,
     judge,
 )
@@ -87,6 +89,30 @@ def test_facts_of_a_real_node(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").unlink()
     broken = gather_facts(roles, config, "train", "127.0.0.1", "lo", 1)
     assert "has no weights" in broken.problems[0] and "data.path" in broken.problems[0]
+
+
+def test_the_hard_limit_of_open_files_covers_the_controllers_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"rollout.servers": 12, "rollout.max_in_flight": 100, "policy.data_parallel": 48}
+    config = load_config(write_run(tmp_path, **changes))
+    # 12 servers x (100 + an eighth of it, 13) requests, 2 x 96 ranks, 512 for the rest.
+    assert descriptor_problems(config, "train", 2060) == []
+    assert descriptor_problems(config, "train", resource.RLIM_INFINITY) == []
+    (problem,) = descriptor_problems(config, "train", 2059)
+    assert problem == (
+        "the controller may open 2059 files (hard limit), but needs up to rollout.servers 12 x (max_in_flight 100 + 13 "
+        "for evaluations) + 2 x 96 ranks + 512 = 2060; raise the hard limit (`ulimit -Hn`, or LimitNOFILE of slurmd), "
+        "or lower rollout.max_in_flight"
+    )
+    assert descriptor_problems(config, "eval", 1868) == []
+    assert descriptor_problems(config, "replay", 704) == []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 1000))
+    controller = NodeRoles("here", controller=True)
+    here = gather_facts(controller, config, "train", "127.0.0.1", "lo", 1)
+    assert [p for p in here.problems if "may open 1000 files" in p]
+    there = gather_facts(NodeRoles("there", servers=(0,)), config, "train", "127.0.0.1", "lo", 1)
+    assert there.problems == []
 
 
 def test_nodes_call_each_other() -> None:

@@ -42,7 +42,7 @@ def config(
 
 
 SEVENTY = config(
-    16, 8, tensor_parallel=8, pipeline_parallel=4, data_parallel=4, servers=8, server_tp=8
+    12, 12, tensor_parallel=8, pipeline_parallel=4, data_parallel=3, servers=12, server_tp=8
 )
 
 
@@ -67,16 +67,16 @@ def test_what_is_no_host_list_is_refused(nodelist: str) -> None:
         expand_hosts(nodelist)
 
 
-def test_the_production_job_has_its_128_ranks_and_8_servers_in_place() -> None:
+def test_the_production_job_has_its_96_ranks_and_12_servers_in_place() -> None:
     plan = slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[01-24]"}, SEVENTY)
-    assert plan.world_size == 128
+    assert plan.world_size == 96
     assert [n.host for n in plan.nodes] == [f"n{i:02d}" for i in range(1, 25)]
-    assert [rank for node in plan.nodes for rank in node.ranks] == list(range(128))
-    assert all(len(node.ranks) == 8 and not node.servers for node in plan.nodes[:16])
-    assert [node.servers for node in plan.nodes[16:]] == [(i,) for i in range(8)]
+    assert [rank for node in plan.nodes for rank in node.ranks] == list(range(96))
+    assert all(len(node.ranks) == 8 and not node.servers for node in plan.nodes[:12])
+    assert [node.servers for node in plan.nodes[12:]] == [(i,) for i in range(12)]
     assert [node.host for node in plan.nodes if node.controller] == ["n01"] == [plan.master]
-    assert plan.trainer_hosts == [f"n{i:02d}" for i in range(1, 17)]
-    assert plan.rollout_hosts == [f"n{i:02d}" for i in range(17, 25)]
+    assert plan.trainer_hosts == [f"n{i:02d}" for i in range(1, 13)]
+    assert plan.rollout_hosts == [f"n{i:02d}" for i in range(13, 25)]
     assert Plan.from_dict(plan.as_dict()) == plan
 
 
@@ -103,7 +103,7 @@ def test_the_wrong_number_of_nodes_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(LaunchError) as refusal:
         slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-23]"}, SEVENTY)
     text = str(refusal.value)
-    assert "trainer_nodes 16 + cluster.rollout_nodes 8 = 24 nodes" in text
+    assert "trainer_nodes 12 + cluster.rollout_nodes 12 = 24 nodes" in text
     assert "the allocation has 23 (n[1-23])" in text
     assert "sbatch --nodes=24" in text
 
@@ -152,6 +152,6 @@ def test_with_gloo_servers_share_the_gpus_of_ranks() -> None:
 
 def test_one_machine_takes_everything_whatever_the_node_counts() -> None:
     plan = machine_plan(SEVENTY, "here", "train")
-    assert (len(plan.nodes), len(plan.nodes[0].ranks), len(plan.nodes[0].servers)) == (1, 128, 8)
+    assert (len(plan.nodes), len(plan.nodes[0].ranks), len(plan.nodes[0].servers)) == (1, 96, 12)
     assert machine_plan(SEVENTY, "here", "replay").server_count == 0
     assert machine_plan(SEVENTY, "here", "eval").nodes[0].ranks == ()

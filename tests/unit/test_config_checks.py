@@ -191,6 +191,49 @@ def test_check_says_what_a_ratio_of_one_leaves_without_effect(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["train={max_staleness: 2, steps: 3}"], ""),
+        (
+            ["train={max_staleness: 2, steps: 4, updates_per_batch: 2}"],
+            "max_staleness 2 is not below the 2 batches",
+        ),
+        (["rollout.fragment_tokens=64"], ""),
+        (["rollout={fragment_tokens: 10, max_response_tokens: 10}"], ""),
+        (["rollout={fragment_tokens: 30, max_response_tokens: 100}"], "makes up to 4 requests"),
+        (["rollout.kv_on_publish=keep"], "keep has no effect with train.max_staleness 0"),
+        (
+            ["rollout.kv_on_publish=keep", "train.max_staleness=1", "cluster.device=cpu"],
+            "",
+        ),
+        (["rollout.kv_on_publish=keep", "train.max_staleness=1"], "keep has never run on a GPU"),
+        (
+            ["rollout.kv_on_publish=keep", "algorithm.advantage.zero_variance=resample"],
+            "keep has never run on a GPU",
+        ),
+    ],
+)
+def test_doubts_about_running_ahead(tmp_path: Path, overrides: list[str], words: str) -> None:
+    found = [w for w in check_config(config_with(tmp_path, *overrides)) if "algorithm" not in w]
+    assert len(found) == bool(words) and all(words in warning for warning in found)
+
+
+def test_check_says_what_running_ahead_means(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: d}\neval: {every: 2, sets: [{path: e}]}\n")
+    sets = ["train.max_staleness=3", "algorithm.preset=dapo"]
+    assert cli.main(["check", str(path), *(w for text in sets for w in ("--set", text))]) == 0
+    shown = capsys.readouterr().err
+    assert "up to 4 batches old, one more than train.max_staleness" in shown
+    assert "evaluations run beside training" in shown
+    assert cli.main(["check", str(path)]) == 0
+    shown = capsys.readouterr().err
+    assert "batches old" not in shown and "beside training" not in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         (["train.max_staleness=1"], ""),
         (["train.max_staleness=1", "algorithm.loss.old_logprobs=rollout"], ""),
         (["train.max_staleness=2", NONE], "kind none with train.max_staleness 2"),

@@ -1,4 +1,4 @@
-"""In which order the ranks of the 70B run, 16 trainer nodes and 8 server nodes of 8 GPUs, create their groups.
+"""In which order the ranks of the 70B run, 12 trainer nodes and 12 server nodes of 8 GPUs, create their groups.
 
 All ranks are simulated: what each asks torch for is recorded, from its own start to its last update group. An NCCL
 communicator comes into being when all its members ask for it, and a rank that asks waits: so the order must be one that
@@ -43,7 +43,7 @@ def who_waits_for_ever(queues: Queues) -> dict[Hashable, Hashable]:
 
 @pytest.fixture(scope="module")
 def asked() -> dict[int, list[tuple[str, Members]]]:
-    """What each of the 128 ranks asks for, and which of them are sources of a stage."""
+    """What each of the 96 ranks asks for, and which of them are sources of a stage."""
     everyone: dict[int, list[tuple[str, Members]]] = {}
     for rank in range(WORLD):
         everyone[rank] = []
@@ -95,7 +95,7 @@ def test_no_rank_of_the_job_waits_for_a_group_that_another_creates_later(
     queues: dict[Hashable, list[Hashable]] = {r: own_groups(r, g) for r, g in asked.items()}
     assert len(SOURCES) == POLICY.pipeline_parallel
     updates = publishing()
-    assert len(updates) == 64 + 4
+    assert len(updates) == 96 + 4
     for rank, queue in updates.items():
         queues.setdefault(rank, []).extend(queue)
     assert len(queues) == 24 * 8

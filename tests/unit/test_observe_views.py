@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from agpo_megatron.observe.curves import draw_curves
-from agpo_megatron.observe.progress import Progress, plain_line, sparkline
+from agpo_megatron.observe.progress import Progress, bottleneck, plain_line, sparkline
 from agpo_megatron.observe.summary import read_summary, render_summary, write_summary
 
 pytestmark = pytest.mark.processes
@@ -78,6 +78,32 @@ def test_on_a_terminal_the_display_shows_numbers_phase_and_time_left() -> None:
     for text in ("tiny_cpu", "62.5%", "33.5", "closed", "812", "publish step 7", "0:00:06 left"):
         assert text in shown
     assert "done" in stream.getvalue()
+
+
+def test_the_line_names_the_bottleneck_of_the_batch() -> None:
+    waits = {"step": 1, "time/rollout": 6.0, "time/score": 1.0, "time/update": 2.0}
+    waits |= {"time/publish": 0.5, "time/step": 10.0}
+    trains = {"step": 2, "time/update": 8.0, "time/step": 10.0}
+    assert bottleneck([waits]) == "generation 60%"
+    assert bottleneck([waits, trains]) == "training 55%"
+    assert bottleneck([{"time/publish": 3.0, "time/update": 1.0, "time/step": 4.0}]) == (
+        "publishing 75%"
+    )
+    assert bottleneck([{"step": 1, "time/update": math.nan, "time/step": 1.0}]) == ""
+    console, stream = screen(terminal=False)
+    with Progress(4, "m", console, updates=2) as progress:
+        for row in (waits, trains, waits | {"step": 3}):
+            progress.step(row)
+    ends = [line.rpartition("tok/s")[2] for line in stream.getvalue().splitlines()[1:]]
+    assert ends == [
+        "  10.0 s (generation 60%)",
+        "  10.0 s (training 55%)",
+        "  10.0 s (generation 60%)",
+    ]
+    console, stream = screen(terminal=True)
+    with Progress(4, "m", console) as progress:
+        progress.step(waits)
+    assert "generation 60%" in stream.getvalue()
 
 
 def test_a_trend_is_scaled_to_its_own_range() -> None:
