@@ -18,7 +18,7 @@ import numpy as np
 from agpo_megatron.algorithm.step import has_variance
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.evaluation import Rollouts
-from agpo_megatron.controller.schedule import Verdict, Window
+from agpo_megatron.controller.schedule import Fate, Window
 from agpo_megatron.journal import Journal, JournaledGroup
 from agpo_megatron.rollout.client import NonFiniteLogprob, ServerError
 from agpo_megatron.rollout.group_rollout import RolloutError
@@ -130,7 +130,7 @@ class Producer:
             *(position, self._set_aside, self._begun, allowed, error),
         )
         self._fragments.pop(position, None)
-        self.window.finish(position, Verdict.SET_ASIDE)
+        self.window.finish(position, Fate.SET_ASIDE)
         self._changed.set()
         self.admit()
 
@@ -147,9 +147,7 @@ class Producer:
         informative = has_variance(group)
         self._ready[group.prompt.position] = journaled
         self._stats.finished(group)
-        self.window.finish(
-            group.prompt.position, Verdict.ACCEPTED if informative else Verdict.UNIFORM
-        )
+        self.window.finish(group.prompt.position, Fate.ACCEPTED if informative else Fate.UNIFORM)
         self._changed.set()
 
     # Durability

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Verdict(Enum):
-    """What became of a group: it trains; it is replaced (dynamic sampling); it could not be generated."""
+class Fate(Enum):
+    """The end of a group: it trains; it is replaced (dynamic sampling); it could not be generated."""
 
     ACCEPTED = "accepted"
     UNIFORM = "uniform"
@@ -38,7 +38,7 @@ class Taken:
 
 @dataclass
 class _Reach:
-    """How far a row of groups goes: ``batch`` is that of the next one, from 0 for the next batch to form."""
+    """The reach of a row of groups: ``batch`` is that of the next one, from 0 for the next batch to form."""
 
     size: int
     examined: int | None
@@ -70,7 +70,7 @@ class Window:
         self.cursor = self.admitted = cursor
         self.formed = self.published = 0
         self._examined = examined
-        self._verdicts: dict[int, Verdict] = {}
+        self._fates: dict[int, Fate] = {}
         self._accepted = 0
         self._recent: deque[bool] = deque()
         self._recent_accepted = 0
@@ -78,7 +78,7 @@ class Window:
     @property
     def open(self) -> int:
         """Number of groups that are begun and not finished."""
-        return self.admitted - self.cursor - len(self._verdicts)
+        return self.admitted - self.cursor - len(self._fates)
 
     @property
     def ready(self) -> int:
@@ -113,20 +113,20 @@ class Window:
         accepted."""
         reach = _Reach(self.size, self._examined)
         for position in range(self.cursor, self.admitted):
-            verdict = self._verdicts.get(position)
-            if verdict is not Verdict.SET_ASIDE:
-                reach.look(share if verdict is None else float(verdict is Verdict.ACCEPTED))
+            fate = self._fates.get(position)
+            if fate is not Fate.SET_ASIDE:
+                reach.look(share if fate is None else float(fate is Fate.ACCEPTED))
         return reach
 
-    def finish(self, position: int, verdict: Verdict) -> None:
+    def finish(self, position: int, fate: Fate) -> None:
         """Note what became of a position that was begun."""
-        assert self.cursor <= position < self.admitted and position not in self._verdicts
-        if self._examined is None and verdict is Verdict.UNIFORM:
-            verdict = Verdict.ACCEPTED
-        self._verdicts[position] = verdict
-        self._accepted += verdict is Verdict.ACCEPTED
-        if verdict is not Verdict.SET_ASIDE:
-            self._recent.append(verdict is Verdict.ACCEPTED)
+        assert self.cursor <= position < self.admitted and position not in self._fates
+        if self._examined is None and fate is Fate.UNIFORM:
+            fate = Fate.ACCEPTED
+        self._fates[position] = fate
+        self._accepted += fate is Fate.ACCEPTED
+        if fate is not Fate.SET_ASIDE:
+            self._recent.append(fate is Fate.ACCEPTED)
             self._recent_accepted += self._recent[-1]
         if len(self._recent) > 4 * self.size:
             self._recent_accepted -= self._recent.popleft()
@@ -141,14 +141,14 @@ class Window:
                 missing = self.size - len(chosen)
                 chosen, uniform = chosen + uniform[:missing], uniform[missing:]
                 break
-            verdict = self._verdicts.get(position)
-            if verdict is None:
+            fate = self._fates.get(position)
+            if fate is None:
                 return None
-            if verdict is not Verdict.SET_ASIDE:
-                (chosen if verdict is Verdict.ACCEPTED else uniform).append(position)
+            if fate is not Fate.SET_ASIDE:
+                (chosen if fate is Fate.ACCEPTED else uniform).append(position)
             position += 1
         for passed in range(self.cursor, position):
-            self._accepted -= self._verdicts.pop(passed) is Verdict.ACCEPTED
+            self._accepted -= self._fates.pop(passed) is Fate.ACCEPTED
         self.cursor, self.formed = position, self.formed + 1
         return Taken(chosen, uniform, position)
 

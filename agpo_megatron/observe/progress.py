@@ -22,7 +22,7 @@ _ACTIVITIES = {
     "training": ("time/score", "time/update"),
     "publishing": ("time/publish",),
 }
-"""What a batch may spend its time on, or wait for."""
+"""The things that a batch may spend its time on, or wait for."""
 
 
 class Progress:

@@ -52,7 +52,7 @@ class Usage:
 
 
 def spans(metrics: Steps) -> list[Span]:
-    """What the trainer did, one span after the other. Phases without a recorded time are left out."""
+    """The trainer's work, one span after the other. Phases without a recorded time are left out."""
     found: list[Span] = []
     clock = 0.0
     for row in metrics:
@@ -64,7 +64,7 @@ def spans(metrics: Steps) -> list[Span]:
 
 
 def usage(metrics: Steps) -> list[Usage]:
-    """How full the servers were, as far as it was recorded."""
+    """The load of the servers, as far as it was recorded."""
     found: list[Usage] = []
     clock, before = 0.0, None
     for row in metrics:

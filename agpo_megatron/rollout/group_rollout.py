@@ -30,7 +30,7 @@ class RolloutError(RuntimeError):
 
 @dataclass
 class Counts:
-    """What the requests of a pool came to. ``fragments``: returned by servers; ``resumed``: of them, those that
+    """The outcome of a pool's requests. ``fragments``: returned by servers; ``resumed``: of them, those that
     continued a response which a publish, a stop or a failure had interrupted; ``tokens_lost``: asked for and never
     received, at most, and cut off behind a stop text."""
 
@@ -41,8 +41,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Terms:
-    """How the groups of one kind are generated. ``sampling.max_new_tokens``: of a whole response. ``decode(tokens,
-    special)``: text of tokens, with or without special tokens. ``mark_dead(server, reason)``."""
+    """The way in which groups of one kind are generated. ``sampling.max_new_tokens``: of a whole response.
+    ``decode(tokens, special)``: text of tokens, with or without special tokens. ``mark_dead(server, reason)``."""
 
     sampling: Sampling
     fragment_tokens: int
@@ -55,9 +55,9 @@ class Terms:
 
 
 @dataclass(eq=False)
-class Response:
-    """One response as far as it is generated. ``interrupted``: its last request did not come to its end. ``server``:
-    the one that has its prefix in the cache."""
+class Member:
+    """A sample of the group as far as it is generated. ``interrupted``: its last request did not come to its end.
+    ``server``: the one that has its prefix in the cache."""
 
     index: int
     fragments: list[Fragment] = field(default_factory=list)
@@ -82,7 +82,7 @@ async def roll_out(prompt: Prompt, n: int, terms: Terms, known: Sequence[Fragmen
     Raises RolloutError after ``terms.attempts`` failures without progress in between, ServerError for a request that
     no server would take (4xx), NonFiniteLogprob, WaitExpired when no server becomes ready.
     """
-    responses = [Response(index) for index in range(n)]
+    responses = [Member(index) for index in range(n)]
     for fragment in sorted(known, key=lambda f: f.start):
         response = responses[fragment.index]
         if fragment.start == response.length and not response.finish_reason:
@@ -100,7 +100,7 @@ class _Rollout:
     def __init__(self, prompt: Prompt, terms: Terms) -> None:
         self.prompt, self.terms = prompt, terms
 
-    async def until_finished(self, responses: Sequence[Response]) -> None:
+    async def until_finished(self, responses: Sequence[Member]) -> None:
         """Request fragments of the responses, which have equal prefixes, until a single one is finished, or several
         have tokens of their own."""
         failures: list[tuple[Server, ServerError]] = []
@@ -118,12 +118,12 @@ class _Rollout:
                     f"progress (rollout.attempts={self.terms.attempts}): {met}"
                 )
 
-    def _name(self, responses: Sequence[Response]) -> str:
+    def _name(self, responses: Sequence[Member]) -> str:
         which = f"sample {responses[0].index}" if len(responses) == 1 else "all samples"
         return f"{which} at token {responses[0].length}"
 
     async def _request(
-        self, responses: Sequence[Response], failures: list[tuple[Server, ServerError]]
+        self, responses: Sequence[Member], failures: list[tuple[Server, ServerError]]
     ) -> None:
         """Make one request; append what it returns to ``responses``, or why it failed to ``failures``."""
         terms, first, count = self.terms, responses[0], len(responses)
@@ -162,12 +162,12 @@ class _Rollout:
             text = "aborted by the server itself"
             failures.append((server, ServerError(server.url, "/generate", 200, text)))
 
-    def _lose(self, responses: Sequence[Response], asked: int) -> None:
+    def _lose(self, responses: Sequence[Member], asked: int) -> None:
         self.terms.counts.tokens_lost += asked * len(responses)
         for response in responses:
             response.interrupted = True
 
-    def _add(self, response: Response, output: Generation, server: Server) -> None:
+    def _add(self, response: Member, output: Generation, server: Server) -> None:
         terms, counts, start = self.terms, self.terms.counts, response.length
         tokens, reason = output.tokens, output.finish_reason
         before = response.tokens()
@@ -198,7 +198,7 @@ class _Rollout:
         response.fragments.append(fragment)
         terms.keep(fragment)
 
-    def sample(self, response: Response) -> Sample:
+    def sample(self, response: Member) -> Sample:
         tokens = response.tokens()
         spans = [span for fragment in response.fragments for span in fragment.versions]
         return Sample(

@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from agpo_megatron.controller.schedule import Taken, Verdict, Window
+from agpo_megatron.controller.schedule import Fate, Taken, Window
 
-ACCEPTED, UNIFORM, SET_ASIDE = Verdict.ACCEPTED, Verdict.UNIFORM, Verdict.SET_ASIDE
+ACCEPTED, UNIFORM, SET_ASIDE = Fate.ACCEPTED, Fate.UNIFORM, Fate.SET_ASIDE
 
 
-def verdict_of(position: int, accepts: float, fails: float) -> Verdict:
+def fate_of(position: int, accepts: float, fails: float) -> Fate:
     """What becomes of a position: fixed by the position alone, as by the samples of a real run."""
-    drawn = random.Random(f"verdict-{position}").random()
+    drawn = random.Random(f"fate-{position}").random()
     if drawn < fails:
         return SET_ASIDE
     return ACCEPTED if random.Random(f"accepted-{position}").random() < accepts else UNIFORM
@@ -62,7 +62,7 @@ class Run:
 
     def finish(self) -> None:
         position = self.running.pop(self.order.randrange(len(self.running)))
-        self.window.finish(position, verdict_of(position, self.accepts, self.fails))
+        self.window.finish(position, fate_of(position, self.accepts, self.fails))
 
     def to_the_end(self) -> list[Taken]:
         while self.advance():
@@ -113,7 +113,7 @@ def test_random_schedules_never_stick_nor_exceed_the_staleness() -> None:
         used = [p for t in taken for p in [*t.positions, *t.discarded]]
         assert len(used) == len(set(used))
         cursor = taken[-1].cursor
-        skipped = [p for p in range(cursor) if verdict_of(p, accepts, run.fails) is SET_ASIDE]
+        skipped = [p for p in range(cursor) if fate_of(p, accepts, run.fails) is SET_ASIDE]
         assert sorted([*used, *skipped]) == list(range(cursor))
     assert worst == {
         (samples, staleness): staleness + samples
@@ -128,7 +128,7 @@ def test_dynamic_sampling_takes_the_next_accepted_groups_in_any_order_of_complet
         run = Run(Window(4, seed % 3, 5, 0, 40), random.Random(seed), accepts=0.5, fails=0.05)
         found.append(run.to_the_end())
     assert all(taken == found[0] for taken in found)
-    accepted = [p for p in range(found[0][-1].cursor) if verdict_of(p, 0.5, 0.05) is ACCEPTED]
+    accepted = [p for p in range(found[0][-1].cursor) if fate_of(p, 0.5, 0.05) is ACCEPTED]
     assert [p for t in found[0] for p in t.positions] == accepted
     assert found[0][-1].cursor == accepted[-1] + 1, "what lies behind belongs to the next batch"
 
