@@ -45,24 +45,26 @@ def decode(tokens: Ints, special: bool) -> str:
 
 class GeneratingServer(FakeServer):
     """Generates one token after the other for the prompts above; log-prob -token/100. ``halt_at``: before this token of
-    a response it waits for ``release``, or for an abort. Pauses and aborts as SGLang does."""
+    a response it waits for ``go_on``, or for an abort. Pauses and aborts as SGLang does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.halt_at = -1
         self.halted = self.aborts = 0
+        self.go_on = asyncio.Event()
+        self.go_on.set()
         self.going = asyncio.Event()
         self.going.set()
         self.answers: list[list[int]] = []
 
     def halt(self, at: int) -> None:
         self.halt_at = at
-        self.release.clear()
+        self.go_on.clear()
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.controls.append(("abort_request", await request.json()))
         self.aborts += 1
-        self.release.set()
+        self.go_on.set()
         return web.Response()
 
     async def _ok(self, request: web.Request) -> web.Response:
@@ -76,7 +78,7 @@ class GeneratingServer(FakeServer):
             self.going.clear()
             if (await request.json())["mode"] == "abort":
                 self.aborts += 1
-                self.release.set()
+                self.go_on.set()
         return answer
 
     async def _generate(self, request: web.Request) -> web.Response:
@@ -105,9 +107,9 @@ class GeneratingServer(FakeServer):
         spans: list[dict[str, Any]] = []
         while not reason:
             await self.going.wait()
-            if len(ids) - 3 == self.halt_at and not self.release.is_set():
+            if len(ids) - 3 == self.halt_at and not self.go_on.is_set():
                 self.halted += 1
-                await self.release.wait()
+                await self.go_on.wait()
                 self.halted -= 1
             await self.going.wait()
             count = len(ids) - len(prefix)

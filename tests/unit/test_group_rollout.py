@@ -44,7 +44,7 @@ async def fleet(
                 yield pool, fakes
         finally:
             for fake in fakes:
-                fake.release.set()
+                fake.go_on.set()
                 await fake.stop()
 
 
@@ -136,7 +136,7 @@ def test_each_token_has_the_version_it_was_generated_under() -> None:
             task = asyncio.create_task(pool.generate_group(prompt(0, 22)))
             await until(lambda: fake.halted == 2)
             fake.version = "3.1.c"  # in the middle of a request
-            fake.release.set()
+            fake.go_on.set()
             group = await task
             assert_uninterrupted(group)
             expected = [("1.1.a", 0, 8), ("2.1.b", 8, 16), ("1.1.a", 16, 18)]
@@ -366,7 +366,7 @@ def test_what_a_server_returns_after_it_left_a_transfer_is_thrown_away() -> None
             first.version = "half.written"
             pool.servers[0].torn += 1
             await pool.quarantine(pool.servers[0], "left a transfer")
-            first.release.set()
+            first.go_on.set()
             group = await task
             assert_uninterrupted(group)
             assert len(first.answers) == 4, "it did answer"

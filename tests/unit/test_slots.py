@@ -317,7 +317,7 @@ def test_an_evaluation_beside_training_has_slots_of_its_own() -> None:
             waits = asyncio.create_task(pool.sample(prompt(30, 7)))
             await asyncio.sleep(0.05)
             assert pool.slots.waiting == 3, "one that is not beside waits like training"
-            fake.release.set()
+            fake.go_on.set()
             for group in await asyncio.gather(*beside, waits):
                 assert group.samples[0].response_tokens.tolist() == response(group.prompt, 0)
             await asyncio.gather(*train)
