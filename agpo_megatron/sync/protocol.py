@@ -16,8 +16,8 @@ servers' calls, the pass, the trainer's command and the publish, so that one tha
 is generated on a paused server: that call would block.
 
 With ``keep_running`` a publish ends nothing: requests are paused ``in_place`` and go on afterwards, with the new
-weights on the cache of the old ones, which is not flushed. What a server returns that leaves such a transfer, or with which it
-breaks off, is thrown away.
+weights on the cache of the old ones, which is not flushed. What a server returns that leaves such a transfer, or is
+part of one that breaks off, is thrown away.
 """
 
 from __future__ import annotations
