@@ -22,7 +22,14 @@ import pyarrow as pa
 
 from agpo_megatron.files import digest, write_durably
 from agpo_megatron.journal.blocks import DIGEST, JournalError, write_blocks
-from agpo_megatron.journal.reader import BatchName, JournalReader, ValidFiles, owners, valid_files
+from agpo_megatron.journal.reader import (
+    FRAGMENTS,
+    BatchName,
+    JournalReader,
+    ValidFiles,
+    owners,
+    valid_files,
+)
 from agpo_megatron.journal.records import (
     DETAILS_SCHEMA,
     SEGMENT_SCHEMA,
@@ -106,6 +113,8 @@ class Journal:
 
         What is still needed becomes a file of this attempt, so that those of earlier ones can go: a file that a shared
         file system shows late can then never be taken for a part of what was generated in its place.
+
+        Raises JournalError when a file is damaged or missing, or another attempt has become the writer.
         """
         last = self.last()
         cursor = last.cursor if last else 0
@@ -117,14 +126,18 @@ class Journal:
         if found:
             self.append_fragments([fragment for some in found.values() for fragment in some])
         valid = valid_files(self.folder)
-        old, self._inherited = self._inherited, []
+        self._require_writer()
+        self._inherited = []
         self._write_inventory(valid.segments, valid.batches)
-        for name in old:
-            (self.folder / "fragments" / name).unlink()
+        for path in (self.folder / "fragments").iterdir():
+            if (m := FRAGMENTS.fullmatch(path.name)) and int(m[1]) < self.attempt:
+                path.unlink(missing_ok=True)
         return found
 
     def _drop_fragments(self, finished: Collection[int]) -> None:
-        """Remove the files of fragments whose groups are all durable."""
+        """Remove the files of fragments whose groups are all durable; not when another attempt has taken them over."""
+        if self._superseded:
+            return
         for name, positions in list(self._unfinished.items()):
             positions.difference_update(finished)
             if not positions:
@@ -197,10 +210,7 @@ class Journal:
 
         Raises JournalError when another attempt has become the writer: the files belong to it now.
         """
-        if owners(self.folder)[-1] != self.attempt:
-            raise JournalError(
-                f"{self.folder} has another writer now; this run has been superseded"
-            )
+        self._require_writer()
         batches = self.reader.batches()
         # The newest batch always stays: its cursor determines the pending groups.
         old = [b for b in batches[:-1] if b.last_step < before_step]
@@ -218,6 +228,16 @@ class Journal:
         for segment in dead:
             (self.folder / "samples" / segment.name).unlink()
         return len(old) + len(dead)
+
+    @property
+    def _superseded(self) -> bool:
+        return owners(self.folder)[-1] != self.attempt
+
+    def _require_writer(self) -> None:
+        if self._superseded:
+            raise JournalError(
+                f"{self.folder} has another writer now; this run has been superseded"
+            )
 
     def _write_inventory(self, segments: list[str], batches: list[str]) -> None:
         kept = ValidFiles(segments, batches, self._inherited)

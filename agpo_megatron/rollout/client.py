@@ -197,6 +197,8 @@ class ServerClient:
         if finish == "abort" and len(tokens) != len(echoed):
             # It was still in SGLang's queue: whatever it names was not generated.
             return Generation(tokens[:0], logprobs[:0], finish, ())
+        if finish != "abort" and not len(tokens):
+            raise ServerError(self.url, "/generate", 200, f"no tokens, finish_reason {finish!r}")
         if not np.array_equal(tokens, echoed):
             raise ServerError(self.url, "/generate", 200, "log-probs are not of the output tokens")
         if (broken := np.flatnonzero(~np.isfinite(logprobs))).size:

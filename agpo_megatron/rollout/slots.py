@@ -78,6 +78,8 @@ class Slots:
         except asyncio.CancelledError:
             if room.done() and not room.cancelled() and room.exception() is None:
                 self.release(room.result(), samples)
+            else:
+                self.offer()  # it may have been the first, in front of a smaller one that fits
             raise
 
     def release(self, server: Server, samples: int) -> None:

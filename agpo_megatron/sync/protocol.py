@@ -16,8 +16,8 @@ servers' calls, the pass, the trainer's command and the publish, so that one tha
 is generated on a paused server: that call would block.
 
 With ``keep_running`` a publish ends nothing: requests are paused ``in_place`` and go on afterwards, with the new
-weights on the cache of the old ones, which is not flushed. What a server that leaves such a transfer returns is
-thrown away.
+weights on the cache of the old ones, which is not flushed. What a server returns that leaves such a transfer, or is
+part of one that breaks off, is thrown away.
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ class Publisher:
             await self._execute(run)
         except BaseException:
             self._groups.forget()
+            for server in run.left:  # what runs there may go on with weights that are half written
+                server.torn += 1
             raise
         if run.failed:
             self._groups.forget()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 import made
@@ -77,17 +78,20 @@ async def publishing(
     count: int,
     timeout: float = 60,
     refresh: bool = False,
-) -> AsyncIterator[tuple[Publisher, RolloutPool, list[FakeServer], FakeTrainer]]:
-    fakes = [FakeServer() for _ in range(count)]
+    keep_running: bool = False,
+    kind: type[FakeServer] = FakeServer,
+    **config: Any,
+) -> AsyncIterator[tuple[Publisher, RolloutPool, list[Any], FakeTrainer]]:
+    fakes = [kind() for _ in range(count)]
     for fake in fakes:
         await fake.start()
     async with aiohttp.ClientSession() as session:
         clients = [ServerClient(fake.url, session, timeout=30) for fake in fakes]
-        pool = RolloutPool(clients, RolloutConfig(start_timeout=30))
+        pool = RolloutPool(clients, RolloutConfig(**{"start_timeout": 30.0, **config}))
         trainer = FakeTrainer()
         publisher = Publisher(
             pool, trainer, PLAN, server_ranks=2 if count > 1 else 1, backend="gloo",
-            probe_tokens=[3, 1, 2], probe_tolerance=1e-3, timeout=timeout,
+            probe_tokens=[3, 1, 2], probe_tolerance=1e-3, timeout=timeout, keep_running=keep_running,
         )  # fmt: skip
         if not refresh:
             pool.refresh = None  # only what the tests ask for
