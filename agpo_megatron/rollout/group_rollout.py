@@ -194,7 +194,8 @@ class _Rollout:
         counts.fragments += 1
         counts.resumed += response.interrupted
         response.interrupted = output.finish_reason == "abort"
-        response.server = server
+        # What was aborted finds no prefix in the cache: the publish that did it empties that.
+        response.server = None if response.interrupted else server
         response.fragments.append(fragment)
         terms.keep(fragment)
 

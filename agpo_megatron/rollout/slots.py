@@ -54,6 +54,7 @@ class Slots:
         self._used: dict[Server, int] = {}
         self._waiters: list[_Waiter] = []
         self._numbers = itertools.count()
+        self._offering = False
         self._since = time.monotonic()
         self._slot_seconds = self._server_seconds = 0.0
 
@@ -70,7 +71,7 @@ class Slots:
         room: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(priority, next(self._numbers), samples, avoid, prefer, room)
         heapq.heappush(self._waiters, waiter)
-        self.offer()
+        self._offer_soon()
         if not room.done() and not self._ready():
             self._none_ready()
         try:
@@ -84,7 +85,7 @@ class Slots:
 
     def release(self, server: Server, samples: int) -> None:
         self._count(server, -samples)
-        self.offer()
+        self._offer_soon()
 
     def used(self, server: Server) -> int:
         """Number of samples in flight on ``server``."""
@@ -106,6 +107,18 @@ class Slots:
                 self._count(server, waiter.samples)
                 waiter.room.set_result(server)
             heapq.heappop(self._waiters)
+
+    def _offer_soon(self) -> None:
+        """Offer when those who were just given an answer have asked for more: a response goes on where its prefix is in
+        the cache, before a later one takes that room. All samples of a group ask within two turns of the loop."""
+        if not self._offering:
+            self._offering = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self._offer_now)
+
+    def _offer_now(self) -> None:
+        self._offering = False
+        self.offer()
 
     def fail(self, error: Exception) -> None:
         """Let every waiting ``acquire`` raise ``error``."""

@@ -1,0 +1,56 @@
+"""Measures what generating ahead of the trainer gains, with the product's own code in virtual time.
+
+The fleet of configs/agpo_70b.yaml: 24 nodes, split between a simulated trainer and simulated servers (fleet/servers.py
+has their model). Everything between them runs as it is: the window, the producer, rollouts, pool, slots and journal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+
+from benchmarks.fleet.training import Arm, Result, simulate
+
+BALANCED = {"servers": 12, "train_seconds": 70.0 * 16 / 12}
+ARMS = (
+    Arm("staleness 0, 16:8", 0),
+    Arm("staleness 1, 16:8", 1),
+    Arm("staleness 2, 16:8", 2),
+    Arm("staleness 2, 12:12", 2, **BALANCED),
+    Arm("staleness 4, 12:12", 4, **BALANCED),
+    Arm("staleness 4, 12:12, keep", 4, keep=True, **BALANCED),
+    Arm("half accepted, 0, 16:8", 0, accepted=0.5),
+    Arm("half accepted, 2, 16:8", 2, accepted=0.5),
+)
+HEADER = (
+    f"{'arm':26s} {'step s':>7s} {'speed':>6s} {'trainer idle':>12s} {'decoding':>8s} {'prefill':>8s} "
+    f"{'slots':>6s} {'lost':>5s} {'replaced':>8s} {'bias':>7s} {'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
+)
+
+
+def row(arm: Arm, found: Result, base: Result, cpu: float) -> str:
+    return (
+        f"{arm.name:26s} {found.step_seconds:7.1f} {base.step_seconds / found.step_seconds:6.2f} "
+        f"{found.trainer_idle:12.1%} {found.decoding:8.1%} {found.prefilling:8.1%} {found.slots_used:6.1%} "
+        f"{found.lost:5.0f} {found.replaced:8d} {found.length_bias:+7.2%} {found.staleness:9.2f} "
+        f"{found.staleness_max:3d} {cpu:6.1f}"
+    )
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of arms, from 0")
+    chosen = parser.parse_args().only
+    logging.disable(logging.WARNING)
+    print(HEADER, flush=True)
+    bases: dict[bool, Result] = {}
+    for number, arm in enumerate(ARMS):
+        if chosen and number not in chosen:
+            continue
+        started = time.process_time()
+        found = simulate(arm)
+        base = bases.setdefault(arm.accepted is None, found)
+        print(row(arm, found, base, time.process_time() - started), flush=True)
+    return 0
