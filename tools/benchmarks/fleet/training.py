@@ -12,6 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from benchmarks.fleet.clock import VirtualLoop, run, virtual_time
+from benchmarks.fleet.servers import LIMIT, PROMPT, UNIT, Lengths, SimulatedServer, prompt_at, total
 
 from agpo_megatron.config import load_config
 from agpo_megatron.config.schema import Config
@@ -26,8 +28,6 @@ from agpo_megatron.rollout import servers as servers_module
 from agpo_megatron.rollout import slots as slots_module
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.samples import Group, WeightVersion
-from benchmarks.fleet.clock import VirtualLoop, run, virtual_time
-from benchmarks.fleet.servers import LIMIT, PROMPT, UNIT, Lengths, SimulatedServer, prompt_at, total
 
 FRAGMENT_SECONDS = 20.0
 """Ten times the product's: a file every two simulated seconds would be most of what a simulation costs."""
