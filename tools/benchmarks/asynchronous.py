@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from dataclasses import replace
 
 from benchmarks.fleet.training import Arm, Result, simulate
 
@@ -17,6 +18,8 @@ ARMS = (
     Arm("staleness 0, 16:8", 0),
     Arm("staleness 1, 16:8", 1),
     Arm("staleness 2, 16:8", 2),
+    Arm("staleness 2, 16:8, 256 slots", 2, slots=256),
+    Arm("staleness 2, 16:8, keep", 2, keep=True),
     Arm("staleness 2, 12:12", 2, **BALANCED),
     Arm("staleness 4, 12:12", 4, **BALANCED),
     Arm("staleness 4, 12:12, keep", 4, keep=True, **BALANCED),
@@ -24,33 +27,41 @@ ARMS = (
     Arm("half accepted, 2, 16:8", 2, accepted=0.5),
 )
 HEADER = (
-    f"{'arm':26s} {'step s':>7s} {'speed':>6s} {'trainer idle':>12s} {'decoding':>8s} {'prefill':>8s} "
+    f"{'arm':28s} {'step s':>7s} {'speed':>6s} {'trainer idle':>12s} {'decoding':>8s} {'prefill':>8s} "
     f"{'slots':>6s} {'lost':>5s} {'replaced':>8s} {'bias':>7s} {'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
 )
 
 
 def row(arm: Arm, found: Result, base: Result, cpu: float) -> str:
     return (
-        f"{arm.name:26s} {found.step_seconds:7.1f} {base.step_seconds / found.step_seconds:6.2f} "
+        f"{arm.name:28s} {found.step_seconds:7.1f} {base.step_seconds / found.step_seconds:6.2f} "
         f"{found.trainer_idle:12.1%} {found.decoding:8.1%} {found.prefilling:8.1%} {found.slots_used:6.1%} "
         f"{found.lost:5.0f} {found.replaced:8d} {found.length_bias:+7.2%} {found.staleness:9.2f} "
         f"{found.staleness_max:3d} {cpu:6.1f}"
     )
 
 
+def scaled(arm: Arm, part: int) -> Arm:
+    """The same with a ``part``-th of the servers and of the batch."""
+    return replace(arm, servers=arm.servers // part, groups=arm.groups // part)
+
+
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--part", type=int, default=4, help="simulate a PART-th of the fleet and of its batches"
+    )
     parser.add_argument("--only", type=int, nargs="*", help="numbers of arms, from 0")
-    chosen = parser.parse_args().only
+    options = parser.parse_args()
     logging.disable(logging.WARNING)
     print(HEADER, flush=True)
     bases: dict[bool, Result] = {}
     for number, arm in enumerate(ARMS):
-        if chosen and number not in chosen:
+        if options.only and number not in options.only:
             continue
         started = time.process_time()
-        found = simulate(arm)
+        found = simulate(scaled(arm, options.part))
         base = bases.setdefault(arm.accepted is None, found)
         print(row(arm, found, base, time.process_time() - started), flush=True)
     return 0

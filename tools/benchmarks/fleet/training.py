@@ -56,7 +56,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an arm. Shares of the time that is counted; tokens are simulated ones. ``lost``: generated again or
+    """What came of an arm. Shares of the time that is counted, where a publish is work of the
+    trainer; tokens are simulated ones. ``lost``: generated again or
     thrown away, other than in groups that dynamic sampling replaces. ``length_bias``: trained responses against all
     that the window began."""
 
@@ -92,12 +93,14 @@ class Trainee:
 
     async def rewarded(self, group: Group, problem: Problem, source: int) -> Group:
         """Rewards that differ, but in the share of groups that dynamic sampling is to replace."""
-        rng = np.random.default_rng((7, group.prompt.position))
-        uniform = self.arm.accepted is not None and rng.random() >= self.arm.accepted
-        scored = [
-            replace(s, raw_reward=0.0 if uniform else float(s.index % 2)) for s in group.samples
-        ]
+        differ = self.accepts(group.prompt.position)
+        scored = [replace(s, raw_reward=float(differ and s.index % 2)) for s in group.samples]
         return Group(group.prompt, scored)
+
+    def accepts(self, position: int) -> bool:
+        """Whether the rewards of a group will differ; its lengths have no part in that."""
+        share = self.arm.accepted
+        return share is None or np.random.default_rng((7, position)).random() < share
 
     def note(self, collected: Collected, step: int) -> None:
         """Note what a batch is made of, under the weights of ``step``."""
@@ -117,7 +120,7 @@ class Trainee:
         seconds, worked, decoding, prefilling, slots = (
             b - a for a, b in zip(first, last, strict=True)
         )
-        begun_lengths = [n for p in range(begun) for n in self.lengths.of_group(p)]
+        expected = [n for p in filter(self.accepts, range(begun)) for n in self.lengths.of_group(p)]
         again = total(self.clients, "generated") - sum(self.reached.values())
         return Result(
             step_seconds=seconds / (arm.steps - since),
@@ -127,7 +130,7 @@ class Trainee:
             slots_used=slots / seconds / arm.servers / arm.slots,
             lost=again + pool.counts.tokens_lost,
             replaced=self.replaced,
-            length_bias=float(np.mean(self.trained) / np.mean(begun_lengths)) - 1,
+            length_bias=float(np.mean(self.trained) / np.mean(expected)) - 1,
             staleness=float(np.mean([mean for mean, _ in self.staleness[since:]])),
             staleness_max=max(oldest for _, oldest in self.staleness[since:]),
         )
