@@ -341,6 +341,26 @@ def test_known_fragments_are_continued_and_gaps_and_duplicates_ignored() -> None
     asyncio.run(run())
 
 
+def test_known_fragments_beyond_the_settings_of_this_attempt_are_left_out() -> None:
+    """A resumed run may have smaller groups and shorter responses."""
+    problem = prompt(0, 14)
+    known = [
+        *(fragment(problem, 0, at, at + 4) for at in (0, 4)),  # at the limit, and not finished
+        *(fragment(problem, 1, *span) for span in ((0, 4), (4, 7))),
+        fragment(problem, 2, 0, 8, "length"),
+        fragment(problem, 3, 0, 4),
+    ]
+
+    async def run() -> None:
+        async with fleet(1, group_size=3, max_response_tokens=8) as (pool, (fake,)):
+            group = await pool.generate_group(problem, known)
+            assert_uninterrupted(group, limit=8)
+            assert {s.finish_reason for s in group.samples} == {"length"}
+            assert sorted(asked(fake)) == [(1, 4, 4), (1, 7, 1)]
+
+    asyncio.run(run())
+
+
 def test_what_is_complete_is_not_generated_again() -> None:
     problem = prompt(0, 6)
     known = [fragment(problem, index, 0, 6, "stop") for index in (0, 1)]
