@@ -77,13 +77,17 @@ class Member:
 
 
 async def roll_out(prompt: Prompt, n: int, terms: Terms, known: Sequence[Fragment] = ()) -> Group:
-    """Generate the ``n`` samples of a prompt. ``known``: fragments of an earlier attempt, which are continued.
+    """Generate the ``n`` samples of a prompt. ``known``: fragments of an earlier attempt, which are continued; those that
+    do not fit the settings of this one (fewer samples, a lower limit) are left out.
 
     Raises RolloutError after ``terms.attempts`` failures without progress in between, ServerError for a request that
     no server would take (4xx), NonFiniteLogprob, WaitExpired when no server becomes ready.
     """
     responses = [Member(index) for index in range(n)]
+    limit = terms.sampling.max_new_tokens
     for fragment in sorted(known, key=lambda f: f.start):
+        if fragment.index >= n or fragment.end + (not fragment.finish_reason) > limit:
+            continue
         response = responses[fragment.index]
         if fragment.start == response.length and not response.finish_reason:
             response.fragments.append(fragment)

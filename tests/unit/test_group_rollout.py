@@ -209,34 +209,30 @@ def test_an_abort_before_the_first_token_asks_for_the_group_again() -> None:
     asyncio.run(run())
 
 
-def stop_text(of: Prompt, index: int, place: int) -> str:
-    """The text of two tokens of a response from ``place`` on, which comes nowhere before."""
-    tokens = response(of, index)
-    text = decode(np.array(tokens, np.int32), True)
-    assert text.index(text[place : place + 2]) == place
-    return text[place : place + 2]
-
-
-@pytest.mark.parametrize("place", [2, 3, 4, 7])
-def test_a_stop_text_across_the_border_of_two_requests_ends_the_response(place: int) -> None:
-    """Borders are at 4 and 8."""
+@pytest.mark.parametrize("every", [4, 1])
+@pytest.mark.parametrize(("place", "end"), [(2, 4), (3, 5), (4, 6), (7, 9), (2, 5), (3, 7), (1, 6)])
+def test_a_stop_text_across_the_border_of_two_requests_ends_the_response(
+    place: int, end: int, every: int
+) -> None:
     problem = prompt(0, 30)
-    wanted = stop_text(problem, 0, place)
-    others = decode(np.array(response(problem, 1), np.int32), True)
-    assert wanted not in others[: place + 2]
+    texts = [decode(np.array(response(problem, index), np.int32), True) for index in (0, 1)]
+    wanted = texts[0][place:end]
+    assert texts[0].index(wanted) == place and wanted not in texts[1]
 
     async def run() -> None:
-        async with fleet(1, stop=[wanted], max_response_tokens=30) as (pool, (fake,)):
+        async with fleet(
+            1, stop=["never", wanted], max_response_tokens=30, fragment_tokens=every
+        ) as (pool, (fake,)):
             group = await pool.generate_group(problem)
             sample = group.samples[0]
-            end = place + 2
             assert sample.finish_reason == "stop"
             assert sample.response_tokens.tolist() == response(problem, 0)[:end]
             assert len(sample.rollout_logprobs) == end
             assert spans(group) == [("1.1.a", 0, end)]
-            cut_off = {3: 3, 7: 3}.get(place, 0)  # the server does not see it, and goes on
-            assert pool.counts.tokens_lost == cut_off
-            fragments = -(-end // 4)
+            unseen = place // every != (end - 1) // every  # by the server, which goes on
+            assert pool.counts.tokens_lost == (-end % every if unseen else 0)
+            assert group.samples[1].response_tokens.tolist() == response(problem, 1)
+            fragments = -(-end // every)
             first = response(problem, 0)[0]
             mine = [body for body in fake.requests if body["input_ids"][3:4] == [first]]
             assert len(mine) == fragments - 1
@@ -341,6 +337,26 @@ def test_known_fragments_are_continued_and_gaps_and_duplicates_ignored() -> None
             assert sorted(at for _, at, _ in asked(fake)) == [0, 4, 4, 8, 8, 12, 12, 12]
             assert {n for n, _, _ in asked(fake)} == {1}
             assert pool.counts.resumed == 2
+
+    asyncio.run(run())
+
+
+def test_known_fragments_beyond_the_settings_of_this_attempt_are_left_out() -> None:
+    """A resumed run may have smaller groups and shorter responses."""
+    problem = prompt(0, 14)
+    known = [
+        *(fragment(problem, 0, at, at + 4) for at in (0, 4)),  # at the limit, and not finished
+        *(fragment(problem, 1, *span) for span in ((0, 4), (4, 7))),
+        fragment(problem, 2, 0, 8, "length"),
+        fragment(problem, 3, 0, 4),
+    ]
+
+    async def run() -> None:
+        async with fleet(1, group_size=3, max_response_tokens=8) as (pool, (fake,)):
+            group = await pool.generate_group(problem, known)
+            assert_uninterrupted(group, limit=8)
+            assert {s.finish_reason for s in group.samples} == {"length"}
+            assert sorted(asked(fake)) == [(1, 4, 4), (1, 7, 1)]
 
     asyncio.run(run())
 
