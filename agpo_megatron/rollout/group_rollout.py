@@ -77,8 +77,8 @@ class Member:
 
 
 async def roll_out(prompt: Prompt, n: int, terms: Terms, known: Sequence[Fragment] = ()) -> Group:
-    """Generate the ``n`` samples of a prompt. ``known``: fragments of an earlier attempt, which are continued; those that
-    do not fit the settings of this one (fewer samples, a lower limit) are left out.
+    """Generate the ``n`` samples of a prompt. ``known``: fragments of an earlier attempt, which are continued; those
+    that do not fit the settings of this one (fewer samples, a lower limit) are left out.
 
     Raises RolloutError after ``terms.attempts`` failures without progress in between, ServerError for a request that
     no server would take (4xx), NonFiniteLogprob, WaitExpired when no server becomes ready.
