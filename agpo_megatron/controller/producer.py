@@ -35,7 +35,7 @@ STOP_SECONDS = 10.0
 
 
 NO_GROUP = Group(Prompt(-1, np.zeros(0, np.int32), ""), [])
-"""Wakes the writer."""
+"""Ends the writer."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Producer:
 
     def admit(self) -> None:
         """Begin every group that the window admits. Groups that are durable already are not generated again."""
-        while positions := self.window.admit():
+        while not self._ending and (positions := self.window.admit()):
             for position in positions:
                 if position in self._pending:
                     self._settle(self._pending.pop(position))
@@ -158,22 +158,23 @@ class Producer:
         One task does both, so that no fragment is written after the group that it belongs to.
         """
         due = time.monotonic() + FRAGMENT_SECONDS
-        while True:
+        ended = False
+        while not ended:
             groups = await self._finished_groups(due - time.monotonic())
+            ended = NO_GROUP in groups
+            groups = [group for group in groups if group is not NO_GROUP]
             for group in groups:
                 self._fragments.pop(group.prompt.position, None)
             if groups:
                 for journaled in await asyncio.to_thread(self._journal.append, groups):
                     self._settle(journaled)
                 self.admit()
-            if self._ending or time.monotonic() >= due:
+            if ended or time.monotonic() >= due:
                 fragments = [f for some in self._fragments.values() for f in some]
                 self._fragments.clear()
                 if fragments:
                     await asyncio.to_thread(self._journal.append_fragments, fragments)
                 due = time.monotonic() + FRAGMENT_SECONDS
-            if self._ending and self._finished.empty():
-                return
 
     async def _finished_groups(self, seconds: float) -> list[Group]:
         """Return the groups that are finished now; wait for one for ``seconds`` at most."""
@@ -183,7 +184,7 @@ class Producer:
                 groups.append(await self._finished.get())
         while not self._finished.empty():
             groups.append(self._finished.get_nowait())
-        return [group for group in groups if group is not NO_GROUP]
+        return groups
 
     async def run(self) -> None:
         """``write``, whose failure ends the run, in the consumer."""
@@ -194,7 +195,7 @@ class Producer:
 
     async def end(self, writer: asyncio.Task[None]) -> None:
         """End what runs and keep what it came to."""
-        pool = self._rollouts.pool
+        pool, self._ending = self._rollouts.pool, True
         if self._tasks:
             await pool.close_dispatch()
             await pool.drain(pool.servers, STOP_SECONDS)
@@ -202,7 +203,7 @@ class Producer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._ending = True
+        await pool.open_dispatch()  # for the evaluation at the end
         self._finished.put_nowait(NO_GROUP)
         try:
             async with waiting_async("generated groups to be durable", STOP_SECONDS):

@@ -52,6 +52,7 @@ class ScriptedPool:
     drained: int = 0
 
     def __post_init__(self) -> None:
+        self.open = True
         self.counts = Counts()
         self.servers: list[Any] = [SimpleNamespace()]
         self.slots = SimpleNamespace(limit=8, take_usage=lambda: (0.0, 0.0))
@@ -103,9 +104,13 @@ class ScriptedPool:
         )
 
     async def close_dispatch(self) -> None:
-        pass
+        self.open = False
+
+    async def open_dispatch(self) -> None:
+        self.open = True
 
     async def drain(self, servers: Sequence[Any], seconds: float) -> None:
+        assert not self.open
         self.drained += 1
 
 
@@ -312,6 +317,7 @@ def test_leaving_keeps_what_runs(tmp_path: Path) -> None:
 
     asyncio.run(body())
     assert pool.drained == 1
+    assert pool.open, "the evaluation at the end needs the servers"
     reader = JournalReader(tmp_path / "journal")
     fragments = [f for some in reader.fragments().values() for f in some]
     assert sorted((f.position, f.index) for f in fragments) == [(0, 0), (0, 1), (1, 0), (1, 1)]
