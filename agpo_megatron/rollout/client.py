@@ -160,9 +160,14 @@ class ServerClient:
         self._timeout = timeout
 
     async def generate(
-        self, prompt_tokens: Sequence[int] | Ints, sampling: Sampling, n: int = 1
+        self,
+        prompt_tokens: Sequence[int] | Ints,
+        sampling: Sampling,
+        n: int = 1,
+        cache: str = "",
     ) -> list[Generation]:
-        """Generate ``n`` samples of one prompt, which is prefilled once."""
+        """Generate ``n`` samples of one prompt, which is prefilled once. ``cache``: requests use cached prefixes of
+        requests with the same name only."""
         body = {
             "input_ids": np.asarray(prompt_tokens).tolist(),
             "sampling_params": {
@@ -175,6 +180,7 @@ class ServerClient:
                 "stop": list(sampling.stop),
             },
             "return_logprob": True,
+            **({"extra_key": cache} if cache else {}),
         }
         answer = await self._request("/generate", body)
         try:
@@ -212,6 +218,13 @@ class ServerClient:
                 200,
                 f"weight_versions {spans} do not cover {len(tokens)} tokens",
             )
+        if finish == "abort" and len(tokens):
+            # Of an aborted request SGLang does not look whether its last token ends the response (EOS, a stop text).
+            last = len(tokens) - 1
+            spans = tuple(
+                VersionSpan(s.version, s.start, min(s.end, last)) for s in spans if s.start < last
+            )
+            return Generation(tokens[:last], logprobs[:last], finish, spans)
         return Generation(tokens, logprobs, finish, spans)
 
     async def score(

@@ -101,8 +101,12 @@ async def roll_out(prompt: Prompt, n: int, terms: Terms, known: Sequence[Fragmen
 
 
 class _Rollout:
+    """``cache``: the weight version that the group began under. Its prefix cache is shared by what began under the same
+    weights: where publishes keep the cache, a prompt's is not that of a group of long ago."""
+
     def __init__(self, prompt: Prompt, terms: Terms) -> None:
         self.prompt, self.terms = prompt, terms
+        self.cache = ""
 
     async def until_finished(self, responses: Sequence[Member]) -> None:
         """Request fragments of the responses, which have equal prefixes, until a single one is finished, or several
@@ -139,12 +143,14 @@ class _Rollout:
             avoid=[server for server, _ in failures],
             prefer=first.server,
         )
+        self.cache = self.cache or server.version
         drains, torn = server.drains, server.torn
         try:
             outputs = await server.client.generate(
                 np.concatenate([self.prompt.tokens, first.tokens()]),
                 replace(terms.sampling, max_new_tokens=asked),
                 count,
+                self.cache,
             )
         except ServerError as error:
             if not error.retryable:

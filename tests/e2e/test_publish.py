@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import aiohttp
 import made
 import pytest
+import torch
 from live_server import LiveServer, server_config, tiny_llama
 from plain_trainer import PlainTrainer, changed, logprobs
+from transformers import LlamaForCausalLM
 
 from agpo_megatron.rollout.client import ServerClient
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.servers import State
-from agpo_megatron.samples import WeightVersion
+from agpo_megatron.samples import Sample, WeightVersion
 from agpo_megatron.sync.protocol import Publisher, PublishError
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(server: LiveServer, seed: int = 5) -> AsyncIterator[Bench]:
-    config = server_config(group_size=4, max_response_tokens=400).rollout
+async def bench(
+    server: LiveServer, seed: int = 5, keep_running: bool = False
+) -> AsyncIterator[Bench]:
+    config = server_config(group_size=8, max_response_tokens=400, fragment_tokens=16).rollout
     trainer = PlainTrainer(tiny_llama(seed), step=1)
     async with aiohttp.ClientSession() as session:
         pool = RolloutPool([ServerClient(server.url, session, timeout=60)], config)
@@ -47,6 +51,7 @@ async def bench(server: LiveServer, seed: int = 5) -> AsyncIterator[Bench]:
             probe_tokens=[7919 * i % 70 for i in range(32)],
             probe_tolerance=1e-3,
             timeout=90,
+            keep_running=keep_running,
         )
         async with pool:
             await pool.wait_alive(seconds=60)
@@ -93,25 +98,109 @@ def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> N
     asyncio.run(run())
 
 
-def test_running_groups_are_made_again_under_the_new_weights(live_server: LiveServer) -> None:
+async def published_while_generating(b: Bench) -> tuple[list[Sample], list[str]]:
+    """Groups of long responses with a publish of changed weights in their middle; and the names of both versions."""
+    first = await b.publisher.publish(WeightVersion(1, 1))
+    done: dict[tuple[int, int], int] = {}
+    prompts = [made.prompt(position, [*PROMPT.tokens, position], "") for position in (3, 4)]
+    groups = [
+        asyncio.create_task(
+            b.pool.generate_group(
+                prompt, keep=lambda f: done.update({(f.position, f.index): f.end})
+            )
+        )
+        for prompt in prompts
+    ]
+    while len(done) < 2 * 8 or max(done.values()) < 48:
+        await asyncio.sleep(0.005)
+    changed(b.trainer.model, seed=9)
+    b.trainer.step = 2
+    second = await b.publisher.publish(WeightVersion(2, 1))
+    log.warning(
+        "publish, samples in flight: %s", {k: round(v, 3) for k, v in second.seconds.items()}
+    )
+    samples = [sample for group in await asyncio.gather(*groups) for sample in group.samples]
+    names = [str(first.version), str(second.version)]
+    assert any([span.version for span in sample.versions] == names for sample in samples)
+    for sample in samples:
+        length = len(sample.response_tokens)
+        edges = [0, *(span.end for span in sample.versions)]
+        assert [span.start for span in sample.versions] == edges[:-1] and edges[-1] == length
+        assert [s.version for s in sample.versions] in (names, names[:1], names[1:])
+        assert len(sample.rollout_logprobs) == length
+        match sample.finish_reason:
+            case "stop":
+                assert sample.response_tokens.tolist().index(2) == length - 1
+            case reason:
+                assert reason == "length" and length == 400
+    return samples, names
+
+
+def test_responses_go_on_under_new_weights_on_a_cache_computed_anew(
+    live_server: LiveServer,
+) -> None:
     async def run() -> None:
         async with bench(live_server) as b:
-            (server,) = b.pool.servers
-            await b.publisher.publish(WeightVersion(1, 1))
-            groups = [asyncio.create_task(b.pool.generate_group(PROMPT)) for _ in range(2)]
-            while server.in_flight < 8:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.05)
-            b.trainer.step = 2
-            started = time.monotonic()
-            second = await b.publisher.publish(WeightVersion(2, 1))
-            log.warning("publish with samples in flight: %.2f s", time.monotonic() - started)
-            assert second.seconds["pause"] < 0.5  # nothing runs any more: SGLang need not poll
-            for group in await asyncio.gather(*groups):
-                for sample in group.samples:
-                    assert {s.version for s in sample.versions} == {str(second.version)}
+            old = copy.deepcopy(b.trainer.model)
+            samples, names = await published_while_generating(b)
+            models = dict(zip(names, (old, b.trainer.model), strict=True))
+            for sample in samples:
+                start = len(sample.prompt_tokens) - 1
+                tokens = [*sample.prompt_tokens, *sample.response_tokens]
+                for span in sample.versions:
+                    expected = logprobs(models[span.version], tokens)[start:]
+                    found = sample.rollout_logprobs[span.start : span.end]
+                    assert found == pytest.approx(expected[span.start : span.end], abs=1e-4)
 
     asyncio.run(run())
+
+
+def test_responses_go_on_under_new_weights_on_the_old_cache(live_server: LiveServer) -> None:
+    """``keep``: exact spans, which only a cache computed with the weights of before shows."""
+
+    async def run() -> None:
+        async with bench(live_server, keep_running=True) as b:
+            old = copy.deepcopy(b.trainer.model)
+            samples, names = await published_while_generating(b)
+            for sample in samples:
+                of_old = sum(s.end - s.start for s in sample.versions if s.version == names[0])
+                # The token that was being computed at the pause counts as one of the new weights.
+                found = [
+                    logprobs_across(
+                        old,
+                        b.trainer.model,
+                        [*sample.prompt_tokens, *sample.response_tokens],
+                        len(sample.prompt_tokens) + of_old + under_way,
+                    )[len(sample.prompt_tokens) - 1 :]
+                    for under_way in (0, 1)
+                ]
+                assert any(
+                    sample.rollout_logprobs == pytest.approx(expected, abs=1e-4)
+                    for expected in found
+                )
+            # What begins later has nothing of the old weights, though its prompt was in the cache.
+            for sample in (await b.pool.generate_group(made.prompt(9, PROMPT.tokens, ""))).samples:
+                expected = logprobs(b.trainer.model, [*PROMPT.tokens, *sample.response_tokens])
+                assert sample.rollout_logprobs == pytest.approx(
+                    expected[len(PROMPT.tokens) - 1 :], abs=1e-4
+                )
+
+    asyncio.run(run())
+
+
+@torch.no_grad()
+def logprobs_across(
+    old: LlamaForCausalLM, new: LlamaForCausalLM, tokens: list[int], border: int
+) -> list[float]:
+    """Log-probs of ``tokens[1:]``, those before ``border`` by ``old``, the others by ``new`` on the keys and values of
+    ``old``: the last of the tokens before the border is the first that ``new`` reads."""
+    ids = torch.tensor([tokens])
+    before = old(ids[:, : border - 1], use_cache=True)
+    logits = [before.logits]
+    if border < len(tokens):
+        logits.append(new(ids[:, border - 1 :], past_key_values=before.past_key_values).logits)
+    found = torch.cat(logits, 1)[0, : len(tokens) - 1].log_softmax(-1)
+    return found.gather(1, ids[0, 1:, None])[:, 0].tolist()
 
 
 def test_one_flipped_element_is_found_and_sent_again(live_server: LiveServer) -> None:

@@ -15,9 +15,10 @@ from plain_trainer import logprobs
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from agpo_megatron.rollout.checksum import ServerChecksums
-from agpo_megatron.rollout.client import Sampling, ServerClient, ServerError
+from agpo_megatron.rollout.client import Generation, Sampling, ServerClient, ServerError
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import refuse_port_in_use
+from agpo_megatron.samples import VersionSpan
 
 PROMPT = [1, 5, 9, 33, 12, 60, 7]
 T = TypeVar("T")
@@ -110,11 +111,127 @@ def test_a_taken_port_is_named(live_server: LiveServer) -> None:
         refuse_port_in_use("127.0.0.1", port)
 
 
-def test_pool_generates_groups_and_aborted_ones_again(live_server: LiveServer) -> None:
+# What generation beside training rests on: requests that a publish, a stop or a failure cuts short.
+
+LONG = Sampling(400, ignore_eos=True)
+
+
+async def while_running(
+    client: ServerClient, act: Callable[[asyncio.Task[list[Generation]]], Awaitable[None]]
+) -> list[Generation]:
+    """Call ``act`` while a request of four samples runs: neither before their first tokens nor after their last."""
+    seconds = 0.1
+    while True:
+        request = asyncio.create_task(client.generate(PROMPT, LONG, 4))
+        await asyncio.sleep(seconds)
+        if request.done():
+            seconds /= 2
+            continue
+        await act(request)
+        outputs = await request
+        if all(len(output.tokens) for output in outputs):
+            return outputs
+        seconds *= 2
+
+
+def expected_logprobs(model: LlamaForCausalLM, before: list[int], tokens: list[int]) -> list[float]:
+    return logprobs(model, before + tokens)[len(before) - 1 :]
+
+
+def test_aborted_requests_return_what_they_have_and_are_continued_from_the_cache(
+    live_server: LiveServer, reference: LlamaForCausalLM
+) -> None:
+    async def use(client: ServerClient) -> None:
+        version = await client.weight_version()
+        for output in await while_running(client, lambda _: client.abort_all()):
+            assert output.finish_reason == "abort"
+            tokens = output.tokens.tolist()
+            assert 0 < len(tokens) < 400
+            expected = expected_logprobs(reference, PROMPT, tokens)
+            assert output.logprobs == pytest.approx(expected, abs=1e-4)
+            assert output.versions == (VersionSpan(version, 0, len(tokens)),)
+
+            prefix = PROMPT + tokens
+            body = {
+                "input_ids": prefix,
+                "sampling_params": {"max_new_tokens": 20, "ignore_eos": True},
+                "return_logprob": True,
+            }
+            answer = await client._call("/generate", body)
+            continued = answer["output_ids"]
+            found = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+            assert found == pytest.approx(expected_logprobs(reference, prefix, continued), abs=1e-4)
+            # The last sampled token has no keys and values yet, and one token at least is computed anew.
+            assert answer["meta_info"]["cached_tokens"] >= len(prefix) - 2
+
+    with_client(live_server, use)
+
+
+def test_requests_paused_in_place_name_the_version_of_every_token(live_server: LiveServer) -> None:
+    async def use(client: ServerClient) -> None:
+        before = await client.weight_version()
+
+        async def change(_: object) -> None:
+            await client.pause("in_place", 30)
+            with pytest.raises(ServerError, match="/flush_cache: HTTP 400"):
+                await client.flush_cache(30)
+            await client.set_weight_version("later", 30)
+            await client.continue_generation()
+
+        try:
+            for output in await while_running(client, change):
+                assert output.finish_reason == "length" and len(output.tokens) == 400
+                border = output.versions[0].end
+                assert 0 < border < 400
+                assert output.versions == (
+                    VersionSpan(before, 0, border),
+                    VersionSpan("later", border, 400),
+                )
+        finally:
+            await client.set_weight_version(before, 30)
+
+    with_client(live_server, use)
+
+
+def test_the_cache_is_not_flushed_while_requests_run(live_server: LiveServer) -> None:
+    async def use(client: ServerClient) -> None:
+        async def refused(_: object) -> None:
+            with pytest.raises(ServerError, match="/flush_cache: HTTP 400"):
+                await client.flush_cache(30)
+            await client.abort_all()
+
+        await while_running(client, refused)
+        await client.flush_cache(30)
+
+    with_client(live_server, use)
+
+
+def test_requests_paused_in_place_return_nothing_before_they_go_on(live_server: LiveServer) -> None:
+    """Not even when they are aborted: a drain continues such a server first."""
+
+    async def use(client: ServerClient) -> None:
+        async def abort_paused(request: asyncio.Task[list[Generation]]) -> None:
+            await client.pause("in_place", 30)
+            late = asyncio.create_task(client.generate(PROMPT, Sampling(4, ignore_eos=True)))
+            await client.abort_all()
+            done, _ = await asyncio.wait([request, late], timeout=1.5)
+            assert not done, "returned while the server was paused"
+            await client.continue_generation()
+            await client.abort_all()
+            await late
+
+        for output in await while_running(client, abort_paused):
+            assert output.finish_reason == "abort"
+            assert output.logprobs.shape == output.tokens.shape
+
+    with_client(live_server, use)
+
+
+def test_pool_generates_groups_and_goes_on_with_aborted_ones(live_server: LiveServer) -> None:
     config = server_config(group_size=4, max_response_tokens=400, max_in_flight=8).rollout
 
     async def use(client: ServerClient) -> None:
-        async with RolloutPool([client], config, decode=lambda tokens: str(len(tokens))) as pool:
+        async with RolloutPool([client], config, decode=lambda tokens, _: str(len(tokens))) as pool:
             await pool.wait_alive(seconds=60)
             (server,) = pool.servers
             await pool.mark_ready(server, "1.0.x")
