@@ -7,9 +7,12 @@ import asyncio
 import json
 import multiprocessing
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import aiohttp
 import numpy as np
@@ -23,16 +26,17 @@ from agpo_megatron.samples import VersionSpan
 
 SERVERS, VERSION = 64, "0.1."
 FRAGMENT = 2048
-TOKENS_PER_SECOND = 320_000
 
 
 @dataclass(frozen=True)
 class Lag:
-    """Seconds by which a timer of the loop fired late; ``cpu``: share of a core that the loop took."""
+    """Seconds by which a timer of the loop fired late, which the load of the machine adds to. ``longest``: CPU seconds
+    of the longest call from the loop, which it does not. ``cpu``: seconds per fragment."""
 
     p50: float
     p99: float
     most: float
+    longest: float
     cpu: float
     tokens_per_s: float
 
@@ -100,7 +104,7 @@ def serve(seconds: float, ports: Connection) -> None:
     asyncio.run(main())
 
 
-async def _lag(ports: list[int], at_once: int, seconds: float) -> Lag:
+async def _lag(ports: list[int], rate: int, at_once: int, seconds: float) -> Lag:
     late: list[float] = []
     async with aiohttp.ClientSession(connector=server_connector()) as session:
         clients = [ServerClient(f"http://127.0.0.1:{port}", session) for port in ports]
@@ -111,24 +115,47 @@ async def _lag(ports: list[int], at_once: int, seconds: float) -> Lag:
             await pool.mark_ready(server, VERSION)
 
         async def ask(number: int) -> None:
-            await asyncio.sleep(number * FRAGMENT / TOKENS_PER_SECOND)
+            await asyncio.sleep(number * FRAGMENT / rate)
             while True:
                 await pool.sample(prompt_at(number), max_tokens=4 * FRAGMENT)
 
         askers = [asyncio.create_task(ask(number)) for number in range(at_once)]
-        await asyncio.sleep(2 * at_once * FRAGMENT / TOKENS_PER_SECOND)  # until answers come evenly
+        await asyncio.sleep(2 * at_once * FRAGMENT / rate)  # until answers come evenly
         started, cpu = time.monotonic(), time.process_time()
         counted = _counted(clients)
-        while (now := time.monotonic()) < started + seconds:
-            await asyncio.sleep(0.005)
-            late.append(time.monotonic() - now - 0.005)
+        with _calls_timed() as calls:
+            while (now := time.monotonic()) < started + seconds:
+                await asyncio.sleep(0.005)
+                late.append(time.monotonic() - now - 0.005)
         took, used = time.monotonic() - started, time.process_time() - cpu
         answered = counted()
         for asker in askers:
             asker.cancel()
         await asyncio.gather(*askers, return_exceptions=True)
     p50, p99 = np.percentile(late, [50, 99])
-    return Lag(float(p50), float(p99), max(late), used / took, answered * FRAGMENT / took)
+    return Lag(
+        float(p50),
+        float(p99),
+        max(late),
+        max(calls),
+        used / max(answered, 1),
+        answered * FRAGMENT / took,
+    )
+
+
+@contextmanager
+def _calls_timed() -> Iterator[list[float]]:
+    """Note the CPU seconds of each call that a loop makes."""
+    run: Any = asyncio.Handle._run
+    seconds: list[float] = []
+
+    def timed(handle: asyncio.Handle) -> None:
+        before = time.thread_time()
+        run(handle)
+        seconds.append(time.thread_time() - before)
+
+    with patch.object(asyncio.Handle, "_run", timed):
+        yield seconds
 
 
 def _counted(clients: list[ServerClient]) -> Any:
@@ -147,14 +174,14 @@ def _counted(clients: list[ServerClient]) -> Any:
     return lambda: count
 
 
-def loop_lag(at_once: int = 640, seconds: float = 15.0) -> Lag:
-    """Return the loop's lag while ``at_once`` responses are generated in fragments, ``TOKENS_PER_SECOND`` in all."""
+def loop_lag(rate: int = 320_000, at_once: int = 640, seconds: float = 15.0) -> Lag:
+    """Return the loop's lag while ``at_once`` responses are generated in fragments, ``rate`` tokens/s in all."""
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=serve, args=(at_once * FRAGMENT / TOKENS_PER_SECOND, there))
+    process = context.Process(target=serve, args=(at_once * FRAGMENT / rate, there))
     process.start()
     try:
-        return asyncio.run(_lag(here.recv(), at_once, seconds))
+        return asyncio.run(_lag(here.recv(), rate, at_once, seconds))
     finally:
         process.terminate()
         process.join()
