@@ -75,7 +75,7 @@ def test_the_first_publish_ends_what_runs_and_later_ones_keep_it_running() -> No
                 "abort_request", "pause abort", *joins, *TRANSFER,
                 "flush_cache", "update_weight_version", "continue_generation",
             ]  # fmt: skip
-            assert_whole(await task, [("1.1.a", 0, 3), (first, 3, LENGTH)])
+            assert_whole(await task, [("1.1.a", 0, 2), (first, 2, LENGTH)])
 
             task = await halted_group(pool, 1, fake)
             before = len(fake.requests)
@@ -113,8 +113,8 @@ def test_recompute_ends_what_runs_at_every_publish() -> None:
                 "abort_request", "pause abort", *TRANSFER,
                 "flush_cache", "update_weight_version", "continue_generation",
             ]  # fmt: skip
-            assert_whole(await task, [(first, 0, 3), (second, 3, LENGTH)])
-            assert sorted(len(r["input_ids"]) for r in fake.requests[-2:]) == [6, 6]
+            assert_whole(await task, [(first, 0, 2), (second, 2, LENGTH)])
+            assert sorted(len(r["input_ids"]) for r in fake.requests[-2:]) == [5, 5]
             assert (pool.counts.tokens_lost, pool.counts.resumed) == (0, 2)
 
     asyncio.run(run())

@@ -104,7 +104,11 @@ class SimulatedServer:
     # What the pool calls
 
     async def generate(
-        self, prompt_tokens: Sequence[int] | Ints, sampling: Sampling, n: int = 1
+        self,
+        prompt_tokens: Sequence[int] | Ints,
+        sampling: Sampling,
+        n: int = 1,
+        cache: str = "",
     ) -> list[Generation]:
         position, prefix = int(prompt_tokens[0]), len(prompt_tokens) - PROMPT
         assert (n == 1) == (prefix > 0), "a group's first request is the one without a prefix"
