@@ -200,7 +200,7 @@ def test_among_several_nodes_sigterm_asks_for_a_checkpoint(start: StartFolder) -
     code = f"""
 import os, signal, time
 from pathlib import Path
-os.kill(os.getppid(), signal.SIGTERM)
+os.kill({os.getpid()}, signal.SIGTERM)
 while not Path({str(start.stop_requested)!r}).exists():
     time.sleep(0.05)
 raise SystemExit({STOPPED})
