@@ -5,8 +5,9 @@
 Each of the first three is a subreaper: a process below it whose parent dies becomes its child, whatever that process
 has done with its process group, its session or its environment (SGLang's processes wipe theirs when they take a
 title). So each can end, by nothing but the kernel's own list of its children, all that a role leaves behind, and no
-stranger. A keeper does so when what it keeps has ended, or when the process above it has; then it ends as what it kept
-did. Whichever two processes are killed at once, one of the three is left above the orphans.
+stranger. The inner keeper does so when the role has ended, or the supervisor or the outer keeper has; the outer one
+when the inner one has ended; the supervisor when both have. None of them kills another: so whichever two are killed,
+and whatever the others were about to do, the third is there to do it. A keeper ends as what it kept did.
 
 Imports little: two of these run beside every role.
 """
@@ -30,7 +31,8 @@ FOR_ALL = (signal.SIGUSR1, signal.SIGTERM)
 """What Slurm sends to every process of a step, meant for the supervisor."""
 UNHEARD = (*FOR_ALL, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 TIE = 0
-"""Stdin of both keepers, a socket: brings the role's command, takes its pid, and closes with the supervisor."""
+"""Stdin of both keepers, a socket: brings the role's command, takes the pids of the inner keeper and of the role, and
+closes with the supervisor."""
 LONGEST_COMMAND = 2**20
 PATIENCE = 15.0
 """Seconds for a killed process to end: in uninterruptible I/O it ends late even after SIGKILL."""
@@ -64,18 +66,25 @@ def children() -> set[int]:
 def sweep(spare: set[int]) -> set[int]:
     """Kill this process's children but ``spare``, and what they leave to it, until there are none; return those that
     do not end. Until a child has been waited for, its pid is no other process's."""
-    deadline = time.monotonic() + PATIENCE
     while found := children() - spare:
         for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
             except PermissionError:
                 continue  # of another user by now
-        while found := {pid for pid in found if not reaped(pid)}:
-            if time.monotonic() > deadline:
-                return found
-            time.sleep(0.005)
+        if left := wait_for(found, PATIENCE):
+            return left
     return set()
+
+
+def wait_for(pids: set[int], seconds: float) -> set[int]:
+    """Wait until these children have ended; return those that do not within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while pids := {pid for pid in pids if not reaped(pid)}:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.005)
+    return pids
 
 
 def reaped(pid: int) -> bool:
@@ -98,12 +107,12 @@ def main() -> NoReturn:
     inner = os.fork()
     if inner:
         os.close(lower)
-        keep(inner, [TIE])
+        keep(inner, [])
     os.close(upper)
     be_subreaper()  # which a fork does not inherit
     role = start_role(command.split(b"\0"), deaf)
     try:
-        os.write(TIE, str(role).encode())
+        os.write(TIE, f"{os.getpid()} {role}".encode())
     except OSError:
         os.kill(role, signal.SIGKILL)  # the supervisor is gone
     keep(role, [TIE, lower])
@@ -134,7 +143,7 @@ def start_role(argv: list[bytes], deaf: bool) -> int:
 
 
 def keep(child: int, ties: list[int]) -> NoReturn:
-    """Wait until ``child`` has ended or one of ``ties`` is closed, end all that is below, and end as it did."""
+    """Wait until ``child`` has ended, killed if one of ``ties`` closes; end all that is below, and end as it did."""
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)

@@ -66,11 +66,17 @@ class RunningRole:
     """By the clock, in seconds since the epoch: comparable with other nodes' up to their skew."""
 
     @cached_property
-    def pid(self) -> int | None:
-        """Pid of the role itself, of a process group of its own; None if its keepers died before they started it."""
+    def pids(self) -> tuple[int, int] | None:
+        """Pids of the inner keeper and of the role; None if the keepers died before they started it."""
         with contextlib.suppress(ConnectionResetError):
-            return int(self.tie.recv(32) or 0) or None
+            if said := self.tie.recv(64).split():
+                return int(said[0]), int(said[1])
         return None
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the role, which is that of its process group."""
+        return self.pids[1] if self.pids else None
 
     def send_signal(self, number: signal.Signals, group: bool = False) -> None:
         """Signal the role, or all its process group, unless it has ended."""

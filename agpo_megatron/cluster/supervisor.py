@@ -141,8 +141,11 @@ class Supervisor:
                 return "finished"  # trainers that were told to stop, servers given up
 
     def _sweep(self) -> None:
-        """End what came to this process because keepers were killed: all its children that are none."""
+        """End what came to this process because an outer keeper was killed: an inner one, if it lives, sees to its role
+        first; then all children that are no keepers."""
         keepers = {r.process.pid for r in self._running if r.process.returncode is None}
+        inner = {r.pids[0] for r in self._running if r.pids} - keepers
+        keeper.wait_for(inner & keeper.children(), 2 * keeper.PATIENCE)
         if left := keeper.sweep(self._before | keepers):
             log.error("killed, but not ended in %g s: %s", keeper.PATIENCE, left)
 
