@@ -67,9 +67,10 @@ class RunningRole:
 
     @cached_property
     def pids(self) -> tuple[int, int] | None:
-        """Pids of the inner keeper and of the role; None if the keepers died before they started it."""
-        with contextlib.suppress(ConnectionResetError):
-            if said := self.tie.recv(64).split():
+        """Pids of the inner keeper and of the role; None if the keepers did not get to start it."""
+        with contextlib.suppress(ConnectionResetError, TimeoutError):
+            # Left where it is, for the next look if a signal interrupts this one.
+            if said := self.tie.recv(64, socket.MSG_PEEK).split():
                 return int(said[0]), int(said[1])
         return None
 
@@ -96,6 +97,7 @@ def start(role: Role, deaf: bool = False) -> RunningRole:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), role.argv[0])
     hearing = "deaf" if deaf else "hearing"
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(KILL_SECONDS)
     with (
         theirs,
         open(role.log, "ab") if role.log else contextlib.nullcontext() as output,

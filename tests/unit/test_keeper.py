@@ -84,7 +84,12 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[str]:
-    return [str(p) for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(str(process))
+    return found
 
 
 class Tree:
@@ -97,13 +102,14 @@ class Tree:
         roles = [tree_role(name, start.path, self.mark) for name in names]
         self.pid = os.fork()
         if self.pid == 0:
-            die_with_parent()
-            if os.fork() == 0:  # a child of the supervisor's that is no role
+            try:
                 die_with_parent()
-                time.sleep(120)
-            os.set_blocking(2, False)
-            Supervisor(start, HOST).supervise(roles)
-            os._exit(0)
+                if os.fork() == 0:  # a child of the supervisor's that is no role
+                    die_with_parent()
+                    time.sleep(120)
+                Supervisor(start, HOST).supervise(roles)
+            finally:  # this is a copy of pytest, and must not go on as one
+                os._exit(0)
         until(lambda: len(marked(self.mark)) == 6 and start.processes(HOST).exists(), "it starts")
         self.supervisor = psutil.Process(self.pid)
         (self.bystander,) = [p for p in self.supervisor.children() if not p.children()]
