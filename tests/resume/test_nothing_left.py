@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,11 @@ import pytest
 from kills import command
 from tiny_run import write_run
 
-from agpo_megatron.cluster.keeper import be_subreaper
+from agpo_megatron.cluster.keeper import be_subreaper, die_with_parent
 
 SECONDS = 15.0
 PAIRS = 6
-TITLES = ("sglang::scheduler", "sglang::detokenizer")
+TITLES = ("sglang::scheduler #0", "sglang::detokenizer #0")
 
 
 @pytest.fixture
@@ -64,31 +65,35 @@ def children_of_this() -> set[psutil.Process]:
 
 
 def start_run(
-    config: Path, run_dir: Path
+    config: Path, run_dir: Path, names: list[str]
 ) -> tuple[subprocess.Popen[str], dict[str, psutil.Process]]:
-    """Start the run; return it and its processes once the last of them, SGLang's, have taken their titles."""
+    """Start the run; return it and its processes once those called ``names`` are among them."""
     argv = command(config, run_dir)
-    run = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 180
-    while True:
-        found = tree(run)
-        if all(any(title in name for name in found) for title in TITLES):
-            return run, found
+    run = subprocess.Popen(
+        argv,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=die_with_parent,
+    )
+    deadline = time.monotonic() + 400
+    while not set(names) <= (found := tree(run)).keys():
         if run.poll() is not None or time.monotonic() > deadline:
             run.kill()
-            pytest.fail(f"the run did not begin: {list(found)}\n{run.communicate()[1]}")
+            pytest.fail(f"{names} are not all in {list(found)}\n{run.communicate()[1]}")
         time.sleep(0.1)
+    return run, found
 
 
 def kill_and_look(
     config: Path, run_dir: Path, names: list[str], before: set[psutil.Process]
 ) -> str:
     """Kill these processes of a run at once, end the run a little later, and look for what is left of it."""
-    run, found = start_run(config, run_dir)
-    victims = [found[name] for name in names if name in found]
-    for victim in victims:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
+    with_servers = any(re.search("train config|rollout server|sglang", name) for name in names)
+    run, found = start_run(config, run_dir, [*names, *(TITLES if with_servers else ())])
+    for name in names:
+        with suppress(psutil.NoSuchProcess):  # the first may have taken the second with it
+            found[name].kill()
     seen = set(found.values())
     deadline = time.monotonic() + 4  # in which it ends, or restarts what was killed
     while run.poll() is None and time.monotonic() < deadline:
@@ -114,7 +119,7 @@ def test_nothing_is_left_whichever_processes_are_killed(
 ) -> None:
     config = write_run(tmp_path, **{"train.steps": 100, "run.checkpoint_every": 100})
     before = children_of_this()
-    run, found = start_run(config, tmp_path / "look")
+    run, found = start_run(config, tmp_path / "look", list(TITLES))
     names = list(found)
     wiped = [name for name, process in found.items() if "AGPO_START" not in process.environ()]
     os.kill(run.pid, signal.SIGTERM)
