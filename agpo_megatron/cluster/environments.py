@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agpo_megatron.cluster.keeper import die_with_parent
 from agpo_megatron.config.record import PACKAGES, package_versions
 
 Kind = Literal["trainer", "rollout"]
@@ -75,7 +76,13 @@ def inspect(kind: Kind, imports: tuple[str, ...] = ()) -> Environment:
     python = interpreter(kind)
     command = [python, "-P", str(PROBE), json.dumps([PACKAGES, imports])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            preexec_fn=die_with_parent,
+        )
         answer = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
         raise RuntimeError(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from agpo_megatron.cluster.address import interface_of, own_address
 from agpo_megatron.cluster.environments import gpu_variables, interpreter
+from agpo_megatron.cluster.leftovers import end_leftovers
 from agpo_megatron.cluster.preflight import (
     Calls,
     Hello,
@@ -59,6 +60,7 @@ def run_locally(config: Config, folder: RunFolder, mode: str, extra: Sequence[st
 def run_node(start: StartFolder, host: str, extra: Sequence[str] = ()) -> Outcome:
     """Run the roles that the plan gives to ``host``, to the end of the start. Raises PreflightFailed."""
     plan, config = start.plan(), start.config()
+    make_room(start, plan, host, config)
     facts = preflight(start, plan, host, config)
     roles = node_roles(plan.on(host), plan, config, start, facts, extra)
     supervisor = Supervisor(
@@ -68,6 +70,24 @@ def run_node(start: StartFolder, host: str, extra: Sequence[str] = ()) -> Outcom
         other_servers=plan.server_count - len(plan.on(host).servers),
     )
     return supervisor.supervise(roles)
+
+
+def make_room(start: StartFolder, plan: Plan, host: str, config: Config) -> None:
+    """End what earlier starts of the run have left on this node, and say so. Raises PreflightFailed if it does not end.
+
+    The master holds the run folder's lock, so no other start goes on: the others wait until it has come here.
+    """
+    if plan.master == host:
+        start.write_node(host, "begun", {})
+    start.wait_nodes([plan.master], "begun", time.monotonic() + config.rollout.start_timeout)
+    ended, alive = end_leftovers(RunFolder(start.path.parents[1]), start.label)
+    where = "" if host == MACHINE else f" on {host}"
+    for leftover in ended:
+        sys.stderr.write(f"agpo-megatron: ended what was left{where}: {leftover}\n")
+    if alive:
+        failure = f"{host}: killed, but does not end: {', '.join(map(str, alive))}; reboot the node, or leave it out"
+        start.end("failed", f"preflight: {failure}")
+        raise PreflightFailed(f"preflight: {failure}")
 
 
 def preflight(start: StartFolder, plan: Plan, host: str, config: Config) -> dict[str, NodeFacts]:

@@ -1,11 +1,12 @@
-"""Child processes that never outlive their owner."""
+"""Roles as child processes, of which nothing outlives its owner: behind keepers (keeper.py)."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,17 +14,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from agpo_megatron.cluster.keeper import UNHEARD
+
+KEEPER = Path(__file__).with_name("keeper.py")
 FIRST_PORT = 12000
 EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-KILL_SECONDS = 60.0  # a process in uninterruptible I/O ends late even after SIGKILL
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when its parent dies, however the parent dies (Linux prctl)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+KILL_SECONDS = 60.0  # for two keepers, of whom each waits for a while
 
 
 def free_port(address: str = "127.0.0.1") -> int:
@@ -55,58 +54,83 @@ class Role:
 
 @dataclass
 class RunningRole:
+    """A role and its keepers. ``process``: the outer keeper, which ends as the role does, once none of its
+    descendants is left. ``tie``: closed, it has the keepers end them all."""
+
     role: Role
     process: subprocess.Popen[bytes]
+    tie: socket.socket
     restarts: int = 0
     since: float = field(default_factory=time.monotonic)
     started: float = field(default_factory=time.time)
     """By the clock, in seconds since the epoch: comparable with other nodes' up to their skew."""
 
+    @cached_property
+    def pids(self) -> tuple[int, int] | None:
+        """Pids of the inner keeper and of the role; None if the keepers did not get to start it."""
+        with contextlib.suppress(ConnectionResetError, TimeoutError):
+            # Left where it is, for the next look if a signal interrupts this one.
+            if said := self.tie.recv(64, socket.MSG_PEEK).split():
+                return int(said[0]), int(said[1])
+        return None
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the role, which is that of its process group."""
+        return self.pids[1] if self.pids else None
+
+    def send_signal(self, number: signal.Signals, group: bool = False) -> None:
+        """Signal the role, or all its process group, unless it has ended."""
+        if self.process.poll() is None and self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if group else os.kill)(self.pid, number)
+
 
 def start(role: Role, deaf: bool = False) -> RunningRole:
-    """Start a role in a process group of its own, tied to this process's life.
+    """Start a role behind its keepers, which tie it to this process's life.
 
     ``deaf``: SIGUSR1 and SIGTERM do not reach it or its children: Slurm sends them to every process of a step, and they
-    are meant for the supervisor.
+    are meant for the supervisor. Raises FileNotFoundError where there is no such program.
     """
-    with open(role.log, "ab") if role.log else contextlib.nullcontext() as output:
+    env = {**os.environ, **role.env}
+    if shutil.which(role.argv[0], path=env.get("PATH")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), role.argv[0])
+    hearing = "deaf" if deaf else "hearing"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(KILL_SECONDS)
+    with (
+        theirs,
+        open(role.log, "ab") if role.log else contextlib.nullcontext() as output,
+    ):
+        ours.send(b"\0".join(os.fsencode(argument) for argument in role.argv))
         process = subprocess.Popen(
-            list(role.argv),
-            env={**os.environ, **role.env},
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-I", "-S", str(KEEPER), role.name, hearing],
+            env=env,
+            stdin=theirs.fileno(),
             stdout=output,
             stderr=output,
-            preexec_fn=become_deaf if deaf else become_own_group,
+            preexec_fn=become_keeper,
         )
-    return RunningRole(role, process)
+    return RunningRole(role, process, ours)
 
 
-def become_own_group() -> None:
+def become_keeper() -> None:
     os.setpgid(0, 0)
-    die_with_parent()
-
-
-def become_deaf() -> None:
-    become_own_group()
-    # Blocked, not ignored: SGLang installs handlers, which would undo the latter.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_BLOCK, UNHEARD)
 
 
 def stop_all(running: Sequence[RunningRole], grace: float = 5.0) -> None:
-    """Send SIGTERM to every process group, SIGKILL after ``grace`` seconds; returns when all are gone."""
+    """Send SIGTERM to every process group, and have the keepers end what is left after ``grace`` seconds; returns when
+    all are gone."""
     for role in running:
-        signal_group(role, signal.SIGTERM)
+        role.send_signal(signal.SIGTERM, group=True)
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(r.process.poll() is None for r in running):
         time.sleep(0.05)
     for role in running:
-        signal_group(role, signal.SIGKILL)  # also what a dead leader left behind in its group
+        role.tie.close()
+    for role in running:
         role.process.wait(KILL_SECONDS)
-
-
-def signal_group(role: RunningRole, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(role.process.pid, number)
 
 
 def log_tail(path: Path | None, lines: int = 15) -> str:

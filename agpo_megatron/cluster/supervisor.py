@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agpo_megatron.cluster import keeper
 from agpo_megatron.cluster.processes import (
     Role,
     RunningRole,
     log_tail,
-    signal_group,
     start,
     stop_all,
 )
@@ -83,9 +83,12 @@ class Supervisor:
         self._running: list[RunningRole] = []
         self._gone: set[int] = set()  # indices of roles that ended, as they may
         self._looked = 0.0
+        self._before: set[int] = set()  # children that are not the roles'
 
     def supervise(self, roles: Sequence[Role]) -> Outcome:
         """Run ``roles`` until the start ends; every process has ended when this returns or raises."""
+        self._before = keeper.children()
+        keeper.be_subreaper()
         before = {n: signal.getsignal(n) for n in {*INTERRUPTS, *STOP_REQUESTS}}
         self._handle_signals()
         outcome: Outcome = "failed"
@@ -103,6 +106,8 @@ class Supervisor:
             stop_all(
                 self._running, grace=0.0 if self._several else 5.0
             )  # the deaf hear only SIGKILL
+            self._sweep()
+            keeper.be_subreaper(False)
             self._start.processes(self._host).unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -128,11 +133,21 @@ class Supervisor:
                 code = role.process.poll()
                 if code is None or index in self._gone:
                     continue
+                self._sweep()
                 if outcome := self._judge(index, code):
                     self._start.end(outcome, f"{role.role.name} on {self._host}: code {code}")
                     return outcome
             if len(self._gone) == len(self._running):
                 return "finished"  # trainers that were told to stop, servers given up
+
+    def _sweep(self) -> None:
+        """End what came to this process because an outer keeper was killed: an inner one, if it lives, sees to its role
+        first; then all children that are no keepers."""
+        keepers = {r.process.pid for r in self._running if r.process.returncode is None}
+        inner = {r.pids[0] for r in self._running if r.pids} - keepers
+        keeper.wait_for(inner & keeper.children(), 2 * keeper.PATIENCE)
+        if left := keeper.sweep(self._before | keepers):
+            log.error("killed, but not ended in %g s: %s", keeper.PATIENCE, left)
 
     def _look(self) -> Outcome | None:
         """Obey the start folder: the end of the start, or that of servers that hang."""
@@ -148,7 +163,7 @@ class Supervisor:
             since = self._start.hung_since(role.role.name) if is_server(role) else 0.0
             if since > role.started + MAX_SKEW and role.process.poll() is None:
                 log.warning("%s hangs; ending it", role.role.name)
-                signal_group(role, signal.SIGKILL)
+                role.send_signal(signal.SIGKILL, group=True)
         return None
 
     def _judge(self, index: int, code: int) -> Outcome | None:
@@ -162,7 +177,7 @@ class Supervisor:
         if self._may_restart(role, code):
             log.warning("%s ended with code %d; starting it again", role.role.name, code)
             self._record(role, code, restarted=True)
-            signal_group(role, signal.SIGKILL)  # what it left in its process group
+            role.tie.close()
             lived = time.monotonic() - role.since
             restarts = 0 if lived > RESTARTS_FORGOTTEN else role.restarts + 1
             self._running[index] = replace(start(role.role, deaf=self._several), restarts=restarts)
@@ -216,16 +231,22 @@ class Supervisor:
             if role.process.poll() is not None:
                 continue
             if not is_server(role):
-                role.process.send_signal(signal.SIGUSR2)
+                role.send_signal(signal.SIGUSR2)
             elif role.role.log and (spy := shutil.which("py-spy")):
                 with role.role.log.open("ab") as output, suppress(subprocess.SubprocessError):
-                    dump = [spy, "dump", "--subprocesses", "--pid", str(role.process.pid)]
-                    subprocess.run(dump, stdout=output, stderr=output, timeout=10)
+                    dump = [spy, "dump", "--subprocesses", "--pid", str(role.pid)]
+                    subprocess.run(
+                        dump,
+                        stdout=output,
+                        stderr=output,
+                        timeout=10,
+                        preexec_fn=keeper.die_with_parent,
+                    )
         time.sleep(STACKS_SECONDS)
 
     def _write_processes(self) -> None:
         """Write the pids by role, for py-spy, kill and curiosity."""
-        table = {role.role.name: role.process.pid for role in self._running}
+        table = {role.role.name: role.pid for role in self._running}
         write_json(self._start.processes(self._host), {"supervisor": os.getpid(), **table})
 
 

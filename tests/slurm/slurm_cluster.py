@@ -23,7 +23,7 @@ from typing import Self
 
 import psutil
 
-from agpo_megatron.cluster.processes import die_with_parent
+from agpo_megatron.cluster.keeper import die_with_parent
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "nsenter", "ip")
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"

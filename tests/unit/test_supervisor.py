@@ -147,10 +147,9 @@ def test_a_server_that_dies_after_serving_is_restarted_a_few_times(start: StartF
 
 def test_a_server_given_up_ends_nothing_while_there_is_another(start: StartFolder) -> None:
     start.serving.touch()
-    roles = [
-        role("rollout server 0", "raise SystemExit(5)"),
-        role("controller", "import time; time.sleep(2)"),
-    ]
+    last = start.path / "exits" / "rollout-0.3.json"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(last)!r}).exists(): time.sleep(.05)\ntime.sleep(.5)"
+    roles = [role("rollout server 0", "raise SystemExit(5)"), role("controller", wait)]
     assert Supervisor(start, HOST, other_servers=1).supervise(roles) == "finished"
     assert [(e["role"], e["code"], e["restarted"]) for e in start.exits()] == [
         ("rollout server 0", 5, True)
@@ -200,7 +199,7 @@ def test_among_several_nodes_sigterm_asks_for_a_checkpoint(start: StartFolder) -
     code = f"""
 import os, signal, time
 from pathlib import Path
-os.kill(os.getppid(), signal.SIGTERM)
+os.kill({os.getpid()}, signal.SIGTERM)
 while not Path({str(start.stop_requested)!r}).exists():
     time.sleep(0.05)
 raise SystemExit({STOPPED})
