@@ -21,12 +21,14 @@ BUCKET_BYTES = 100_000
 class PlainTrainer:
     """Implements ``TrainerPublishing``; its every wait has a deadline, which the publisher must have set.
 
-    ``spoil``: (name, index) of an element that is flipped on the wire.
+    ``spoil``: (name, index) of an element that is flipped on the wire. ``stale``: the wire carries what it carried
+    before, as if the servers ignored the update. ``hashes``: reproduce those of the servers.
     """
 
-    def __init__(self, model: LlamaForCausalLM, step: int) -> None:
-        self.model, self.step = model, step
+    def __init__(self, model: LlamaForCausalLM, step: int, hashes: bool = True) -> None:
+        self.model, self.step, self.hashes = model, step, hashes
         self.spoil: tuple[str, int] | None = None
+        self.stale = False
         self.opened: list[str] = []
         config = model.config.to_dict()
         half = config["num_hidden_layers"] // 2
@@ -45,19 +47,22 @@ class PlainTrainer:
             for i, source in enumerate(self._sources)
         }
 
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+    async def publish_send(
+        self, version: WeightVersion, seconds: float, excerpts: Mapping[str, int]
+    ) -> PublishReport:
         assert seconds > 0
         if version.step != self.step:
             refused = [source.refuse(f"holds step {self.step}") for source in self._sources]
             return PublishReport(self.step, dict(enumerate(refused)))
-        sends = [asyncio.to_thread(self._send, i, seconds) for i in range(len(self.plan))]
+        sends = [asyncio.to_thread(self._send, i, seconds, excerpts) for i in range(len(self.plan))]
         reports = await asyncio.gather(*sends)
         return PublishReport(self.step, dict(enumerate(reports)))
 
-    def _send(self, stage: int, seconds: float) -> StageReport:
+    def _send(self, stage: int, seconds: float, excerpts: Mapping[str, int]) -> StageReport:
         tensors = self.model.state_dict()
         named = [(s.name, tensors[s.name]) for bucket in self.plan[stage] for s in bucket]
-        return self._sources[stage].broadcast(bucketed(named, self.plan[stage]), seconds)
+        buckets = bucketed(named, self.plan[stage])
+        return self._sources[stage].broadcast(buckets, seconds, excerpts)
 
     async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
         assert seconds > 0
@@ -69,11 +74,12 @@ class PlainTrainer:
 
 
 class SpoilingSource(WeightSource):
-    """A source whose wire may flip one element, after the checksums were taken of the right tensor."""
+    """A source whose wire may carry something else than the checksums are taken of."""
 
     def __init__(self, trainer: PlainTrainer) -> None:
-        super().__init__("cpu", server_checksums=True)
+        super().__init__("cpu", server_checksums=trainer.hashes)
         self._trainer = trainer
+        self._before: dict[str, Tensor] = {}  # what was sent, by its first tensor
 
     def flatten(self, bucket: list[tuple[str, Tensor]]) -> Tensor:
         flat = super().flatten(bucket)
@@ -82,6 +88,9 @@ class SpoilingSource(WeightSource):
             if self._trainer.spoil and self._trainer.spoil[0] == name:
                 flat[start + 4 * self._trainer.spoil[1]] ^= 1
             start += tensor.nbytes
+        if self._trainer.stale:
+            return self._before[bucket[0][0]]
+        self._before[bucket[0][0]] = flat
         return flat
 
 

@@ -40,12 +40,12 @@ class PolicyTrainer:
         port = self.source.open("127.0.0.1", group_name(epoch, 0), world_size, seconds)
         return {0: ("127.0.0.1", port)}
 
-    async def publish_send(self, version: Any, seconds: float) -> Any:
+    async def publish_send(self, version: Any, seconds: float, excerpts: Mapping[str, int]) -> Any:
         from agpo_megatron.sync.messages import PublishReport
         from agpo_megatron.sync.source import bucketed
 
         buckets = bucketed(self.policy.named_hf_tensors(), self.plan[0])
-        report = await asyncio.to_thread(self.source.broadcast, buckets, seconds)
+        report = await asyncio.to_thread(self.source.broadcast, buckets, seconds, excerpts)
         return PublishReport(self.step, {0: report})
 
     async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
