@@ -30,7 +30,7 @@ def readable_rows(
 ) -> dict[str, int]:
     """Select the tensors of ``shapes`` that a server of ``ranks`` tensor-parallel ranks gives back exactly, with the
     number of leading rows to ask for. ``config``: the model's config.json."""
-    if config["architectures"][0] not in READABLE:
+    if (config.get("architectures") or [""])[0] not in READABLE:
         return {}
     found = {}
     for name, shape in shapes.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,10 @@ class SpoilingSource(WeightSource):
     def __init__(self, trainer: PlainTrainer) -> None:
         super().__init__("cpu", server_checksums=trainer.hashes)
         self._trainer = trainer
-        self._before: dict[str, Tensor] = {}  # what was sent, by its first tensor
+        self.sent: dict[int, Tensor] = {}  # by the bucket's number
+
+    def _joined_group(self, seconds: float) -> Any:
+        return Wire(super()._joined_group(seconds), self, lambda: self._trainer.stale)
 
     def flatten(self, bucket: list[tuple[str, Tensor]]) -> Tensor:
         flat = super().flatten(bucket)
@@ -88,10 +92,21 @@ class SpoilingSource(WeightSource):
             if self._trainer.spoil and self._trainer.spoil[0] == name:
                 flat[start + 4 * self._trainer.spoil[1]] ^= 1
             start += tensor.nbytes
-        if self._trainer.stale:
-            return self._before[bucket[0][0]]
-        self._before[bucket[0][0]] = flat
         return flat
+
+
+class Wire:
+    """A group that may carry what it carried the last time, whatever it is given."""
+
+    def __init__(self, group: Any, source: SpoilingSource, stale: Callable[[], bool]) -> None:
+        self._group, self._sent, self._stale, self._number = group, source.sent, stale, 0
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> Any:
+        if self._stale():
+            tensors = [self._sent[self._number]]
+        self._sent[self._number] = tensors[0]
+        self._number += 1
+        return self._group.broadcast(tensors, options)
 
 
 @torch.no_grad()

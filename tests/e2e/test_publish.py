@@ -67,7 +67,8 @@ async def bench(
 
 def readable(trainer: PlainTrainer, ranks: int) -> dict[str, int]:
     shapes = {spec.name: spec.shape for stage in trainer.plan for b in stage for spec in b}
-    return readable_rows(trainer.model.config.to_dict(), shapes, ranks)
+    config = trainer.model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    return readable_rows(config, shapes, ranks)
 
 
 def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> None:

@@ -69,3 +69,14 @@ def test_a_file_system_without_locks_is_named(
     words = "cannot be locked .no such thing.*Lustre: -o flock"
     with pytest.raises(ConfigError, match=words), only_command_on(folder):
         pass
+
+
+def test_the_content_of_a_converted_model_is_what_its_marker_lists(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = claim.fingerprint(tmp_path)
+    (tmp_path / "complete.json").write_text("1")
+    converted = claim.fingerprint(tmp_path)
+    (tmp_path / "complete.json").write_text("2")
+    assert len({before, converted, claim.fingerprint(tmp_path)}) == 3
+    (tmp_path / "complete.json").write_text("1")
+    assert claim.fingerprint(tmp_path) == converted
