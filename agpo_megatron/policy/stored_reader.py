@@ -164,6 +164,7 @@ class StoredModel:
 
     def __init__(self, source: StoredCheckpoint, weights: WeightMap) -> None:
         self.source, self.weights = source, weights
+        self._stored_rules = {rule.hf[0].name: rule for rule in weights.rules()}
         expected: dict[str, tuple[int, ...]] = {}
         for rule in weights.rules():
             place = stored(rule, weights.shape, weights.shape.vocab_size)
@@ -197,6 +198,7 @@ class StoredModel:
         """What tensor-parallel rank ``rank`` of ``tp`` holds of a parameter, in the stored dtype, whatever layout the
         checkpoint is cut for; rows beyond the vocabulary are 0."""
         shape = self.weights.shape
+        rule = self._stored_rules[rule.hf[0].name]  # the embedding's for a tied head
         place = stored(rule, shape, padded_vocabulary(shape.vocab_size, tp))
         every = list(boxes(rule, place.body, tp))
         parts = []

@@ -117,9 +117,9 @@ def logprobs(model: LlamaForCausalLM, tokens: list[int], temperature: float = 1.
     return found[:, 0].tolist()
 
 
-def changed(model: LlamaForCausalLM, seed: int) -> None:
-    """Move every weight, norms included, by noise that changes log-probs by tenths."""
+def changed(model: LlamaForCausalLM, seed: int, size: float = 0.03) -> None:
+    """Move every weight, norms included, by noise that changes log-probs by nats, at 0.005 by tenths."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+            p.add_(size * torch.randn(p.shape, generator=generator))
