@@ -195,8 +195,8 @@ class StoredModel:
         return hf_of(rule, parts, self.weights.shape)
 
     def load_shard(self, rule: Rule, tp: int, rank: int) -> Tensor:
-        """What tensor-parallel rank ``rank`` of ``tp`` holds of a parameter, in the stored dtype, whatever layout the
-        checkpoint is cut for; rows beyond the vocabulary are 0."""
+        """The part of a parameter that tensor-parallel rank ``rank`` of ``tp`` holds, in the stored dtype, whatever
+        layout the checkpoint is cut for; rows beyond the vocabulary are 0."""
         shape = self.weights.shape
         rule = self._stored_rules[rule.hf[0].name]  # the embedding's for a tied head
         place = stored(rule, shape, padded_vocabulary(shape.vocab_size, tp))
