@@ -22,7 +22,7 @@ MAX_VALUES = 1 << 14
 AT_ONCE = 4
 """Excerpts per publish."""
 PADDED_TO = 32
-"""Multiple of an MLP's width: SGLang pads others on a CPU, and finds the second half of a padded stack at a wrong place."""
+"""Multiple of an MLP's width: SGLang pads others on a CPU, and then looks for ``up_proj`` at a wrong place."""
 
 
 def readable_rows(
