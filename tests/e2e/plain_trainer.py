@@ -117,9 +117,10 @@ def logprobs(model: LlamaForCausalLM, tokens: list[int], temperature: float = 1.
     return found[:, 0].tolist()
 
 
-def changed(model: LlamaForCausalLM, seed: int, size: float = 0.03) -> None:
-    """Move every weight, norms included, by noise that changes log-probs by nats, at 0.005 by tenths."""
+def changed(model: LlamaForCausalLM, seed: int) -> None:
+    """Scale every weight, norms included, by noise that changes log-probs by tenths. (The padding token's zeros stay:
+    noise there, normalised, would change them by nats.)"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator))
+            p.mul_(1 + 0.03 * torch.randn(p.shape, generator=generator))

@@ -185,7 +185,7 @@ async def a_server_that_ignores_an_update_is_refused(server: LiveServer, ranks: 
         for name, rows in listed.items():
             answer = torch.tensor(await role.client.leading_rows(name, rows, 30))
             assert torch.equal(answer, tensors[name][:rows]), name
-        changed(b.trainer.model, seed=9, size=0.005)
+        changed(b.trainer.model, seed=9)
         b.trainer.step, b.trainer.stale = 2, True
         with pytest.raises(PublishError, match="ignored the update: rank 0"):
             await b.publisher.publish(WeightVersion(2, 1))
