@@ -8,9 +8,9 @@
     convert_hf_checkpoint.py inspect DIR
 
 A Megatron checkpoint loads in any layout; the one given is the one it is cut for. One made by to-megatron holds
-weights alone and remembers config and tokenizer; one saved by a training run needs --like: the Hugging Face folder the
-run began from. Tensors are streamed: memory is that of the largest few (from-gguf: of all). The same command takes up
-an interrupted conversion.
+weights, config and tokenizer, and can be the model.path of a run; one saved by a training run needs --like: the folder
+the run began from. Tensors are streamed: memory is that of the largest few (from-gguf: of all). The same command takes
+up an interrupted conversion.
 Exit code: 0 done or equal, 1 different, 2 refused (the message says why).
 """
 
@@ -57,9 +57,9 @@ from agpo_megatron.policy.stored import ParallelSizes, StorePlan
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
 from agpo_megatron.policy.stored_writer import write_weights
 
+CONFIG = "config.json"
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 FP8 = "fp8-block"
-ORIGIN = "huggingface"  # beside the Megatron files: config, tokenizer, generation config
 FILE_BYTES = 1 << 30  # of one file of a Megatron checkpoint
 Loader = Callable[[str], Tensor]
 
@@ -74,9 +74,8 @@ def to_megatron(
     plan = StorePlan.of(source.weight_map(), sizes, stored, FILE_BYTES)
 
     def put_beside(folder: Path) -> None:
-        (folder / ORIGIN).mkdir(exist_ok=True)
-        copy_side_files(hf_dir, folder / ORIGIN)
-        shutil.copyfile(hf_dir / "config.json", folder / ORIGIN / "config.json")
+        copy_side_files(hf_dir, folder)
+        shutil.copyfile(hf_dir / CONFIG, folder / CONFIG)
 
     total = sum(plan.nbytes(rule) for rule in plan.rules)
     with _progress(f"writing {out}", total, workers) as pace:
@@ -177,8 +176,8 @@ def inspect(folder: Path) -> None:
         stored = sum(TensorSpec("", t.size, "uint8").numel for t in source.tensors.values())
         print(f"Megatron checkpoint ({marker['content']}, step {marker['step']}), cut for {layout}")
         print(f"{len(source.tensors)} tensors, {stored:,} values (vocabulary padding included)")
-        if (folder / ORIGIN).is_dir():
-            shapes = WeightMap(read_config(folder / ORIGIN)).hf_shapes()
+        if (folder / CONFIG).is_file():
+            shapes = WeightMap(read_config(folder)).hf_shapes()
             count = sum(TensorSpec(n, s, "uint8").numel for n, s in shapes.items())
             print(f"{count:,} parameters in {len(shapes)} Hugging Face tensors")
         return
@@ -205,7 +204,7 @@ def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], 
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
         copies = {copy for copy, _ in WeightMap(config).tied_copies()}
         return {n: spec for n, spec in source.specs.items() if n not in copies}, source.load
-    model, _ = _stored_model(folder, None if (folder / ORIGIN).is_dir() else like)
+    model, _ = _stored_model(folder, None if (folder / CONFIG).is_file() else like)
     model.source.check_files(workers=2)
     rules: dict[str, Rule] = {}
     found: dict[str, TensorSpec] = {}
@@ -218,8 +217,8 @@ def _opened(folder: Path, like: Path | None) -> tuple[Mapping[str, TensorSpec], 
 def _stored_model(folder: Path, like: Path | None) -> tuple[StoredModel, Path]:
     """Open a Megatron checkpoint: (its weights, folder of its config and tokenizer)."""
     source = StoredCheckpoint(folder)
-    origin = like or folder / ORIGIN
-    if like is None and not origin.is_dir():
+    origin = like or folder
+    if not (origin / CONFIG).is_file():
         raise ConversionError(
             f"{folder} does not say which model it is; give --like HF_DIR, the folder its run began from"
         )

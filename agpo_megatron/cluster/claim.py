@@ -14,7 +14,7 @@ from typing import TextIO
 
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.loading import leaves, resolve_config
-from agpo_megatron.config.run_folder import RunFolder
+from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder, is_converted
 from agpo_megatron.files import digest, write_durably
 from agpo_megatron.wait import waiting
 
@@ -195,8 +195,9 @@ def input_paths(config: Config, mode: str) -> dict[str, str]:
 
 
 def fingerprint(path: Path) -> str:
-    """Digest the content of a file; of a checkpoint folder, its config and its weights' names and sizes; of a folder of
-    data, the names and sizes of all files; of what is neither, a dataset of the hub, its name."""
+    """Digest the content of a file; of a checkpoint folder, its config and its weights' names and sizes, or the marker
+    that lists those with their checksums; of a folder of data, the names and sizes of all files; of what is neither, a
+    dataset of the hub, its name."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,4 +208,9 @@ def fingerprint(path: Path) -> str:
         return digest(json.dumps(files or str(path)).encode())
     weights = sorted((p.name, p.stat().st_size) for p in path.glob("*.safetensors"))
     config = (path / "config.json").read_bytes()
-    return digest(config, json.dumps(weights).encode())
+    listed = (
+        (path / CHECKPOINT_MARKER).read_bytes()
+        if is_converted(path)
+        else json.dumps(weights).encode()
+    )
+    return digest(config, listed)

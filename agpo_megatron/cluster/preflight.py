@@ -168,7 +168,7 @@ def _environment(kind: Kind, config: Config, needed: bool) -> tuple[dict[str, st
 
 def _read_weights(folder: Path) -> None:
     """A byte of every weight file: a file that is listed may still not be readable here."""
-    for path in folder.glob("*.safetensors"):
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.distcp")):
         with path.open("rb") as file:
             file.read(1)
 

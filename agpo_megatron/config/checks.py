@@ -15,6 +15,7 @@ from typing import Any
 from agpo_megatron.algorithm.checks import check_algorithm, without_effect
 
 from .errors import ConfigError
+from .run_folder import CHECKPOINT_MARKER, is_converted
 from .schema import Config, PolicyConfig
 from .task import DataConfig, SourceConfig
 
@@ -342,6 +343,11 @@ def check_inputs(config: Config, command: str = "train") -> None:
     else:
         fix_model = "run `agpo-megatron sft CONFIG` first" if config.sft else fix
         problems += _checkpoint_problems("model.path", config.model.path, fix_model)
+        if command == "eval" and is_converted(config.model.path):
+            problems.append(
+                f"model.path: {config.model.path} holds Megatron's files, which servers cannot load, and an evaluation "
+                "has no trainer to publish from; convert it (tools/convert_hf_checkpoint.py to-hf) and pass --model"
+            )
         if command == "train":
             if not data.each():
                 problems.append(
@@ -362,9 +368,15 @@ def _checkpoint_problems(key: str, folder: str, fix: str) -> Iterator[str]:
     if not path.is_dir():
         yield f"{key}: no checkpoint folder {folder}; {fix}"
         return
+    if is_converted(folder) and not (path / "config.json").is_file():
+        yield (
+            f"{key}: {folder} is a checkpoint of a training run, without config and tokenizer; the run's command goes "
+            "on from it; to begin another run convert it (tools/convert_hf_checkpoint.py to-hf --like)"
+        )
+        return
     for what, patterns in (
         ("config.json", ["config.json"]),
-        ("weights (*.safetensors)", ["*.safetensors"]),
+        ("weights (*.safetensors) or those of to-megatron", ["*.safetensors", CHECKPOINT_MARKER]),
         ("tokenizer (tokenizer.json or tokenizer.model)", ["tokenizer.json", "tokenizer.model"]),
     ):
         if not any(next(path.glob(pattern), None) for pattern in patterns):

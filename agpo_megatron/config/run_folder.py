@@ -9,6 +9,11 @@ CHECKPOINT_MARKER = "complete.json"
 """The file, written last, that makes a folder a checkpoint."""
 
 
+def is_converted(model: str | Path) -> bool:
+    """Say whether a model folder holds Megatron's files (of ``to-megatron``) in place of safetensors."""
+    return (Path(model) / CHECKPOINT_MARKER).is_file()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder ``runs/NAME/``; docs/design.md says what each file holds."""

@@ -28,12 +28,14 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     path: str
-    """Hugging Face checkpoint folder (safetensors, config, tokenizer) that training starts from."""
+    """Folder of the model that training starts from: of Hugging Face (safetensors, config, tokenizer), or written by
+    ``tools/convert_hf_checkpoint.py to-megatron``, in any layout."""
 
 
 class SftConfig(Section):
     base: str
-    """Hugging Face checkpoint the cold start begins from; the result is written to ``model.path``."""
+    """Folder of the model the cold start begins from, of either kind; the result is written to ``model.path``, of
+    Hugging Face."""
     path: str
     """JSONL file with a ``prompt`` and a ``response`` field."""
     steps: int = Field(300, ge=1)

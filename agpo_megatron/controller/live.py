@@ -121,8 +121,8 @@ async def commit(
 async def publish(run: Run, publisher: Publisher, timings: dict[str, float]) -> None:
     """Publish the trainer's weights to every server; on return they generate under ``run.version``."""
     with run.phase(f"publish weights {run.version.step}", timings, "time/publish"):
-        publication = await publisher.publish(run.version)
-    run.version = publication.version
+        publication = await publisher.publish(run.version, moved=run.moved)
+    run.version, run.moved = publication.version, False
     log.info(
         "published %s to %d server(s), %d bytes, probe difference %.2e, seconds %s",
         publication.version,

@@ -11,6 +11,7 @@ from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.conversion.hf_checkpoint import read_config
 from agpo_megatron.conversion.manifest import buckets, publish_manifest
 from agpo_megatron.conversion.shape import ModelShape, TensorSpec
+from agpo_megatron.rollout.excerpts import readable_rows
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import server_dtype
 from agpo_megatron.samples import Prompt, WeightVersion
@@ -44,13 +45,16 @@ class PublishingTrainer:
         )
         return {a["stage"]: (a["host"], a["port"]) for a in answers if a["stage"] is not None}
 
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+    async def publish_send(
+        self, version: WeightVersion, seconds: float, excerpts: Mapping[str, int]
+    ) -> PublishReport:
         answers = await self._trainers.call(
             "publish_send",
             timeout=seconds + COMMAND_MARGIN,
             plan=self._plan,
             seconds=seconds,
             step=version.step,
+            excerpts=dict(excerpts),
         )
         sources = [a for a in answers if a["stage"] is not None]
         stages = {a["stage"]: StageReport(**a["report"]) for a in sources}
@@ -108,14 +112,18 @@ def make_publisher(
     # A server copies what it receives into its own tensors: only in its precision do all ends hash the same bytes.
     manifest = publish_manifest(hf_config, layers, server_dtype(config))
     plan = [buckets(stage, BUCKET_BYTES) for stage in manifest]
+    ranks = config.rollout.tensor_parallel
+    shapes = {spec.name: spec.shape for stage in manifest for spec in stage}
+    hashes_known = backend == "gloo" and ranks == 1  # trainer/publishing.py reports them
     return Publisher(
         pool,
         PublishingTrainer(trainers, plan),
         plan,
-        server_ranks=config.rollout.tensor_parallel,
+        server_ranks=ranks,
         backend=backend if config.cluster.publish_backend == "auto" else "gloo",
         probe_tokens=probe_tokens(prompts),
         probe_tolerance=probe_tolerance(config),
         timeout=config.cluster.command_timeout,
         keep_running=config.rollout.kv_on_publish == "keep",
+        readable={} if hashes_known else readable_rows(hf_config, shapes, ranks),
     )

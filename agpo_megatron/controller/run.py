@@ -81,7 +81,8 @@ class Batch:
 class Run:
     """One start (attempt) of a run.
 
-    ``version``: the trainer's current weight version. ``backend``: backend of its collectives, set by ``load``.
+    ``version``: the trainer's current weight version; ``moved``: a step with a gradient was taken since it was last
+    published. ``backend``: backend of its collectives, set by ``load``.
     ``stop_requested``: returns whether to end after the current step. ``signal_lead``: seconds allowed from the
     request to the saved checkpoint; None without a limit.
     """
@@ -95,6 +96,7 @@ class Run:
     recipe: Recipe
     hidden_size: int
     version: WeightVersion = field(init=False)
+    moved: bool = field(init=False, default=False)
     backend: str = field(init=False)
     stop_requested: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
     signal_lead: float | None = field(init=False, default=None)
@@ -231,6 +233,7 @@ class Run:
             lr=self.recipe.lr_at(step),
         )
         self.version = WeightVersion(step, self.journal.attempt)
+        self.moved |= results[0]["grad_norm"] * self.recipe.lr_at(step) > 0
         return results[0]
 
     async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:

@@ -123,7 +123,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
     if marker["content"] != "training":
         raise CheckpointError(
             f"checkpoint {source} holds weights only, no optimizer state: training cannot continue from it; "
-            "convert it (tools/convert_hf_checkpoint.py to-hf) and begin a run from the result"
+            "begin a run from it (model.path)"
         )
     saved = marker["layout"]
     _check_optimizer(source, marker, policy)

@@ -18,14 +18,16 @@ from agpo_megatron.algorithm.gate import Gate, PartSum, gate_of, on_policy_parts
 from agpo_megatron.algorithm.loss import check_rows
 from agpo_megatron.algorithm.loss_metrics import MAXIMA, SUMS, loss_metrics
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
+from agpo_megatron.config.run_folder import is_converted
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
-from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
+from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint, read_config
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
 from agpo_megatron.policy.optimizer import build_optimizer, set_rates
 from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
+from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
 from agpo_megatron.samples import Floats, TrainSequence, group_of
 
 MicroBatches = Sequence[Sequence[TrainSequence]]
@@ -64,7 +66,7 @@ class Policy:
 
     @staticmethod
     def build(
-        hf_dir: str | os.PathLike[str],
+        model: str | os.PathLike[str],
         policy: PolicyConfig,
         train: TrainConfig,
         *,
@@ -72,20 +74,27 @@ class Policy:
         seed: int,
         timeout: float = 1800.0,
     ) -> Policy:
-        """Build the policy of ``hf_dir``'s architecture with its weights. ``backend.activate()`` must have run;
-        ``parallel.initialize`` runs here unless it has. ``timeout``: limit of every collective, seconds.
+        """Build the policy of the architecture of ``model``, a folder of Hugging Face or of ``to-megatron``, with its
+        weights. ``backend.activate()`` must have run; ``parallel.initialize`` runs here unless it has. ``timeout``:
+        limit of every collective, seconds.
 
-        Raises ConversionError (checkpoint), ModelError (sizes), LayoutError (ranks), each naming cause and fix.
+        Raises ConversionError and CheckpointError (the folder), ModelError (sizes), LayoutError (ranks), each naming
+        cause and fix.
         """
-        source = HfCheckpoint(Path(hf_dir))
-        weight_map = source.weight_map()
+        source = opened(Path(model))
+        weight_map = source.weights if isinstance(source, StoredModel) else source.weight_map()
         layout = parallel.initialize(policy, seed, timeout=timeout)
         head = step.HeadSettings(
             weight_map.shape.vocab_size, temperature, policy.logprob_chunk, policy.logprob_kernels
         )
         built = Policy(policy, train, weight_map, head, layout)
         with built.backend.scope():
-            weights.load_hf(built.chunks, weight_map, source, layout)
+            if isinstance(source, StoredModel):
+                # The ranks share the work; the controller waits for all, so one that finds damage ends the run.
+                source.source.check_files(1, slice(layout.rank, None, layout.world))
+                weights.load_stored(built.chunks, source, layout)
+            else:
+                weights.load_hf(built.chunks, weight_map, source, layout)
             built.optimizer.reload_model_params()  # its own fp32 copies
         return built
 
@@ -268,6 +277,13 @@ class Policy:
                 f"gradient norm is {norm}; the weights of this process are unusable, resume from the last checkpoint"
             )
         return norm
+
+
+def opened(model: Path) -> HfCheckpoint | StoredModel:
+    """Open the folder of a model. Raises ConversionError, CheckpointError."""
+    if is_converted(model):
+        return StoredModel(StoredCheckpoint(model), WeightMap(read_config(model)))
+    return HfCheckpoint(model)
 
 
 def _with_gains(batch: PackedBatch, gate: Gate) -> PackedBatch:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agpo_megatron.conversion.cutting import padded_vocabulary
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec, dtype_name
 from agpo_megatron.conversion.tables import Cut, Rule
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy.marker import CheckpointError, check_file, read_marker
-from agpo_megatron.policy.stored import MODEL_KEYS, Box, hf_boxes, hf_of, stored
+from agpo_megatron.policy.stored import MODEL_KEYS, Box, boxes, hf_boxes, hf_of, stored
 from agpo_megatron.policy.stored_record import read_record
 
 METADATA = ".metadata"
@@ -85,10 +86,11 @@ class StoredCheckpoint:
         check_file(folder, METADATA, self.marker["files"][METADATA])
         self.tensors = _tensors(folder, self.marker["files"])
 
-    def check_files(self, workers: int) -> None:
-        """Compare every file with the marker. Raises CheckpointError naming one that is not what was written."""
+    def check_files(self, workers: int, share: slice = slice(None)) -> None:
+        """Compare every file, or a ``share`` of them, with the marker. Raises CheckpointError naming one that is not
+        what was written."""
         with ThreadPoolExecutor(workers) as pool:
-            files = self.marker["files"].items()
+            files = sorted(self.marker["files"].items())[share]
             for done in [pool.submit(check_file, self.folder, name, d) for name, d in files]:
                 done.result()
 
@@ -162,6 +164,7 @@ class StoredModel:
 
     def __init__(self, source: StoredCheckpoint, weights: WeightMap) -> None:
         self.source, self.weights = source, weights
+        self._stored_rules = {rule.hf[0].name: rule for rule in weights.rules()}
         expected: dict[str, tuple[int, ...]] = {}
         for rule in weights.rules():
             place = stored(rule, weights.shape, weights.shape.vocab_size)
@@ -190,6 +193,26 @@ class StoredModel:
         for box in hf_boxes(rule, self.weights.shape):
             parts.append(self.source.read(place.key, place.at(box)).view(box[1]))
         return hf_of(rule, parts, self.weights.shape)
+
+    def load_shard(self, rule: Rule, tp: int, rank: int) -> Tensor:
+        """The part of a parameter that tensor-parallel rank ``rank`` of ``tp`` holds, in the stored dtype, whatever
+        layout the checkpoint is cut for; rows beyond the vocabulary are 0."""
+        shape = self.weights.shape
+        rule = self._stored_rules[rule.hf[0].name]  # the embedding's for a tied head
+        place = stored(rule, shape, padded_vocabulary(shape.vocab_size, tp))
+        every = list(boxes(rule, place.body, tp))
+        parts = []
+        for offset, size in every if rule.cut is Cut.REPLICATED else every[rank::tp]:
+            rows = size[0]
+            if rule.cut is Cut.VOCABULARY:
+                rows = max(0, min(rows, shape.vocab_size - offset[0]))
+            if rows:
+                box = (offset, (rows, *size[1:]))
+                parts.append(self.source.read(place.key, place.at(box)).view(box[1]))
+            if rows < size[0]:
+                dtype = self.source.tensors[place.key].dtype
+                parts.append(torch.zeros(size[0] - rows, *size[1:], dtype=dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def load_rows(self, rule: Rule) -> dict[str, list[Tensor]]:
         """Load like ``load``, each tensor as blocks of its rows, in order: mapped from files that hold them so."""

@@ -85,8 +85,9 @@ def write_weights(
         (folder / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
         put_beside(folder)
         digests = {name: record["digest"] for name, record in written.items()}
-        for name in (".metadata", "metadata.json"):
-            digests[name] = digest(folder / name)
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in digests:
+                digests[path.name] = digest(path)
         facts = {"content": "weights", "step": 0, "extra": dict(extra)}
         write_marker(folder, {**sizes, "cp": 1, "dp": 1}, digests, facts)
         building.publish()

@@ -22,6 +22,7 @@ from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.model import unwrap
 from agpo_megatron.policy.parallel import Layout
+from agpo_megatron.policy.stored_reader import StoredModel
 
 
 def global_parameters(chunks: Sequence[Any]) -> dict[str, torch.nn.Parameter]:
@@ -54,6 +55,18 @@ def load_hf(
         tensors = [source.load(t.name) for t in rule.hf]
         shard = shard_to_megatron(rule, tensors, shape, layout.tp, layout.tp_rank, rows)
         parameter.copy_(shard)
+
+
+@torch.no_grad()
+def load_stored(chunks: Sequence[Any], source: StoredModel, layout: Layout) -> None:
+    """Fill this rank's parameters from a converted checkpoint, cut for whatever layout; each reads only what it holds.
+
+    Without Megatron's loader, which would unpickle a part of a folder that may come from anywhere. Raises
+    CheckpointError.
+    """
+    for name, parameter in global_parameters(chunks).items():
+        rule = source.weights.for_megatron(name)
+        parameter.copy_(source.load_shard(rule, layout.tp, layout.tp_rank))
 
 
 @torch.no_grad()

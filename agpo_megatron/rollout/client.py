@@ -341,6 +341,12 @@ class ServerClient:
         answer = await self._call("/weights_checker", {"action": "checksum"}, timeout)
         return [rank["checksums"] for rank in answer["ranks"]]
 
+    async def leading_rows(self, name: str, rows: int, timeout: float) -> list[Any]:
+        """The first rows of a weight, by Hugging Face name, as the server holds it; see ``rollout.excerpts``."""
+        body = {"name": name, "truncate_size": rows}
+        answer: list[Any] = await self._call("/get_weights_by_name", body, timeout)
+        return answer
+
     async def flush_cache(self, timeout: float) -> None:
         """Drop the prefix cache. The server refuses while requests run."""
         await self._call("/flush_cache", {}, timeout)

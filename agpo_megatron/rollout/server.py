@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agpo_megatron.config.run_folder import is_converted
 from agpo_megatron.config.schema import Config
 
 DRIVER = Path("/dev/nvidiactl")
@@ -56,9 +57,9 @@ def server_command(
     index: int = 0,
     python: str = sys.executable,
 ) -> ServerLaunch:
-    """Command of rollout server number ``index`` for the Hugging Face folder ``model_path``, run by ``python``.
+    """Command of rollout server number ``index`` for the model folder ``model_path``, run by ``python``.
 
-    Pure, but for ``device_of``.
+    Pure, but for ``device_of`` and a look at the kind of the folder.
     """
     rollout = config.rollout
     device = device_of(config)
@@ -76,6 +77,9 @@ def server_command(
         "grammar-backend": "none",
         "log-level-http": "warning",
     }
+    if is_converted(model_path):
+        # SGLang cannot read Megatron's files: until the first publish its weights are random.
+        flags["load-format"] = "dummy"
     switches = ["skip-server-warmup"]  # ready() is a real generation
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     pool = rollout.max_total_tokens

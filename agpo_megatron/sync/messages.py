@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from agpo_megatron.samples import WeightVersion
@@ -14,13 +14,15 @@ class StageReport:
     """The result of one pipeline stage. ``error`` is "" when all of it was sent; then ``digest`` identifies it.
 
     ``checksums``: what a CPU server must report for these weights, by its own names; None where the server's hash is
-    not reproduced. ``bytes``: sent per server.
+    not reproduced. ``excerpts``: digests (``rollout.excerpts``) of those asked for that are of this stage. ``bytes``:
+    sent per server.
     """
 
     digest: str
     bytes: int = 0
     seconds: float = 0.0
     checksums: Mapping[str, str] | None = None
+    excerpts: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -48,9 +50,12 @@ class TrainerPublishing(Protocol):
         """
         ...
 
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+    async def publish_send(
+        self, version: WeightVersion, seconds: float, excerpts: Mapping[str, int]
+    ) -> PublishReport:
         """Broadcast all buckets of all stages through the open groups; a trainer that holds another step than
-        ``version.step`` refuses (``WeightSource.refuse``). Gives up, and closes the groups, after ``seconds``."""
+        ``version.step`` refuses (``WeightSource.refuse``). Gives up, and closes the groups, after ``seconds``.
+        ``excerpts``: number of leading rows, by tensor, to report a digest of."""
         ...
 
     async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:

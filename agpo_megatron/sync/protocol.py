@@ -5,7 +5,7 @@ quarantined from the first byte until all of this held for it:
 
     stop dispatch -> end what runs -> pause_generation -> [open the update groups, when members changed]
     -> begin_weight_update, the trainer scores fixed tokens -> buckets (no flush, no version) -> end_weight_update
-    -> checksums equal the trainer's, or, where those cannot be reproduced, those that most servers report
+    -> every rank's checksums are others than those of other weights, and the trainer's (sync/proof.py)
     -> flush_cache -> update_weight_version -> continue_generation -> log-probs of fixed tokens equal the trainer's
     -> dispatch again
 
@@ -26,7 +26,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -37,6 +37,7 @@ from agpo_megatron.rollout.servers import Server, State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.groups import UpdateGroups
 from agpo_megatron.sync.messages import PublishReport, TrainerPublishing
+from agpo_megatron.sync.proof import Proof
 from agpo_megatron.sync.transfer import Transfer
 from agpo_megatron.wait import waiting_async
 
@@ -47,9 +48,10 @@ SEND_SHARE = 0.6
 """Part of the pass's remaining time for the trainer to send."""
 RECEIVE_SHARE = 0.8
 """The same for the servers to receive: longer, so that the trainer's end decides."""
-
-Hashes = list[dict[str, str]]
-"""Hash of every weight by name, per tensor-parallel rank of a server."""
+UNMOVED = (
+    "publish: %s is bit for bit what was published before, although the optimizer stepped on a gradient; either the "
+    "learning rate is below what the servers' precision resolves, or the trainer's steps do not reach its weights"
+)
 
 
 class PublishError(RuntimeError):
@@ -73,7 +75,8 @@ class Publisher:
     ``plan``: by pipeline stage, the buckets that the trainer sends (``conversion.manifest``). ``server_ranks``: tensor
     parallel size of a server. ``backend``: gloo or nccl. ``probe_tokens``: sequence whose log-probs server and trainer
     must agree on within ``probe_tolerance``. ``timeout``: seconds for one publish, all included. ``keep_running``: see
-    the module; the first publish ends what an earlier controller has left running all the same.
+    the module; the first publish ends what an earlier controller has left running all the same. ``readable``: as of
+    ``sync.proof.Proof``.
     """
 
     def __init__(
@@ -88,9 +91,9 @@ class Publisher:
         probe_tolerance: float,
         timeout: float,
         keep_running: bool = False,
+        readable: Mapping[str, int] | None = None,
     ) -> None:
         self._pool, self._trainer, self._plan = pool, trainer, plan
-        self._server_ranks, self._backend = server_ranks, backend
         self._probe_tokens, self._probe_tolerance = list(probe_tokens), probe_tolerance
         self._timeout = timeout
         self._keep_running, self._is_first = keep_running, True
@@ -98,24 +101,23 @@ class Publisher:
         self._version: WeightVersion | None = (
             None  # None: a publish waits for its turn, or there was none
         )
-        self._reported: dict[
-            Server, Hashes
-        ] = {}  # under the current version, by each server's last transfer
-        self._agreed: Hashes | None = None
+        self._proof = Proof(server_ranks, readable or {})
+        self._digest = ""  # of the last publish that reached a server
         self._one_at_a_time = asyncio.Lock()
         pool.refresh = self._refresh
 
-    async def publish(self, version: WeightVersion) -> Publication:
+    async def publish(self, version: WeightVersion, *, moved: bool = False) -> Publication:
         """Bring every living server to ``version`` (the trainer's current step); waits for one if none lives.
 
-        Returns when at least one serves it; its version carries the digest. Raises PublishError, WaitExpired.
+        ``moved``: a step with a gradient lies between it and the version before; that not one published bit has
+        changed is then worth a warning. Returns when at least one server has it; its version carries the digest.
+        Raises PublishError, WaitExpired.
         """
         self._version = None  # no server needs the weights of before any more
         name = f"publish of weights {version.step}"
         async with self._turn(name) as deadline, self._dispatch_closed():
             self._version = replace(version, digest="")
-            self._agreed = None
-            self._reported.clear()
+            self._proof.begin()
             # Also of servers that are dead now: they miss this publish.
             await self._pool.retire_versions(f"awaits weights {version.step}")
             while True:
@@ -130,7 +132,11 @@ class Publisher:
                 ]
                 if any(transfer.left for transfer in transfers):
                     self._is_first = False
-                    return _publication(transfers)
+                    publication = _publication(transfers)
+                    if moved and publication.version.digest == self._digest:
+                        log.warning(UNMOVED, publication.version)
+                    self._digest = publication.version.digest
+                    return publication
                 why = "; ".join(f"{s.url}: {t.failed[s]}" for t in transfers for s in t.failed)
                 if any(server.alive for server in self._pool.servers):
                     raise PublishError(f"no rollout server holds weights {version.step}: {why}")
@@ -219,7 +225,7 @@ class Publisher:
         with run.phase("end"):
             await run.each(lambda s: s.client.end_update(run.call_seconds))
         with run.phase("check"):
-            await self._check(run)
+            await self._proof.check(run)
         with run.phase("resume"):
             await run.each(lambda s: self._resume(s, run))
         with run.phase("probe"):
@@ -236,7 +242,9 @@ class Publisher:
         receiving = asyncio.create_task(run.each(lambda s: self._receive(s, until, run)))
         try:
             run.report = await self._trainer.publish_send(
-                run.version, SEND_SHARE * run.seconds_left
+                run.version,
+                SEND_SHARE * run.seconds_left,
+                self._proof.excerpts(run.version.step),
             )
             await receiving
         finally:
@@ -284,34 +292,6 @@ class Publisher:
             return None
         return logprobs
 
-    async def _check(self, run: Transfer) -> None:
-        """Compare the servers' weight checksums with the trainer's, or, where those are not known, with each other."""
-        found: dict[Server, Hashes] = {}
-
-        async def fetch(server: Server) -> None:
-            found[server] = await server.client.checksums(run.call_seconds)
-
-        await run.each(fetch)
-        if run.report is None:
-            return
-        stages = run.report.stages.values()
-        if self._server_ranks == 1 and all(stage.checksums is not None for stage in stages):
-            sent = {k: v for stage in stages for k, v in (stage.checksums or {}).items()}
-            agreed: Hashes | None = [sent]
-            whose = "the trainer's"
-        else:
-            self._reported.update({server: found[server] for server in run.left})
-            if self._agreed is None:
-                self._agreed = majority(list(self._reported.values()))
-            agreed = self._agreed
-            whose = "those of most servers"
-        for server in run.left:
-            if agreed is None:
-                await run.fail(server, "the servers' checksums differ, and no majority agrees")
-            elif wrong := differing(agreed, found[server]):
-                shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
-                await run.fail(server, f"checksums differ from {whose}: {shown}")
-
     async def _pause(self, server: Server, run: Transfer) -> None:
         server.paused = run.keep_running
         await server.client.pause("in_place" if run.keep_running else "abort", run.call_seconds)
@@ -357,14 +337,3 @@ def _with_digest(version: WeightVersion, report: PublishReport) -> WeightVersion
     """The version with a digest of what all stages sent."""
     text = " ".join(f"{number}:{stage.digest}" for number, stage in sorted(report.stages.items()))
     return replace(version, digest=hashlib.sha256(text.encode()).hexdigest()[:12])
-
-
-def majority(reports: Sequence[Hashes]) -> Hashes | None:
-    """Return the hashes that more than half of the servers report; None when no such half agrees."""
-    return next((r for r in reports if 2 * reports.count(r) > len(reports)), None)
-
-
-def differing(expected: Hashes, found: Hashes) -> list[str]:
-    """Names in ``expected`` whose hash in ``found`` is another or missing (``found`` may hold constant buffers too)."""
-    pairs = zip(expected, found, strict=True)
-    return sorted({name for e, f in pairs for name, value in e.items() if f.get(name) != value})

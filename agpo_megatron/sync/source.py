@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from agpo_megatron.conversion.shape import DTYPES, TensorSpec
 from agpo_megatron.rollout.checksum import ServerChecksums
+from agpo_megatron.rollout.excerpts import excerpt_digest
 from agpo_megatron.sync.messages import StageReport
 from agpo_megatron.wait import WaitExpired, waiting
 
@@ -130,18 +131,21 @@ class WeightSource:
         self.close()
         return StageReport("", error=reason)
 
-    def broadcast(self, buckets: Iterator[Bucket], seconds: float) -> StageReport:
+    def broadcast(
+        self, buckets: Iterator[Bucket], seconds: float, excerpts: Mapping[str, int] | None = None
+    ) -> StageReport:
         """Send all buckets, each as one uint8 broadcast; SGLang: load_format ``flattened_bucket``.
 
         The calling thread draws ``buckets`` (which may itself gather over TP) and copies them flat; another thread runs
         the collectives. ``buckets`` is always drawn to its end (or its own failure), since other ranks take part in its
-        gathers. Failures, the deadline included, come back in ``error``, after which the group is closed.
+        gathers. ``excerpts``: of how many leading rows, by tensor, to report a digest. Failures, the deadline included,
+        come back in ``error``, after which the group is closed.
         """
         started = time.monotonic()
         sender = _Sender(self._joined_group, started + seconds, self._device)
         digest = hashlib.sha256()
         checksums = ServerChecksums() if self._server_checksums else None
-        total = 0
+        total, read = 0, dict[str, str]()
         with waiting("publish: broadcast of the weights", seconds):
             with sender.stopped_by_errors():
                 for bucket in buckets:
@@ -155,6 +159,8 @@ class WeightSource:
                             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                             if checksums is not None:
                                 checksums.add(name, tensor)
+                            if rows := (excerpts or {}).get(name):
+                                read[name] = excerpt_digest(tensor[:rows].float().cpu())
                         digest.update(word_sum(flat).to_bytes(8, "little"))
             sender.finish()
         took = time.monotonic() - started
@@ -163,7 +169,11 @@ class WeightSource:
             log.error("publish: %s", sender.error)
             return StageReport("", total, took, error=sender.error)
         return StageReport(
-            digest.hexdigest()[:16], total, took, checksums.result() if checksums else None
+            digest.hexdigest()[:16],
+            total,
+            took,
+            checksums.result() if checksums else None,
+            read,
         )
 
     def flatten(self, bucket: Bucket) -> Tensor:

@@ -36,12 +36,18 @@ class PolicyPublisher:
         return {"stage": stage, "host": host, "port": port}
 
     def send(
-        self, plan: list[list[list[dict[str, Any]]]], seconds: float, step: int, held: int
+        self,
+        plan: list[list[list[dict[str, Any]]]],
+        seconds: float,
+        step: int,
+        excerpts: dict[str, int],
+        held: int,
     ) -> dict[str, Any]:
         """Broadcast this stage's buckets within ``seconds``; ``plan[stage][bucket]`` lists the tensors as the servers
         expect them.
 
         ``step``: the requested weights; ``held``: the policy's current step. Nothing is sent if they differ.
+        ``excerpts``: of how many leading rows, by tensor, to report a digest.
         """
         stage = self._policy.layout.pp_rank if self._source else None
         if step != held:
@@ -56,7 +62,7 @@ class PolicyPublisher:
                 pass  # take part in the gathers
             return {"stage": None, "step": held}
         specs = [[tensor_spec(entry) for entry in bucket] for bucket in plan[stage]]
-        report = self._source.broadcast(bucketed(tensors, specs), seconds)
+        report = self._source.broadcast(bucketed(tensors, specs), seconds, excerpts)
         for _ in tensors:
             pass  # rest of a refused plan: the other ranks take part in its gathers
         return {"stage": stage, "step": held, "report": asdict(report)}

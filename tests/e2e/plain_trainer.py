@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ BUCKET_BYTES = 100_000
 class PlainTrainer:
     """Implements ``TrainerPublishing``; its every wait has a deadline, which the publisher must have set.
 
-    ``spoil``: (name, index) of an element that is flipped on the wire.
+    ``spoil``: (name, index) of an element that is flipped on the wire. ``stale``: the wire carries what it carried
+    before, as if the servers ignored the update. ``hashes``: reproduce those of the servers.
     """
 
-    def __init__(self, model: LlamaForCausalLM, step: int) -> None:
-        self.model, self.step = model, step
+    def __init__(self, model: LlamaForCausalLM, step: int, hashes: bool = True) -> None:
+        self.model, self.step, self.hashes = model, step, hashes
         self.spoil: tuple[str, int] | None = None
+        self.stale = False
         self.opened: list[str] = []
         config = model.config.to_dict()
         half = config["num_hidden_layers"] // 2
@@ -45,19 +48,22 @@ class PlainTrainer:
             for i, source in enumerate(self._sources)
         }
 
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+    async def publish_send(
+        self, version: WeightVersion, seconds: float, excerpts: Mapping[str, int]
+    ) -> PublishReport:
         assert seconds > 0
         if version.step != self.step:
             refused = [source.refuse(f"holds step {self.step}") for source in self._sources]
             return PublishReport(self.step, dict(enumerate(refused)))
-        sends = [asyncio.to_thread(self._send, i, seconds) for i in range(len(self.plan))]
+        sends = [asyncio.to_thread(self._send, i, seconds, excerpts) for i in range(len(self.plan))]
         reports = await asyncio.gather(*sends)
         return PublishReport(self.step, dict(enumerate(reports)))
 
-    def _send(self, stage: int, seconds: float) -> StageReport:
+    def _send(self, stage: int, seconds: float, excerpts: Mapping[str, int]) -> StageReport:
         tensors = self.model.state_dict()
         named = [(s.name, tensors[s.name]) for bucket in self.plan[stage] for s in bucket]
-        return self._sources[stage].broadcast(bucketed(named, self.plan[stage]), seconds)
+        buckets = bucketed(named, self.plan[stage])
+        return self._sources[stage].broadcast(buckets, seconds, excerpts)
 
     async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
         assert seconds > 0
@@ -69,11 +75,15 @@ class PlainTrainer:
 
 
 class SpoilingSource(WeightSource):
-    """A source whose wire may flip one element, after the checksums were taken of the right tensor."""
+    """A source whose wire may carry something else than the checksums are taken of."""
 
     def __init__(self, trainer: PlainTrainer) -> None:
-        super().__init__("cpu", server_checksums=True)
+        super().__init__("cpu", server_checksums=trainer.hashes)
         self._trainer = trainer
+        self.sent: dict[int, Tensor] = {}  # by the bucket's number
+
+    def _joined_group(self, seconds: float) -> Any:
+        return Wire(super()._joined_group(seconds), self, lambda: self._trainer.stale)
 
     def flatten(self, bucket: list[tuple[str, Tensor]]) -> Tensor:
         flat = super().flatten(bucket)
@@ -85,6 +95,20 @@ class SpoilingSource(WeightSource):
         return flat
 
 
+class Wire:
+    """A group that may carry what it carried the last time, whatever it is given."""
+
+    def __init__(self, group: Any, source: SpoilingSource, stale: Callable[[], bool]) -> None:
+        self._group, self._sent, self._stale, self._number = group, source.sent, stale, 0
+
+    def broadcast(self, tensors: list[Tensor], options: Any) -> Any:
+        if self._stale():
+            tensors = [self._sent[self._number]]
+        self._sent[self._number] = tensors[0]
+        self._number += 1
+        return self._group.broadcast(tensors, options)
+
+
 @torch.no_grad()
 def logprobs(model: LlamaForCausalLM, tokens: list[int], temperature: float = 1.0) -> list[float]:
     """transformers' log-probs of ``tokens[1:]``."""
@@ -94,8 +118,9 @@ def logprobs(model: LlamaForCausalLM, tokens: list[int], temperature: float = 1.
 
 
 def changed(model: LlamaForCausalLM, seed: int) -> None:
-    """Move every weight, norms included, by noise that changes log-probs by tenths."""
+    """Scale every weight, norms included, by noise that changes log-probs by tenths. (The padding token's zeros stay:
+    noise there, normalised, would change them by nats.)"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.03 * torch.randn(p.shape, generator=generator))
+            p.mul_(1 + 0.03 * torch.randn(p.shape, generator=generator))

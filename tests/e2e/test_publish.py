@@ -6,21 +6,24 @@ import asyncio
 import copy
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 import made
 import pytest
 import torch
-from live_server import LiveServer, server_config, tiny_llama
+from live_server import LiveServer, serve, server_config, tiny_llama, write_tokenizer
 from plain_trainer import PlainTrainer, changed, logprobs
 from transformers import LlamaForCausalLM
 
 from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.excerpts import readable_rows
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import Sample, WeightVersion
+from agpo_megatron.sync.proof import Proof
 from agpo_megatron.sync.protocol import Publisher, PublishError
 
 log = logging.getLogger(__name__)
@@ -36,22 +39,29 @@ class Bench:
 
 @asynccontextmanager
 async def bench(
-    server: LiveServer, seed: int = 5, keep_running: bool = False
+    server: LiveServer,
+    seed: int = 5,
+    ranks: int = 1,
+    hashes: bool = True,
+    keep_running: bool = False,
 ) -> AsyncIterator[Bench]:
+    """``hashes``: the trainer reproduces the server's; else excerpts are read back, and, as in bf16, log-probs may
+    differ by 2 nats."""
     config = server_config(group_size=8, max_response_tokens=400, fragment_tokens=16).rollout
-    trainer = PlainTrainer(tiny_llama(seed), step=1)
+    trainer = PlainTrainer(tiny_llama(seed), step=1, hashes=hashes)
     async with aiohttp.ClientSession() as session:
         pool = RolloutPool([ServerClient(server.url, session, timeout=60)], config)
         publisher = Publisher(
             pool,
             trainer,
             trainer.plan,
-            server_ranks=1,
+            server_ranks=ranks,
             backend="gloo",
             probe_tokens=[7919 * i % 70 for i in range(32)],
-            probe_tolerance=1e-3,
+            probe_tolerance=1e-3 if hashes else 2.0,
             timeout=90,
             keep_running=keep_running,
+            readable={} if hashes else readable(trainer, ranks),
         )
         async with pool:
             await pool.wait_alive(seconds=60)
@@ -59,6 +69,12 @@ async def bench(
                 yield Bench(pool, publisher, trainer)
             finally:
                 trainer.close()
+
+
+def readable(trainer: PlainTrainer, ranks: int) -> dict[str, int]:
+    shapes = {spec.name: spec.shape for stage in trainer.plan for b in stage for spec in b}
+    config = trainer.model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    return readable_rows(config, shapes, ranks)
 
 
 def test_servers_compute_what_the_trainer_computes(live_server: LiveServer) -> None:
@@ -247,3 +263,47 @@ def test_a_quarantined_server_catches_up_alone(live_server: LiveServer) -> None:
             assert server.version.startswith("1.1.")
 
     asyncio.run(run())
+
+
+async def a_server_that_ignores_an_update_is_refused(server: LiveServer, ranks: int) -> None:
+    """Without the trainer's hashes; and every excerpt that is asked for is exact."""
+    async with bench(server, ranks=ranks, hashes=False) as b:
+        (role,) = b.pool.servers
+        await b.publisher.publish(WeightVersion(1, 1))
+        listed, tensors = readable(b.trainer, ranks), b.trainer.model.state_dict()
+        assert len(listed) == 20  # all
+        for name, rows in listed.items():
+            answer = torch.tensor(await role.client.leading_rows(name, rows, 30))
+            assert torch.equal(answer, tensors[name][:rows]), name
+        changed(b.trainer.model, seed=9)
+        b.trainer.step, b.trainer.stale = 2, True
+        with pytest.raises(PublishError, match="ignored the update: rank 0"):
+            await b.publisher.publish(WeightVersion(2, 1))
+        # Where no hashes are known of before, the excerpts tell.
+        unknowing = Proof(ranks, listed)
+        b.publisher._proof = unknowing
+        with pytest.raises(PublishError, match="read back is not what was sent"):
+            await b.publisher.publish(WeightVersion(2, 1))
+        # The allowance of bf16 would not have told.
+        unknowing._readable = {}
+        done = await b.publisher.publish(WeightVersion(2, 1))
+        assert 0.05 < done.probe_diff_max < 2.0
+        b.trainer.stale, unknowing._readable = False, listed
+        done = await b.publisher.publish(WeightVersion(2, 1))
+        assert done.probe_diff_max < 1e-4
+
+
+def test_a_server_that_ignores_an_update_is_refused(live_server: LiveServer) -> None:
+    asyncio.run(a_server_that_ignores_an_update_is_refused(live_server, 1))
+
+
+@pytest.mark.full
+def test_a_server_of_two_ranks_that_ignores_an_update_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_llama(seed=1).save_pretrained(model)
+    write_tokenizer(model)
+    two = server_config(tensor_parallel=2)
+    binding = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # two ranks on one NUMA node
+    serving = contextmanager(serve)(model, tmp_path / "log", two, env=binding)
+    with serving as server:
+        asyncio.run(a_server_that_ignores_an_update_is_refused(server, 2))

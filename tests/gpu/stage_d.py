@@ -1,4 +1,5 @@
-"""SGLang on a GPU: a server starts, generates, agrees with the policy on log-probs, and takes published weights.
+"""SGLang on a GPU: a server starts, generates, agrees with the policy on log-probs, and takes published weights, of
+which some are read back with each publish.
 
 The update group is NCCL's with two GPUs or more, gloo's where server and policy share one. Not yet run.
 """
@@ -40,12 +41,12 @@ class PolicyTrainer:
         port = self.source.open("127.0.0.1", group_name(epoch, 0), world_size, seconds)
         return {0: ("127.0.0.1", port)}
 
-    async def publish_send(self, version: Any, seconds: float) -> Any:
+    async def publish_send(self, version: Any, seconds: float, excerpts: Mapping[str, int]) -> Any:
         from agpo_megatron.sync.messages import PublishReport
         from agpo_megatron.sync.source import bucketed
 
         buckets = bucketed(self.policy.named_hf_tensors(), self.plan[0])
-        report = await asyncio.to_thread(self.source.broadcast, buckets, seconds)
+        report = await asyncio.to_thread(self.source.broadcast, buckets, seconds, excerpts)
         return PublishReport(self.step, {0: report})
 
     async def score_tokens(self, tokens: list[int], seconds: float) -> tuple[int, list[float]]:
@@ -58,7 +59,12 @@ class PolicyTrainer:
 
 
 async def published(
-    record: Record, url: str, trainer: PolicyTrainer, config: Any, backend: str
+    record: Record,
+    url: str,
+    trainer: PolicyTrainer,
+    config: Any,
+    backend: str,
+    readable: Mapping[str, int],
 ) -> None:
     import aiohttp
     import numpy as np
@@ -82,6 +88,7 @@ async def published(
             probe_tokens=PROMPT,
             probe_tolerance=0.5,
             timeout=120,
+            readable=readable,
         )
         async with pool:
             await pool.wait_alive(seconds=60)
@@ -110,6 +117,7 @@ def run(record: Record, device: str, gpus: int) -> None:
     from agpo_megatron.config.schema import TrainConfig
     from agpo_megatron.conversion.hf_checkpoint import read_config
     from agpo_megatron.conversion.manifest import buckets, publish_manifest
+    from agpo_megatron.rollout.excerpts import readable_rows
 
     record.skip("layers", "Transformer Engine's" if engine else "local: no Transformer Engine")
     backend = "nccl" if gpus > 1 else "gloo"
@@ -124,7 +132,10 @@ def run(record: Record, device: str, gpus: int) -> None:
             record.figure("server: seconds to the first generation", live.start_seconds, "s")
             with built(model, config.policy, TrainConfig()) as policy:
                 trainer = PolicyTrainer(policy, plan, "cuda" if gpus > 1 else "cpu")
-                asyncio.run(published(record, live.url, trainer, config, backend))
+                shapes = {spec.name: spec.shape for bucket in plan[0] for spec in bucket}
+                readable = readable_rows(read_config(model), shapes, ranks=1)
+                record.figure("tensors that may be read back", len(readable), "")
+                asyncio.run(published(record, live.url, trainer, config, backend, readable))
                 trainer.source.close()
 
 

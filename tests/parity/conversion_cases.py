@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,11 +55,13 @@ class Model:
 
 @dataclass
 class Found:
-    """``from_hf``, ``from_megatron``: weights by Hugging Face name, after loading either; ``logits``: of each sequence;
+    """``from_hf``, ``from_megatron``, ``from_stored``: weights by Hugging Face name, after loading the one folder, the
+    other by Megatron, the other as a run does that begins from it; ``logits``: of each sequence;
     ``logprobs``: of each, scored in one pack. Complete on rank 0 after ``merged``."""
 
     from_hf: dict[str, Tensor] = field(default_factory=dict)
     from_megatron: dict[str, Tensor] = field(default_factory=dict)
+    from_stored: dict[str, Tensor] = field(default_factory=dict)
     logits: list[Tensor] = field(default_factory=list)
     logprobs: dict[str, list[float]] = field(default_factory=dict)
 
@@ -66,13 +69,14 @@ class Found:
 def execute(
     rank: int, models: dict[str, Model], policy: PolicyConfig, batch: list[TrainSequence]
 ) -> dict[str, Found]:
-    """Every model in one layout: load, score, export; fill again from the converted checkpoint, export; save."""
+    """Every model in one layout: load, score, export; fill again from the converted checkpoint, by both
+    readers, export; save."""
     logging.disable(logging.WARNING)
     from agpo_megatron.policy import backend
 
     backend.activate("cpu")
-    from agpo_megatron.policy import checkpoint, parallel
-    from agpo_megatron.policy.policy import Policy
+    from agpo_megatron.policy import checkpoint, parallel, weights
+    from agpo_megatron.policy.policy import Policy, opened
 
     found = {}
     try:
@@ -88,9 +92,10 @@ def execute(
                 result.logprobs = {k: s.logprobs.tolist() for k, s in built.score([mine]).items()}
                 if layout.tp * layout.pp == 1:
                     result.logits = logits(built, mine)
-            for chunk in built.chunks:
-                for parameter in chunk.parameters():
-                    parameter.data.fill_(float("nan"))
+            forget(built)
+            weights.load_stored(built.chunks, opened(Path(model.converted)), layout)
+            result.from_stored = {n: t.clone() for n, t in built.named_hf_tensors()}
+            forget(built)
             checkpoint.load_weights(model.converted, built.chunks, layout)
             built.optimizer.reload_model_params()
             result.from_megatron = {n: t.clone() for n, t in built.named_hf_tensors()}
@@ -99,6 +104,13 @@ def execute(
         return found
     finally:
         parallel.shutdown()
+
+
+def forget(policy: Any) -> None:
+    """Leave no weight as it was."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
 
 
 def logits(policy: Any, batch: list[TrainSequence]) -> list[Tensor]:
@@ -126,6 +138,7 @@ def merged(ranks: list[dict[str, Found]], name: str) -> Found:
     for found in (rank[name] for rank in ranks):
         whole.from_hf.update(found.from_hf)
         whole.from_megatron.update(found.from_megatron)
+        whole.from_stored.update(found.from_stored)
         whole.logprobs.update(found.logprobs)
         whole.logits += found.logits
     return whole

@@ -27,6 +27,8 @@ class FakeServer:
         self.drop: list[str] = []  # control endpoints whose connection breaks once each
         self.stall: dict[str, asyncio.Event] = {}  # control endpoints that wait before they answer
         self.checksums = {"w": "1"}
+        self.second_rank: dict[str, str] | None = None  # its checksums, where there is one
+        self.weights: dict[str, list[Any]] = {}  # what get_weights_by_name knows
         self.spans: list[dict[str, Any]] | None = (
             None  # weight_versions of an answer; None: all of it
         )
@@ -66,7 +68,12 @@ class FakeServer:
         if name == "update_weight_version":
             self.version = body["new_version"]
         if name == "weights_checker":
-            return web.json_response({"success": True, "ranks": [{"checksums": self.checksums}]})
+            ranks = [self.checksums, self.second_rank][: 2 if self.second_rank else 1]
+            return web.json_response({"success": True, "ranks": [{"checksums": c} for c in ranks]})
+        if name == "get_weights_by_name":
+            if body["name"] not in self.weights:
+                return web.json_response({"error": {"message": "failed"}}, status=400)
+            return web.json_response(self.weights[body["name"]][: body["truncate_size"]])
         return web.json_response({"success": True, "message": "Success"})
 
     async def _ok(self, _: web.Request) -> web.Response:

@@ -100,3 +100,14 @@ def test_the_correction_that_comes_with_running_ahead_may_not(folder: RunFolder)
     kept = ["train.max_staleness=1", "algorithm.loss.correction.kind=none"]
     folder.config.unlink()
     assert refusal(folder, [], kept) == ""
+
+
+def test_the_content_of_a_converted_model_is_what_its_marker_lists(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = claim.fingerprint(tmp_path)
+    (tmp_path / "complete.json").write_text("1")
+    converted = claim.fingerprint(tmp_path)
+    (tmp_path / "complete.json").write_text("2")
+    assert len({before, converted, claim.fingerprint(tmp_path)}) == 3
+    (tmp_path / "complete.json").write_text("1")
+    assert claim.fingerprint(tmp_path) == converted

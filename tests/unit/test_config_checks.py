@@ -388,6 +388,20 @@ def test_a_missing_input_is_named_with_its_key(tmp_path: Path, missing: str, mes
     assert found[0].endswith("correct the path")
 
 
+def test_a_converted_checkpoint_is_a_model_but_not_for_servers_alone(tmp_path: Path) -> None:
+    model = usable_inputs(tmp_path)
+    (model / "model.safetensors").rename(model / "complete.json")
+    sets = f"eval.sets=[{{path: {tmp_path}/held_out.jsonl}}]"
+    sft = f"sft={{base: {model}, path: {tmp_path}/sft.jsonl}}"
+    for command in ("train", "replay", "sft"):
+        check_inputs(config_with(tmp_path, sft, sets), command)
+    (found,) = input_problems(config_with(tmp_path, sets), "eval")
+    assert "an evaluation has no trainer to publish from; convert it" in found
+    (model / "config.json").unlink()  # as what a training run saves
+    (found,) = input_problems(config_with(tmp_path, sets))
+    assert found.startswith("model.path: ") and "is a checkpoint of a training run" in found
+
+
 def test_a_missing_file_of_a_list_of_sources_is_named_with_its_place(tmp_path: Path) -> None:
     usable_inputs(tmp_path)
     sources = f"[{{path: {tmp_path}/train.jsonl}}, {{path: {tmp_path}/none.jsonl}}]"

@@ -17,6 +17,7 @@ import torch
 from conversion_models import ALL, LLAMA, MIXTRAL, QWEN2, QWEN3_MOE, random_weights
 from converter import TOOL, convert, tool
 
+from agpo_megatron.conversion.cutting import padded_vocabulary, shard_to_megatron
 from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint
 from agpo_megatron.conversion.hf_writer import write_hf_checkpoint
 from agpo_megatron.conversion.shape import TensorSpec
@@ -55,6 +56,42 @@ def test_hf_to_megatron_to_hf_is_exact(tmp_path, capsys, config, dtype, cut):
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "m"]
+
+
+@pytest.mark.parametrize("config", [*ALL.values(), TIED], ids=[*ALL, "tied"])
+@pytest.mark.parametrize("cut", [(), ("--tp", 4, "--pp", 2)])
+def test_a_rank_of_any_layout_reads_what_it_would_cut_from_the_original(tmp_path, config, cut):
+    config = {
+        **config,
+        "vocab_size": 70,
+    }  # of four ranks the third has padding, the fourth nothing else
+    tensors = write(tmp_path / "hf", config)
+    assert convert("to-megatron", tmp_path / "hf", tmp_path / "m", *cut) == 0
+    weights = WeightMap(config)
+    model = StoredModel(StoredCheckpoint(tmp_path / "m"), weights)
+    rules = [*weights.rules(), weights.for_megatron("output_layer.weight")]
+    for tp in (1, 2, 4):
+        rows = padded_vocabulary(70, tp)
+        for rule in rules:
+            for rank in range(tp):
+                expected = shard_to_megatron(
+                    rule, [tensors[t.name] for t in rule.hf], weights.shape, tp, rank, rows
+                )
+                assert torch.equal(model.load_shard(rule, tp, rank), expected), (rule, tp, rank)
+
+
+def test_the_folder_is_a_model_and_its_marker_covers_all_of_it(tmp_path):
+    write(tmp_path / "hf")
+    for name in ("tokenizer.json", "generation_config.json"):
+        (tmp_path / "hf" / name).write_text("{}")
+    assert convert("to-megatron", tmp_path / "hf", tmp_path / "m") == 0
+    assert (tmp_path / "m" / "config.json").read_bytes() == (
+        tmp_path / "hf" / "config.json"
+    ).read_bytes()
+    listed = json.loads((tmp_path / "m" / "complete.json").read_text())["files"]
+    files = {p.name for p in (tmp_path / "m").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "config.json"} <= files
+    assert files == {*listed, "complete.json"}
 
 
 def test_what_is_stored_in_rows_is_handed_out_as_it_is_stored(tmp_path):
@@ -399,7 +436,7 @@ def _outside_marker(m: Path) -> None:
         (_metadata(_lost_chunk), "holds 0 of the 960 values of decoder.layers.mlp.linear_fc2"),
         (_metadata(_other_shape), "saved from another model"),
         (_outside_marker, "names '../hf/config.json', outside the folder"),
-        (lambda m: shutil.rmtree(m / "huggingface"), "give --like HF_DIR"),
+        (lambda m: (m / "config.json").unlink(), "give --like HF_DIR"),
     ],
 )
 def test_damaged_and_hostile_checkpoints_are_refused(tmp_path, capsys, damage, message):

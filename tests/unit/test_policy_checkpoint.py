@@ -9,6 +9,7 @@ from typing import Any
 import policy_models
 import pytest
 import torch
+from converter import convert
 from made import loss
 
 from agpo_megatron.config.schema import PolicyConfig
@@ -55,6 +56,34 @@ def test_a_checkpoint_before_the_first_step(folder: Path, tmp_path: Path) -> Non
         expected = step(policy)
         checkpoint.load(tmp_path / "c", policy)
         assert step(policy) == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_policy_of_a_converted_checkpoint_is_the_same_and_trains_the_same(
+    folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = PolicyConfig(dtype=dtype)  # type: ignore[arg-type]
+    assert convert("to-megatron", folder, tmp_path / "m", "--tp", 4, "--pp", 2) == 0
+    with policy_models.one_rank(folder, config) as policy:
+        weights = {name: tensor.clone() for name, tensor in policy.named_hf_tensors()}
+        expected = [step(policy), step(policy)]  # the optimizer's own copies as well
+    with policy_models.one_rank(tmp_path / "m", config) as policy:
+        for name, tensor in policy.named_hf_tensors():
+            assert torch.equal(tensor, weights.pop(name)), name
+        assert weights == {}
+        assert [step(policy), step(policy)] == expected
+
+
+def test_a_damaged_converted_checkpoint_begins_no_run(folder: Path, tmp_path: Path) -> None:
+    from agpo_megatron.policy.marker import CheckpointError
+
+    assert convert("to-megatron", folder, tmp_path / "m") == 0
+    _flipped(tmp_path / "m")
+    with (
+        pytest.raises(CheckpointError, match="is not what was written"),
+        policy_models.one_rank(tmp_path / "m"),
+    ):
+        pass
 
 
 def inodes(folder: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,10 @@ def test_kernel_stand_in_fails_only_when_called() -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(STAND_INS)}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+def test_a_server_of_a_converted_model_begins_with_random_weights(tmp_path: Path) -> None:
+    assert "--load-format" not in flags(server_command(config(), str(tmp_path), port=1).argv)
+    (tmp_path / "complete.json").write_text("{}")
+    found = flags(server_command(config(), str(tmp_path), port=1).argv)
+    assert found["--load-format"] == "dummy"

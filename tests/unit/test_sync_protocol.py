@@ -16,11 +16,13 @@ from fake_sglang import FakeServer
 from agpo_megatron.config.schema import RolloutConfig
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.excerpts import excerpt_digest
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.servers import State
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import PublishReport, StageReport
-from agpo_megatron.sync.protocol import Publisher, PublishError, differing, majority
+from agpo_megatron.sync.proof import differing, majority
+from agpo_megatron.sync.protocol import Publisher, PublishError
 
 pytestmark = pytest.mark.processes
 
@@ -35,7 +37,7 @@ class FakeTrainer:
     """Two stages that send nothing; the fake servers receive nothing.
 
     ``step`` it holds (None: the one asked for); ``at_open`` and ``at_send``: what else happens there, the latter given
-    its seconds; ``error``: of stage 1, once.
+    its seconds; ``error``: of stage 1, once. All values of a tensor are the length of its name.
     """
 
     def __init__(self) -> None:
@@ -59,11 +61,15 @@ class FakeTrainer:
             await self.at_open()
         return {0: ("10.0.0.1", 5000), 1: ("10.0.0.2", 5001)}
 
-    async def publish_send(self, version: WeightVersion, seconds: float) -> PublishReport:
+    async def publish_send(
+        self, version: WeightVersion, seconds: float, excerpts: Mapping[str, int]
+    ) -> PublishReport:
         self.sent += 1
+        self.excerpts = dict(excerpts)
         if self.at_send:
             await self.at_send(seconds)
-        stage = StageReport(self.digest, 10, 0.1, self.checksums)
+        read = {name: excerpt_digest([float(len(name))] * rows) for name, rows in excerpts.items()}
+        stage = StageReport(self.digest, 10, 0.1, self.checksums, read)
         stages = {0: stage, 1: replace(stage, error=self.error)}
         self.error = ""
         return PublishReport(version.step if self.step is None else self.step, stages)
@@ -80,6 +86,7 @@ async def publishing(
     refresh: bool = False,
     keep_running: bool = False,
     kind: type[FakeServer] = FakeServer,
+    readable: Mapping[str, int] | None = None,
     **config: Any,
 ) -> AsyncIterator[tuple[Publisher, RolloutPool, list[Any], FakeTrainer]]:
     fakes = [kind() for _ in range(count)]
@@ -92,6 +99,7 @@ async def publishing(
         publisher = Publisher(
             pool, trainer, PLAN, server_ranks=2 if count > 1 else 1, backend="gloo",
             probe_tokens=[3, 1, 2], probe_tolerance=1e-3, timeout=timeout, keep_running=keep_running,
+            readable=readable,
         )  # fmt: skip
         if not refresh:
             pool.refresh = None  # only what the tests ask for
@@ -292,6 +300,7 @@ def test_a_server_that_misses_a_publish_receives_it_before_it_serves() -> None:
             await away.stop()
             await pool.mark_dead(pool.servers[1], "test: connection lost")
             trainer.digest, trainer.scored_step = "e", 2
+            trainer.checksums = good.checksums = away.checksums = {"w": "2"}
             second = await publisher.publish(WeightVersion(2, 1))
             assert second.servers == [good.url]
             await away.start()

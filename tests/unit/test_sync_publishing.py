@@ -18,7 +18,9 @@ from torch import Tensor
 
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.publishing import make_publisher, probe_tokens, probe_tolerance
+from agpo_megatron.conversion.manifest import publish_manifest
 from agpo_megatron.rollout.client import ServerClient
+from agpo_megatron.rollout.excerpts import excerpt_digest
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.samples import WeightVersion
 from agpo_megatron.sync.messages import StageReport
@@ -49,14 +51,50 @@ class Trainers:
 
     def __init__(self) -> None:
         self.calls: dict[str, dict[str, Any]] = {}
+        self.checksums: dict[str, str] | None = {"w": "1"}
 
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         self.calls[name] = args
-        report = vars(StageReport("d", 1, 0.1, {"w": "1"}))
+        asked = args.get("excerpts", {})
+        read = {name: excerpt_digest([0.0]) for name in asked}
+        report = vars(StageReport("d", 1, 0.1, self.checksums, read))
         source = {"stage": 0, "host": "10.0.0.1", "port": 5000, "report": report, "step": 3}
         if name == "score":
             return [{"logprobs": [0.0] + [-1.0] * (len(args["tokens"]) - 1), "step": 3}]
         return [{"stage": None, "step": 3}, source]
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("gloo", 1), ("gloo", 2), ("nccl", 1)])
+def test_excerpts_are_asked_for_where_the_hashes_are_not_known(
+    tmp_path: Path, backend: str, ranks: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    settings = config(tmp_path, "fp32", "float32")
+    settings = settings.model_copy(
+        update={"rollout": settings.rollout.model_copy(update={"tensor_parallel": ranks})}
+    )
+    known = (backend, ranks) == ("gloo", 1)
+
+    async def run() -> None:
+        fake, trainers = FakeServer(), Trainers()
+        trainers.checksums = {"w": "1"} if known else None
+        fake.weights = {
+            spec.name: [0.0] for spec in publish_manifest(LLAMA, [[0, 1]], "float32")[0]
+        }
+        await fake.start()
+        async with aiohttp.ClientSession() as session:
+            pool = RolloutPool([ServerClient(fake.url, session)], settings.rollout)
+            publisher = make_publisher(settings, pool, trainers, backend, PROMPTS)
+            async with pool:
+                await pool.wait_alive()
+                await publisher.publish(WeightVersion(3, 1))
+        await fake.stop()
+        asked = trainers.calls["publish_send"]["excerpts"]
+        assert len(asked) == (0 if known else 4)
+        read = [body["name"] for name, body in fake.controls if name == "get_weights_by_name"]
+        assert read == list(asked)
+
+    asyncio.run(run())
 
 
 PROMPTS = [made.prompt(i, list(range(8)), "7") for i in range(4)]
@@ -129,6 +167,6 @@ def test_a_plan_that_does_not_fit_the_policy_still_draws_all_its_tensors(
     publisher = PolicyPublisher(policy, config(Path("m"), "fp32", "auto"))
     publisher.open("epoch", 2)
     plan = [[[{"name": "z", "shape": [2], "dtype": "float32"}]]]
-    answer = publisher.send(plan, seconds=5.0, step=1, held=1)
+    answer = publisher.send(plan, seconds=5.0, step=1, excerpts={}, held=1)
     assert "expects z (2,), the policy gives a (2,)" in answer["report"]["error"]
     assert drawn == ["a", "b", "c"]

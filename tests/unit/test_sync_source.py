@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agpo_megatron.conversion.shape import TensorSpec
 from agpo_megatron.rollout.checksum import ServerChecksums
+from agpo_megatron.rollout.excerpts import excerpt_digest
 from agpo_megatron.sync.messages import StageReport
 from agpo_megatron.sync.source import WeightSource, bucketed, word_sum
 
@@ -66,7 +67,7 @@ def test_receivers_get_the_bytes_bucket_by_bucket(dtype: str) -> None:
     receiver = Receiver(source.open("127.0.0.1", "g", 2, 20), "g", 3 * sizes(plan))
 
     def send() -> StageReport:
-        report = source.broadcast(iter(bucketed(named, plan)), 20)
+        report = source.broadcast(iter(bucketed(named, plan)), 20, {"a": 2, "c": 9, "elsewhere": 1})
         assert report.error == ""
         return report
 
@@ -74,6 +75,11 @@ def test_receivers_get_the_bytes_bucket_by_bucket(dtype: str) -> None:
     assert report.bytes == sum(sizes(plan))
     cast = [t.to(getattr(torch, dtype)) for _, t in named]
     # The group stays open for the next publish, and what is sent has an identity.
+    # What is read back is compared with the leading rows of what was sent, not of what it was cast from.
+    assert report.excerpts == {
+        "a": excerpt_digest(cast[0][:2].tolist()),
+        "c": excerpt_digest(cast[2].tolist()),
+    }
     assert send().digest == report.digest
     named[2][1][1, 0, 1] += 0.5
     assert send().digest != report.digest
