@@ -191,7 +191,15 @@ class ClusterConfig(Section):
 
 
 class PrepareConfig(Section):
-    recipe: Literal["none", "tiny_sums", "smollm2_sums", "smollm2_gsm8k"] = "none"
+    recipe: Literal[
+        "none",
+        "tiny_sums",
+        "tiny_sums_neutral",
+        "tiny_sums_needed",
+        "tiny_sums_overthinking",
+        "smollm2_sums",
+        "smollm2_gsm8k",
+    ] = "none"
     """Files that ``agpo-megatron prepare`` writes before a demonstration run (data, base checkpoint)."""
     source: str = ""
     """Input of the recipe, where it needs one (a GSM8K folder, for instance)."""

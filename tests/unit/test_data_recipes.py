@@ -7,6 +7,7 @@ import random
 import re
 import zipfile
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_slips_are_forgotten_carries_and_nothing_else() -> None:
     chosen, _ = tiny_sums.problems(1, 2000, 1)
     right: dict[bool, list[bool]] = {True: [], False: []}
     for problem in chosen:
-        text = tiny_sums.solution(problem, rng)
+        text = tiny_sums.solution(problem, tiny_sums.TASKS["tiny_sums"], rng)
         correct = numeric(Problem([], str(sum(problem))), Response(text))
         columns = re.findall(r"(\d)\+(\d)( \+1)? = (\d)", text)
         if not columns:
@@ -137,6 +138,39 @@ def test_slips_are_forgotten_carries_and_nothing_else() -> None:
     verbose, concise = (sum(right[k]) / len(right[k]) for k in (True, False))
     assert 0.05 < verbose < 0.35
     assert concise > verbose + 0.15
+
+
+@pytest.mark.parametrize(
+    ("recipe", "longer_right", "padding"),
+    [
+        ("tiny_sums", -11, 0),
+        ("tiny_sums_neutral", 0, 0),
+        ("tiny_sums_needed", 14, 0),
+        ("tiny_sums_overthinking", 0, 12.5),
+    ],
+)
+def test_the_tasks_differ_in_what_length_does(
+    recipe: str, longer_right: float, padding: float
+) -> None:
+    """``longer_right``: tokens by which right answers are longer; ``padding``: tokens after the last column."""
+    rng, tokenizer = random.Random(1), tiny_sums.build_tokenizer()
+    chosen, _ = tiny_sums.problems(1, 3000, 1)
+    texts = [tiny_sums.solution(problem, tiny_sums.TASKS[recipe], rng) for problem in chosen]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    right = [text.endswith(f" #### {sum(p)}") for text, p in zip(texts, chosen, strict=True)]
+    assert 0.6 < fmean(right) < 0.75
+    assert max(lengths) <= 80, "rollout.max_response_tokens of configs/tiny_cpu.yaml"
+    means = [
+        fmean(n for n, r in zip(lengths, right, strict=True) if r is which)
+        for which in (True, False)
+    ]
+    assert means[0] - means[1] == pytest.approx(longer_right, abs=1.5)
+    empty = len(tiny_sums.REASSURANCE) * fmean(
+        text.partition(" hundreds ")[2].count("looks right") for text in texts
+    )
+    reassured = tiny_sums.TASKS[recipe].otherwise * len(tiny_sums.REASSURANCE)
+    if padding:
+        assert empty - reassured == pytest.approx(padding, abs=1.0)
 
 
 def test_gsm8k_keeps_the_number_behind_the_mark(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ def prepare(config: Config) -> None:
     match config.prepare.recipe:
         case "none":
             return
-        case "tiny_sums":
+        case "tiny_sums" | "tiny_sums_neutral" | "tiny_sums_needed" | "tiny_sums_overthinking":
             from agpo_megatron.data.recipes.tiny_sums import prepare_tiny_sums
 
             prepare_tiny_sums(config)

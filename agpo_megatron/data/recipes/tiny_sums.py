@@ -1,14 +1,18 @@
-"""A small arithmetic task for the quickstart: three-digit sums, and a Llama of 0.8 M parameters that has to learn them.
+"""Small arithmetic tasks: three-digit sums, and a Llama of 0.8 M parameters that has to learn them.
 
-The worked solutions of the cold start imitate three writers. What they do wrong is their habit, not chance of an
-early stop, so supervised tuning converges to a model that is right on part of the problems, stably:
+The worked solutions of the cold start imitate writers. What they do wrong is their habit, not chance of an early stop,
+so supervised tuning converges to a model that is right on part of the problems, stably. The problems are the same in
+all tasks; the writers differ in one thing, what length does:
 
-* the verbose one chats before every column and mostly forgets to carry;
-* the concise one writes bare columns and forgets fewer;
-* the hasty one, rare, writes the sum at once.
+* ``tiny_sums``, the quickstart: long answers are wrong. The verbose writer chats before every column and mostly forgets
+  to carry; the concise one writes bare columns and forgets fewer; the hasty one, rare, writes the sum at once. Who has
+  just forgotten a carry tends to reassure himself in a few more words. Cov(length, advantage) < 0.
+* ``tiny_sums_neutral``: length says nothing. Verbose and concise writers forget alike, and reassure themselves alike.
+* ``tiny_sums_needed``: long answers are right. Who writes columns, at length, seldom forgets; the hasty one, frequent,
+  mostly does.
+* ``tiny_sums_overthinking``: all work out the sum alike, and then most go on, to no effect.
 
-Who has just forgotten a carry tends to reassure himself in a few more words. Wrong answers are therefore long answers
-as is usual in reasoning, Cov(length, advantage) < 0, and the loss clip stays open while there is something to learn.
+A method that shortens answers should do so in the last, may do so in the first two, and must not in the third.
 """
 
 from __future__ import annotations
@@ -71,29 +75,68 @@ MODEL: dict[str, Any] = {
 class Writer:
     """``share``: of the solutions. ``chats``: probability per column. ``forgets``: probability per carry.
 
-    ``columns``: False writes the sum at once.
+    ``columns``: False writes the sum at once. ``pads``: probability, after the last column, of each further empty
+    phrase, ``MOST_PHRASES`` at most.
     """
 
     share: float
     chats: float
     forgets: float
     columns: bool = True
+    pads: float = 0.0
 
 
-WRITERS = (
-    Writer(share=0.65, chats=0.9, forgets=0.8),
-    Writer(share=0.34, chats=0.1, forgets=0.4),
-    Writer(share=0.01, chats=0.0, forgets=0.85, columns=False),
-)
-REASSURES_AFTER_SLIP = 0.9
-REASSURES_OTHERWISE = 0.05
+@dataclass(frozen=True)
+class Task:
+    """``after_slip``, ``otherwise``: probability that a writer reassures himself after a column, when he has just
+    forgotten a carry, and when not."""
+
+    writers: tuple[Writer, ...]
+    after_slip: float
+    otherwise: float
+
+
+MOST_PHRASES = 3
+TASKS = {
+    "tiny_sums": Task(
+        (
+            Writer(share=0.65, chats=0.9, forgets=0.8),
+            Writer(share=0.34, chats=0.1, forgets=0.4),
+            Writer(share=0.01, chats=0.0, forgets=0.85, columns=False),
+        ),
+        after_slip=0.9,
+        otherwise=0.05,
+    ),
+    "tiny_sums_neutral": Task(
+        (Writer(share=0.5, chats=0.9, forgets=0.5), Writer(share=0.5, chats=0.1, forgets=0.5)),
+        after_slip=0.3,
+        otherwise=0.3,
+    ),
+    "tiny_sums_needed": Task(
+        (
+            Writer(share=0.3, chats=0.9, forgets=0.1),
+            Writer(share=0.2, chats=0.1, forgets=0.4),
+            Writer(share=0.5, chats=0.0, forgets=0.85, columns=False),
+        ),
+        after_slip=0.05,
+        otherwise=0.05,
+    ),
+    "tiny_sums_overthinking": Task(
+        (
+            Writer(share=0.8, chats=0.1, forgets=0.5, pads=0.8),
+            Writer(share=0.2, chats=0.1, forgets=0.5),
+        ),
+        after_slip=0.05,
+        otherwise=0.05,
+    ),
+}
 
 
 def prepare_tiny_sums(config: Config) -> None:
     """Write train, eval and sft files and the random checkpoint ``sft.base`` with its tokenizer."""
     if config.sft is None or not config.eval.sets:
         raise DataError(
-            "recipe tiny_sums writes sft.base, sft.path and eval.sets[0].path; set them"
+            f"recipe {config.prepare.recipe} writes sft.base, sft.path and eval.sets[0].path; set them"
         )
     prepare, seed = config.prepare, config.seed
     made_from = {
@@ -111,11 +154,13 @@ def prepare_tiny_sums(config: Config) -> None:
         for path, chosen in ((config.eval.sets[0].path, held_out), (data.path, training)):
             rows = [{data.prompt_key: question(p), data.answer_key: str(sum(p))} for p in chosen]
             write_jsonl(path, rows)
-        solutions = ({"prompt": question(p), "response": solution(p, rng)} for p in solved)
+        task = TASKS[prepare.recipe]
+        solutions = ({"prompt": question(p), "response": solution(p, task, rng)} for p in solved)
         write_jsonl(config.sft.path, solutions)
         data_is_complete(config, made_from)
         log.info(
-            "tiny_sums: %d + %d problems, %d solutions", len(training), len(held_out), len(solved)
+            "%s: %d + %d problems, %d solutions",
+            *(prepare.recipe, len(training), len(held_out), len(solved)),
         )
     if not Path(config.sft.base).exists():
         write_base_checkpoint(config.sft.base, seed)
@@ -143,9 +188,9 @@ def question(problem: tuple[int, int]) -> str:
     return f"{problem[0]}+{problem[1]}="
 
 
-def solution(problem: tuple[int, int], rng: random.Random) -> str:
+def solution(problem: tuple[int, int], task: Task, rng: random.Random) -> str:
     """A worked solution by one of the writers, with his slips: " ones 4+6 = 0 tens 7+2 +1 = 0 … #### 500"."""
-    writer = rng.choices(WRITERS, [w.share for w in WRITERS])[0]
+    writer = rng.choices(task.writers, [w.share for w in task.writers])[0]
     pieces: list[str] = []
     carry, total = 0, 0
     for column, name in enumerate(COLUMNS):
@@ -159,9 +204,12 @@ def solution(problem: tuple[int, int], rng: random.Random) -> str:
             equals = CARRY_EQUALS if carry else EQUALS
             pieces += [*(CHAT if chat else ()), name, str(x), "+", str(y), equals, str(added % 10)]
             pieces += [" ."] if chat else []
-            if rng.random() < (REASSURES_AFTER_SLIP if forgotten else REASSURES_OTHERWISE):
+            if rng.random() < (task.after_slip if forgotten else task.otherwise):
                 pieces += REASSURANCE
         carry = 0 if forgotten else due
+    phrases = 0
+    while writer.pads and phrases < MOST_PHRASES and rng.random() < writer.pads:
+        pieces, phrases = [*pieces, *REASSURANCE], phrases + 1
     return "".join([*pieces, MARK, str(total)])
 
 
