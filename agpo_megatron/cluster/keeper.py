@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # typing takes as long to import as all the rest
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
 LIBC = ctypes.CDLL(None, use_errno=True)
 FOR_ALL = (signal.SIGUSR1, signal.SIGTERM)
-"""What Slurm sends to every process of a step, meant for the supervisor."""
+"""The signals that Slurm sends to every process of a step, meant for the supervisor."""
 UNHEARD = (*FOR_ALL, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 TIE = 0
 """Stdin of both keepers, a socket: brings the role's command, takes the pids of the inner keeper and of the role, and

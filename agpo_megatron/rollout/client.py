@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import resource
 import socket
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,17 @@ class NoDescriptor(RuntimeError):
             f"no file descriptor left for a connection to {url}: the controller may open {soft} (hard limit {hard}); "
             "raise the hard limit (`ulimit -Hn`, or LimitNOFILE of slurmd), or lower rollout.max_in_flight"
         )
+
+
+def _for_want_of_a_descriptor(error: Exception) -> bool:
+    """Return whether a connection failed because this process may open no more files. A host name cannot be looked up
+    then either, and the resolver says that it is unknown."""
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        try:
+            os.close(os.dup(0))
+        except OSError as found:
+            error = found
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
 
 
 class NonFiniteLogprob(ServerError):
@@ -386,6 +398,6 @@ class ServerClient:
             message = f"nothing within {seconds:.0f} s"
             raise ServerError(self.url, endpoint, 0, message) from error
         except (aiohttp.ClientError, OSError) as error:
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            if _for_want_of_a_descriptor(error):
                 raise NoDescriptor(self.url) from error
             raise ServerError(self.url, endpoint, 0, repr(error)) from error

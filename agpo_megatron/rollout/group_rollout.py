@@ -144,7 +144,7 @@ class _Rollout:
             prefer=first.server,
         )
         self.cache = self.cache or server.version
-        drains, torn = server.drains, server.torn
+        torn = server.torn
         try:
             outputs = await server.client.generate(
                 np.concatenate([self.prompt.tokens, first.tokens()]),
@@ -168,7 +168,7 @@ class _Rollout:
             return
         for response, output in zip(responses, outputs, strict=True):
             self._add(response, output, server)
-        if server.drains == drains and all(o.finish_reason == "abort" for o in outputs):
+        if not server.draining and all(o.finish_reason == "abort" for o in outputs):
             text = "aborted by the server itself"
             failures.append((server, ServerError(server.url, "/generate", 200, text)))
 

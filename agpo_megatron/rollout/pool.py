@@ -180,7 +180,7 @@ class RolloutPool:
         within ``seconds`` is then DEAD, so that it cannot block a publish.
         """
         for server in servers:
-            server.drains += 1
+            server.draining = True
         try:
             async with waiting_async("requests in flight to end", seconds):
                 while busy := [s for s in servers if s.in_flight and s.alive]:
@@ -190,6 +190,9 @@ class RolloutPool:
             for server in servers:
                 if server.in_flight and server.alive:
                     await self.mark_dead(server, str(expired))
+        finally:
+            for server in servers:
+                server.draining = False
 
     async def _until_empty(self, servers: Sequence[Server]) -> None:
         """Wait a tenth of a second at most."""

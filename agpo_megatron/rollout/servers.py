@@ -36,7 +36,7 @@ class State(Enum):
 class Server:
     """``in_flight``: samples. ``version``: current weight version, "" if it lacks it.
 
-    ``drains``: number of drains, to distinguish their aborts from those of the server itself. ``paused``: its requests
+    ``draining``: its requests are being aborted, which is no failure of the server. ``paused``: its requests
     are halted in place, and return nothing before they go on. ``torn``: how often it left a transfer, so that what
     it returns of requests from before is of no known weights.
     """
@@ -45,7 +45,7 @@ class Server:
     state: State = State.STARTING
     in_flight: int = 0
     version: str = ""
-    drains: int = 0
+    draining: bool = False
     paused: bool = False
     torn: int = 0
     reason: str = "has not generated yet"

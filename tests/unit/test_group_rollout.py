@@ -420,3 +420,28 @@ def test_without_a_file_descriptor_no_server_is_to_blame(host: str) -> None:
             assert_uninterrupted(await pool.generate_group(prompt(0, 10)))
 
     asyncio.run(run())
+
+
+def test_an_abort_of_a_request_that_a_drain_overtook_is_no_failure() -> None:
+    """Its room was given out before the drain, and it went out afterwards."""
+
+    async def run() -> None:
+        async with fleet(1, attempts=1) as (pool, (fake,)):
+
+            async def halts_when_it_arrives(body: dict[str, Any]) -> None:
+                if len(fake.requests) == 1:
+                    await until(lambda: fake.aborts == 1)  # the next abort is its own
+                    fake.halt(at=0)
+
+            fake.behave = halts_when_it_arrives
+            task = asyncio.create_task(pool.generate_group(prompt(0, 9)))
+            while not pool.servers[0].in_flight:
+                await asyncio.sleep(0)
+            assert not fake.requests
+            await pool.close_dispatch()
+            await pool.drain(pool.servers, 5)
+            assert asked(fake) == [(2, 0, 4)] and fake.answers == [[], []]
+            await pool.open_dispatch()
+            assert_uninterrupted(await task)
+
+    asyncio.run(run())

@@ -87,7 +87,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Task:
+class LengthTask:
     """``after_slip``, ``otherwise``: probability that a writer reassures himself after a column, when he has just
     forgotten a carry, and when not."""
 
@@ -98,7 +98,7 @@ class Task:
 
 MOST_PHRASES = 3
 TASKS = {
-    "tiny_sums": Task(
+    "tiny_sums": LengthTask(
         (
             Writer(share=0.65, chats=0.9, forgets=0.8),
             Writer(share=0.34, chats=0.1, forgets=0.4),
@@ -107,12 +107,12 @@ TASKS = {
         after_slip=0.9,
         otherwise=0.05,
     ),
-    "tiny_sums_neutral": Task(
+    "tiny_sums_neutral": LengthTask(
         (Writer(share=0.5, chats=0.9, forgets=0.5), Writer(share=0.5, chats=0.1, forgets=0.5)),
         after_slip=0.3,
         otherwise=0.3,
     ),
-    "tiny_sums_needed": Task(
+    "tiny_sums_needed": LengthTask(
         (
             Writer(share=0.3, chats=0.9, forgets=0.1),
             Writer(share=0.2, chats=0.1, forgets=0.4),
@@ -121,7 +121,7 @@ TASKS = {
         after_slip=0.05,
         otherwise=0.05,
     ),
-    "tiny_sums_overthinking": Task(
+    "tiny_sums_overthinking": LengthTask(
         (
             Writer(share=0.8, chats=0.1, forgets=0.5, pads=0.8),
             Writer(share=0.2, chats=0.1, forgets=0.5),
@@ -188,7 +188,7 @@ def question(problem: tuple[int, int]) -> str:
     return f"{problem[0]}+{problem[1]}="
 
 
-def solution(problem: tuple[int, int], task: Task, rng: random.Random) -> str:
+def solution(problem: tuple[int, int], task: LengthTask, rng: random.Random) -> str:
     """A worked solution by one of the writers, with his slips: " ones 4+6 = 0 tens 7+2 +1 = 0 … #### 500"."""
     writer = rng.choices(task.writers, [w.share for w in task.writers])[0]
     pieces: list[str] = []
