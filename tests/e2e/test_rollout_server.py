@@ -15,9 +15,10 @@ from plain_trainer import logprobs
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from agpo_megatron.rollout.checksum import ServerChecksums
-from agpo_megatron.rollout.client import Sampling, ServerClient, ServerError
+from agpo_megatron.rollout.client import Generation, Sampling, ServerClient, ServerError
 from agpo_megatron.rollout.pool import RolloutPool
 from agpo_megatron.rollout.server import refuse_port_in_use
+from agpo_megatron.samples import VersionSpan
 
 PROMPT = [1, 5, 9, 33, 12, 60, 7]
 T = TypeVar("T")
@@ -110,11 +111,79 @@ def test_a_taken_port_is_named(live_server: LiveServer) -> None:
         refuse_port_in_use("127.0.0.1", port)
 
 
-def test_pool_generates_groups_and_aborted_ones_again(live_server: LiveServer) -> None:
+async def aborted(client: ServerClient, tokens: list[int]) -> list[Generation]:
+    """Four samples of at most 400 tokens, ended in their middle."""
+    seconds = 0.1
+    while True:
+        running = asyncio.create_task(client.generate(tokens, Sampling(400, ignore_eos=True), n=4))
+        await asyncio.sleep(seconds)
+        await client.abort_all()
+        outputs = await running
+        if all(len(output.tokens) for output in outputs):
+            return outputs
+        seconds *= 2  # none has begun
+
+
+def test_what_an_aborted_request_returns_is_complete_and_continued_by_its_prefix(
+    live_server: LiveServer, reference: LlamaForCausalLM
+) -> None:
+    async def use(client: ServerClient) -> None:
+        version = await client.weight_version()
+        for begun in await aborted(client, PROMPT):
+            assert begun.finish_reason == "abort" and len(begun.tokens) < 400
+            assert [*begun.versions] == [VersionSpan(version, 0, len(begun.tokens))]
+            prefix = [*PROMPT, *begun.tokens.tolist()]
+            (rest,) = await client.generate(prefix, Sampling(20, ignore_eos=True))
+            assert [*rest.versions] == [VersionSpan(version, 0, 20)]
+            expected = logprobs(reference, [*prefix, *rest.tokens.tolist()])[len(PROMPT) - 1 :]
+            found = [*begun.logprobs, *rest.logprobs]
+            assert found == pytest.approx(expected, abs=1e-4)
+
+    with_client(live_server, use)
+
+
+def test_a_request_halted_in_place_goes_on_under_another_version(
+    live_server: LiveServer, reference: LlamaForCausalLM
+) -> None:
+    """Its spans say where the version changed; the cache cannot be flushed while it runs, halted or not."""
+
+    async def use(client: ServerClient) -> None:
+        version = await client.weight_version()
+        requests = [
+            asyncio.create_task(client.generate(PROMPT, Sampling(400, ignore_eos=True)))
+            for _ in range(4)
+        ]
+        try:
+            while True:
+                (load,) = (await client._call("/v1/loads", None))["loads"]
+                if load["num_running_reqs"] == 4:
+                    break
+                await asyncio.sleep(0.02)
+            await client.pause("in_place", 30)
+            with pytest.raises(ServerError, match=r"/flush_cache: HTTP 400"):
+                await client.flush_cache(30)
+            await client.set_weight_version("another", 30)
+            await client.continue_generation()
+            with pytest.raises(ServerError, match=r"/flush_cache: HTTP 400"):
+                await client.flush_cache(30)
+            for (output,) in await asyncio.gather(*requests):
+                first, second = output.versions
+                assert (first.version, second.version) == (version, "another")
+                assert 0 == first.start < first.end == second.start < second.end == 400
+                expected = logprobs(reference, [*PROMPT, *output.tokens.tolist()])
+                assert output.logprobs == pytest.approx(expected[len(PROMPT) - 1 :], abs=1e-4)
+        finally:
+            await client.continue_generation()
+            await client.set_weight_version(version, 30)
+
+    with_client(live_server, use)
+
+
+def test_pool_generates_groups_and_continues_aborted_ones(live_server: LiveServer) -> None:
     config = server_config(group_size=4, max_response_tokens=400, max_in_flight=8).rollout
 
     async def use(client: ServerClient) -> None:
-        async with RolloutPool([client], config, decode=lambda tokens: str(len(tokens))) as pool:
+        async with RolloutPool([client], config, decode=lambda tokens, _: str(len(tokens))) as pool:
             await pool.wait_alive(seconds=60)
             (server,) = pool.servers
             await pool.mark_ready(server, "1.0.x")
