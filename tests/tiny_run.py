@@ -13,8 +13,9 @@ CHARACTERS = "0123456789+=#: "
 VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(CHARACTERS)}}
 
 
-def write_model(folder: Path, seed: int = 0, layers: int = 4) -> None:
-    """A Llama checkpoint with 4 heads and 2 KV heads: TP 1 and 2, PP 1, 2 and 4 divide it."""
+def write_model(folder: Path, seed: int = 0, layers: int = 4, long_answers: bool = False) -> None:
+    """A Llama checkpoint with 4 heads and 2 KV heads: TP 1 and 2, PP 1, 2 and 4 divide it. Its answers have about 20
+    tokens; ``long_answers``: 100 to 200."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -30,7 +31,12 @@ def write_model(folder: Path, seed: int = 0, layers: int = 4) -> None:
         initializer_range=0.1,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    model = LlamaForCausalLM(config).to(torch.float32)
+    if long_answers:  # one dimension is the same for all tokens, and the EOS is unlikely by it
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 0] = 0.5
+            model.lm_head.weight[VOCABULARY["</s>"], 0] = -1.4
+    model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -50,9 +56,9 @@ def write_problems(path: Path, count: int, response: bool = False) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_run(folder: Path, **changes: object) -> Path:
+def write_run(folder: Path, long_answers: bool = False, **changes: object) -> Path:
     """Model, data and config of a run of 4 short steps; ``changes``: dotted keys. Returns the config's path."""
-    write_model(folder / "model")
+    write_model(folder / "model", long_answers=long_answers)
     write_problems(folder / "train.jsonl", 100)
     write_problems(folder / "eval.jsonl", 10)
     write_problems(folder / "sft.jsonl", 100, response=True)

@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from kills import (
+    SERVER,
+    STEPS,
     batches,
     check_dynamic_sampling,
     check_nothing_lost_or_repeated,
-    controller_log,
-    finish,
-    kill_at,
+    kill_and_continue,
 )
 from own_task import write_task
-from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.journal import JournalReader
 from agpo_megatron.observe.metrics import read_metrics
 
-STEPS, PROMPTS, GROUP = 4, 4, 4
 POLICIES = ("ppo", "gspo", "cispo", "gmpo", "sapo")
-SERVER = "rollout server 0"
-
-
-def export_bytes(run_dir: Path) -> bytes:
-    return b"".join(p.read_bytes() for p in sorted((run_dir / "hf").glob("*.safetensors")))
-
-
-def kill_and_continue(
-    tmp_path: Path,
-    starts: list[list[tuple[str, str]]],
-    check: Callable[..., None] = check_nothing_lost_or_repeated,
-    **changes: object,
-) -> None:
-    """Kill what each start names, role by phase; then let the run come to its end, and judge it."""
-    config = write_run(tmp_path, **changes)
-    run_dir = tmp_path / "run"
-    for kills in starts:
-        outcome = kill_at(config, run_dir, *kills)
-        victim = kills[-1][0]
-        if victim == SERVER:  # survived: restarted, given the weights, and the run comes to its end
-            assert outcome.exit_code == 0, outcome.output
-            assert controller_log(run_dir).count("-> dead") >= len(kills)
-        elif victim == "controller":  # survived too: the trainers wait for the next one
-            assert outcome.exit_code == 0, outcome.output
-            assert outcome.output.count("controller ended with code -9; starting it") == len(kills)
-        elif (
-            victim == "supervisor"
-        ):  # nobody is left to say anything; that nobody is left, kill_at has checked
-            assert outcome.exit_code == -9
-        else:
-            assert outcome.exit_code == 1, outcome.output
-            assert f"{victim} was killed by signal 9" in outcome.output
-    outcome = finish(config, run_dir)
-    assert outcome.exit_code == 0, outcome.output
-    check(run_dir, changes.get("train.steps", STEPS), PROMPTS, GROUP)
-    # What the killed run learnt is what its journal says, bit for bit.
-    replayed = tmp_path / "replayed"
-    outcome = finish(config, replayed, "--replay", str(run_dir))
-    assert outcome.exit_code == 0, outcome.output
-    assert export_bytes(replayed) == export_bytes(run_dir) != b""
 
 
 def test_controller_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None:
