@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -27,6 +28,7 @@ from agpo_megatron.journal.records import decode_fragments
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.samples import Fragment, Sample, WeightVersion
 
+log = logging.getLogger(__name__)
 SERVER = "rollout server 0"
 STEPS, PROMPTS, GROUP = 4, 4, 4
 Kill = tuple[str, ...]
@@ -100,7 +102,9 @@ def signal_at(
     for moment in moments:
         wait_for(run, folder, moment, before, timeout)
     os.kill(running_processes(folder)["supervisor"], number)
+    sent = time.monotonic()
     output, _ = run.communicate(timeout=timeout)
+    log.warning("ended %.1f s after %s", time.monotonic() - sent, signal.Signals(number).name)
     return Ended(run.returncode, output)
 
 
@@ -219,7 +223,7 @@ def batches(reader: JournalReader) -> list[BatchRecord]:
 
 def check_dynamic_sampling(run_dir: Path, steps: int, prompts: int, group_size: int) -> None:
     """Every prompt up to the last cursor was generated once, under the weights of the step that used or replaced it
-    (begun in surplus: of the one before); each step is full, and takes uniform groups only when it may look no further."""
+    (begun in surplus: of the one before); each step is full, and takes uniform groups only at the end of its search."""
     folder = RunFolder(run_dir)
     metrics = read_metrics(run_dir)
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
