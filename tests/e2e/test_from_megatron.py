@@ -37,6 +37,7 @@ def assert_same_weights(folder: Path, original: Path) -> None:
         assert torch.equal(found.load(name), source.load(name)), name
 
 
+@pytest.mark.full
 def test_a_run_from_a_converted_checkpoint_in_another_layout(tmp_path: Path) -> None:
     config, run_dir = converted(tmp_path, **{"train.steps": 2}), tmp_path / "run"
     kl = ("--set", "algorithm.loss.kl.coef=0.1")

@@ -25,6 +25,7 @@ from agpo_megatron.observe.metrics import read_metrics
 POLICIES = ("ppo", "gspo", "cispo", "gmpo", "sapo")
 
 
+@pytest.mark.full  # the default tier kills a run that generates ahead: test_kill_stale.py
 def test_controller_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None:
     """Batches of two updates, the first killed between them; a checkpoint after each."""
     kill_and_continue(

@@ -122,6 +122,7 @@ def test_stale_batches_of_two_updates_with_tis_killed(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.full
 def test_a_stop_request_keeps_the_fragments_and_the_next_start_continues_them(
     tmp_path: Path,
 ) -> None:
