@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ class Leftover:
     label: str
     is_keeper: bool
 
+    def is_alive(self) -> bool:
+        """Say whether it still runs. One that nobody waits for (a container's first process may not) has ended."""
+        try:
+            return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     def __str__(self) -> str:
         return f"{self.name} (pid {self.process.pid}) of start {self.label}"
 
@@ -47,10 +55,12 @@ def end_leftovers(run: RunFolder, label: str) -> tuple[list[Leftover], list[Left
             with suppress(psutil.Error):
                 if not leftover.is_keeper:  # which ends with its role, and not before
                     leftover.process.kill()  # psutil refuses where the pid is another process's by now
-        _, alive = psutil.wait_procs([leftover.process for leftover in found], PATIENCE)
         ended |= found
-        if alive:
-            return _sorted(ended), _sorted(x for x in found if x.process in alive)
+        deadline = time.monotonic() + PATIENCE
+        while alive := [leftover for leftover in found if leftover.is_alive()]:
+            if time.monotonic() > deadline:
+                return _sorted(ended), _sorted(alive)
+            time.sleep(0.05)
     return _sorted(ended), []
 
 
@@ -78,9 +88,7 @@ def leftovers(run: RunFolder, label: str) -> Iterator[Leftover]:
 
 
 def start_of(process: psutil.Process, logs: Path) -> Path | None:
-    """Find the folder in ``logs`` of the start that a process of this user belongs to; None if there is none."""
-    if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
-        return None
+    """Find the folder in ``logs`` of the start that a process belongs to; None if there is none."""
     if start := process.environ().get("AGPO_START"):
         path = Path(start).resolve()
         return path if path.parent == logs else None
