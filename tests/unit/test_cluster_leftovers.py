@@ -53,12 +53,16 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def sleeper(
-    started: list[subprocess.Popen[bytes]], code: str, start: Path | None, log: Path | None = None
+    started: list[subprocess.Popen[bytes]],
+    code: str,
+    start: Path | None,
+    log: Path | None = None,
+    mode: str = "ab",
 ) -> psutil.Process:
-    """A process of the start in the folder ``start``, by its environment; with ``log`` as its output."""
+    """A process of the start in the folder ``start``, by its environment; with ``log``, opened so, as its output."""
     env = {k: v for k, v in os.environ.items() if k != "AGPO_START"}
     env |= {"AGPO_START": str(start)} if start else {}
-    with open(log or os.devnull, "ab") as output:
+    with open(log or os.devnull, mode) as output:
         command = [sys.executable, "-c", code]
         started.append(subprocess.Popen(command, env=env, stdout=output, stderr=output))
     return psutil.Process(started[-1].pid)
@@ -87,8 +91,7 @@ def test_what_an_earlier_start_left_is_ended_and_named(
     (child,) = parent.children()
     start = StartFolder.create(run, "new", PLAN, CONFIG)
     make_room(start, PLAN, MACHINE, CONFIG)
-    _, alive = psutil.wait_procs([plain, titled, parent, child], timeout=5)
-    assert not alive
+    assert not [p for p in (plain, titled, parent, child) if Leftover(p, "", "", False).is_alive()]
     said = capsys.readouterr().err
     assert said.count("agpo-megatron: ended what was left: ") == 4
     assert f"sglang::scheduler (pid {titled.pid}) of start old\n" in said
@@ -110,7 +113,7 @@ def test_a_stranger_is_left_alone(
         sleeper(started, SLEEP, inside.path),
         sleeper(started, SLEEP, run.logs),
         sleeper(started, SLEEP, None, old.path / "notes.log"),
-        sleeper(started, f"open({str(log)!r}); {SLEEP}", None),
+        sleeper(started, SLEEP, None, log, "rb"),
     ]
     time.sleep(0.3)
     assert end_leftovers(run, "new") == ([], [])
