@@ -34,7 +34,13 @@ class CountingTrainer:
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         if name == "load":
             self.held = max(self.held, args["step"])
-            return [{"backend": "gloo", "step": self.held, "last_update": {"loss/policy": 0.5}}]
+            return [
+                {
+                    "backend": "gloo",
+                    "step": self.held,
+                    "last_update": {"loss/policy": 0.5, "grad_norm": 1.0},
+                }
+            ]
         if name == "update":
             assert args["step"] == self.held + 1
             self.held = args["step"]
@@ -44,7 +50,7 @@ class CountingTrainer:
             self.saves.append(args["step"])
             Path(args["path"]).mkdir(parents=True)
             (Path(args["path"]) / CHECKPOINT_MARKER).touch()
-        return [{"loss/policy": 0.5}]
+        return [{"loss/policy": 0.5, "grad_norm": 1.0}]
 
 
 def run_in(folder: Path, trainer: CountingTrainer, steps: int, *overrides: str) -> Run:
