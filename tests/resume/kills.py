@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from tiny_run import write_run
+from tiny_run import VOCABULARY, write_run
 
 from agpo_megatron.cluster.node import MACHINE
 from agpo_megatron.cluster.start_folder import latest_start, starts
@@ -170,13 +170,31 @@ def check_nothing_lost_or_repeated(
         trained += record.sample_ids
         allowed = set(range(max(0, first - 1 - staleness * updates), first))
         for sample in reader.samples(record.samples):
-            assert {WeightVersion.parse(s.version).step for s in sample.versions} <= allowed
+            check_whole(sample, allowed)
     assert trained == sample_ids(range(steps // updates * prompts), group_size)
     found = journaled(folder)
     assert found.keys() >= set(trained), "a sample was trained that is not in the journal"
     assert set(found.values()) == {1}, "a sample was generated again"
     surplus = {int(name[1:].partition(".")[0]) for name in found.keys() - set(trained)}
     assert all(p >= record.cursor for p in surplus) and (staleness or not surplus), "never trained"
+
+
+def check_whole(sample: Sample, allowed: set[int]) -> None:
+    """The response ends at its first EOS, and each token's weights are of a step in ``allowed``, never older than those
+    of the token before."""
+    tokens, eos = sample.response_tokens.tolist(), VOCABULARY["</s>"]
+    assert eos not in tokens[:-1], f"{sample.sample_id} goes on behind its end"
+    assert (sample.finish_reason == "stop") == (tokens[-1] == eos)
+    assert len(sample.rollout_logprobs) == len(tokens)
+    edges = [0, *(span.end for span in sample.versions)]
+    assert [span.start for span in sample.versions] == edges[:-1] and edges[-1] == len(tokens)
+    steps = steps_of(sample)
+    assert steps == sorted(steps) and set(steps) <= allowed, f"{sample.sample_id}: {steps}"
+
+
+def steps_of(sample: Sample) -> list[int]:
+    """The steps of the weights that generated the sample, span by span."""
+    return [WeightVersion.parse(span.version).step for span in sample.versions]
 
 
 def check_fragments(run_dir: Path, fragments: Sequence[Fragment]) -> int:
@@ -235,8 +253,7 @@ def check_dynamic_sampling(run_dir: Path, steps: int, prompts: int, group_size: 
         assert {int(g[1:]) for g in taken} <= set(range(cursor, record.cursor))
         assert record.cursor - cursor == prompts + row["sampling/discarded_groups"]
         for sample in reader.samples(record.samples):
-            steps_of = {WeightVersion.parse(s.version).step for s in sample.versions}
-            assert steps_of <= {step - 2, step - 1}
+            check_whole(sample, {step - 2, step - 1})
         cursor, replaced = record.cursor, replaced + row["sampling/discarded_groups"]
     assert replaced > 0, "the case must replace groups"
     found = journaled(folder)

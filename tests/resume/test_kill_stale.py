@@ -21,6 +21,7 @@ from kills import (
     finish,
     kill_and_continue,
     signal_at,
+    steps_of,
 )
 from tiny_run import write_run
 
@@ -54,13 +55,13 @@ def kill_and_check(tmp_path: Path, *starts: Sequence[Kill], **changes: object) -
 
 
 def judge(run_dir: Path, fragments: Sequence[Fragment]) -> tuple[int, int]:
-    """How many of the fragments found at kills were not the end of their sample, and how many samples have several
-    versions."""
+    """How many of the fragments found at kills were not the end of their sample, and how many samples have weights of
+    several steps (the same weights under another attempt do not count)."""
     unfinished = check_fragments(run_dir, fragments)
     samples = all_samples(JournalReader(RunFolder(run_dir).journal))
-    mixed = sum(len(sample.versions) > 1 for sample in samples)
+    mixed = sum(len(set(steps_of(sample))) > 1 for sample in samples)
     log.warning(
-        "%d fragments, %d not the end; %d of %d samples of several versions",
+        "%d fragments, %d not the end; %d of %d samples of several steps",
         *(len(fragments), unfinished, mixed, len(samples)),
     )
     return unfinished, mixed
