@@ -49,7 +49,9 @@ class Instant:
         tokens, span = np.zeros(8, np.int32), VersionSpan(VERSION, 0, 8)
         self._answer = Generation(tokens, np.zeros(8, np.float32), "stop", (span,))
 
-    async def generate(self, tokens: Any, sampling: Sampling, n: int = 1) -> list[Generation]:
+    async def generate(
+        self, tokens: Any, sampling: Sampling, n: int = 1, cache: str = ""
+    ) -> list[Generation]:
         await asyncio.sleep(0)
         return [self._answer] * n
 
