@@ -112,7 +112,8 @@ class EntropySettings(Section):
 class CorrectionSettings(Section):
     kind: CorrectionKind = "none"
     """Weights for the gap between server and trainer: truncated at ``high``, or 0 outside [``low``, ``high``]. Where
-    it is not written, ``tis`` with ``train.max_staleness`` above 0 (unless ``old_logprobs`` is ``rollout``)."""
+    it is not written, ``tis`` with ``train.max_staleness`` above 0 or ``zero_variance: resample`` (unless
+    ``old_logprobs`` is ``rollout``)."""
     level: CorrectionLevel = "token"
     """Ratio of a token, of the sequence (product), or its geometric mean."""
     low: float = Field(0.5, ge=0)

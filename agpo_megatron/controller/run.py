@@ -193,24 +193,22 @@ class Run:
         return Batch(record, self.folder.journal, name, timings)
 
     async def _save_if_due(self) -> None:
-        """Save every ``run.checkpoint_every`` steps, at the last, and if asked to end; then raise StoppedOnRequest."""
+        """Save every ``run.checkpoint_every`` steps and at the last; before that, end if asked to."""
         step, last = self.version.step, self.recipe.steps
-        stop = self.stop_requested() and step < last
-        if step % self.config.run.checkpoint_every == 0 or step == last or stop:
+        if step % self.config.run.checkpoint_every == 0 or step == last:
             await self.save()
-        if stop:
-            raise StoppedOnRequest(f"asked to end: stopped after step {step}, which is saved")
+        if step < last:
+            await self.stop_if_asked()
 
     async def stop_if_asked(self) -> None:
         """Between two steps: if the run is asked to end, save what is not saved yet, and raise StoppedOnRequest."""
         if not self.stop_requested():
             return
-        saved = [step for step, _ in self.folder.complete_checkpoints()]
-        if self.version.step and self.version.step not in saved:
+        step = self.version.step
+        if step and step not in dict(self.folder.complete_checkpoints()):
             await self.save()
-        raise StoppedOnRequest(
-            f"asked to end: stopped after step {self.version.step}, which is saved"
-        )
+        done = f"after step {step}, which is saved" if step else "before the first step"
+        raise StoppedOnRequest(f"asked to end: stopped {done}")
 
     async def update(self, batch: Batch, step: int) -> dict[str, float]:
         """Take one optimizer step on its part of the batch and advance ``version``.

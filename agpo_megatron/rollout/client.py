@@ -230,13 +230,6 @@ class ServerClient:
                 200,
                 f"weight_versions {spans} do not cover {len(tokens)} tokens",
             )
-        if finish == "abort" and len(tokens):
-            # Of an aborted request SGLang does not look whether its last token ends the response (EOS, a stop text).
-            last = len(tokens) - 1
-            spans = tuple(
-                VersionSpan(s.version, s.start, min(s.end, last)) for s in spans if s.start < last
-            )
-            return Generation(tokens[:last], logprobs[:last], finish, spans)
         return Generation(tokens, logprobs, finish, spans)
 
     async def score(

@@ -32,7 +32,7 @@ class RolloutError(RuntimeError):
 class Counts:
     """The outcome of a pool's requests. ``fragments``: returned by servers; ``resumed``: of them, those that
     continued a response which a publish, a stop or a failure had interrupted; ``tokens_lost``: asked for and never
-    received, at most, and cut off behind a stop text."""
+    received, at most, the last one of each aborted response, and those cut off behind a stop text."""
 
     fragments: int = 0
     resumed: int = 0
@@ -180,6 +180,10 @@ class _Rollout:
     def _add(self, response: Member, output: Generation, server: Server) -> None:
         terms, counts, start = self.terms, self.terms.counts, response.length
         tokens, reason = output.tokens, output.finish_reason
+        if reason == "abort" and len(tokens):
+            # Of an aborted request SGLang does not look whether its last token ends the response (EOS, a stop text).
+            tokens = tokens[:-1]
+            counts.tokens_lost += 1
         before = response.tokens()
         cut = stop_across_border(
             before, tokens, terms.sampling.stop, lambda t: terms.decode(t, True)

@@ -129,6 +129,49 @@ def test_a_stop_in_the_middle_of_a_batch_is_saved_and_continued(
     assert len(rest.journal.reader.batches()) == 2
 
 
+@pytest.mark.parametrize(
+    ("held", "saves", "said"),
+    [(0, [], "before the first step"), (2, [2], "after step 2"), (3, [3], "after step 3")],
+)
+def test_a_stop_between_steps_saves_what_is_not_saved(
+    tmp_path: Path, held: int, saves: list[int], said: str
+) -> None:
+    """Of three steps the last is saved on schedule; asked to end, the run saves no step twice."""
+    trainer = CountingTrainer()
+    run = run_in(tmp_path, trainer, 4)
+
+    async def body() -> None:
+        await run.load()
+        source = batches(run, 1)
+        for _ in range(held):
+            await run.advance(await anext(source))
+        await run.stop_if_asked()  # nobody has
+        run.stop_requested = lambda: True
+        await run.stop_if_asked()
+
+    with pytest.raises(StoppedOnRequest, match=f"stopped {said}"):
+        asyncio.run(body())
+    assert trainer.saves == saves
+
+
+def test_waits_are_shares_of_the_whole_batch(tmp_path: Path) -> None:
+    run = run_in(tmp_path, CountingTrainer(), 2)
+
+    async def body() -> None:
+        await run.load()
+        batch = await anext(batches(run, 2))
+        batch.timings.update({"time/step": 5.0, "time/rollout": 4.0, "time/publish": 1.0})
+        await run.advance(batch)
+
+    asyncio.run(body())
+    first, last = read_metrics(tmp_path)
+    assert not [key for key in first if key.startswith("idle/")]
+    seconds = first["time/step"] + last["time/step"]
+    assert seconds >= 5.0
+    assert last["idle/trainer_frac"] == pytest.approx(4.0 / seconds)
+    assert last["idle/publish_frac"] == pytest.approx(1.0 / seconds)
+
+
 def test_a_result_that_reached_no_controller_is_reported_by_the_next(tmp_path: Path) -> None:
     trainer = CountingTrainer()
     run = run_in(tmp_path, trainer, 4)
