@@ -380,3 +380,43 @@ def test_a_request_to_stop_ends_the_wait(tmp_path: Path) -> None:
     asyncio.run(body())
     fragments = JournalReader(tmp_path / "journal").fragments()
     assert sum(len(some) for some in fragments.values()) == SIZE * GROUP
+
+
+def test_a_batch_says_how_busy_the_servers_were_and_whether_short_answers_were_preferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_in(tmp_path, "train.max_staleness=1")
+    pool = ScriptedPool(random.Random(9))
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(producer_module, "time", clock)
+
+    async def of_length(prompt: Prompt, *_: object) -> Group:
+        """Responses of 2, 3, 4, ... tokens by position."""
+        return Group(prompt, [made.sample(prompt, i, 2 + prompt.position) for i in range(GROUP)])
+
+    monkeypatch.setattr(pool, "generate_group", of_length)
+
+    async def body() -> dict[str, float]:
+        window = window_of(run.config, 0, 0)
+        async with producing(run.config, run.journal, rollouts_of(pool), window) as producer:
+            producer.admit()
+            while window.open:
+                await asyncio.sleep(0.001)
+            clock.now, pool.counts.fragments, pool.counts.resumed = 110.0, 12, 5
+            pool.counts.tokens_lost = 7
+            pool.slots.take_usage = lambda: (20.0, 4.0)  # 10 s of one server of 8 slots
+            return (await producer.batch(lambda: asyncio.sleep(0))).metrics
+
+    assert asyncio.run(body()) == pytest.approx(
+        {
+            "rollout/slots_used_frac": 0.25,
+            "idle/servers_frac": 0.6,
+            "rollout/fragments": 12,
+            "rollout/resumed": 5,
+            "rollout/tokens_lost": 7,
+            "window/ready_groups": 3,
+            "window/open_groups": 0,
+            "time/reward": 0.5,
+            "rollout/length_bias": 3.0 / 4.5 - 1,  # 2, 3, 4 are taken, 5, 6, 7 wait
+        }
+    )
