@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import made
@@ -16,13 +17,15 @@ from agpo_megatron.cluster.start_folder import committed_steps
 from agpo_megatron.config import load_config
 from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
 from agpo_megatron.config.schema import SftConfig
+from agpo_megatron.controller.live import publish
 from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Batch, Recipe, Run, StoppedOnRequest
 from agpo_megatron.controller.sources import recorded, worked_examples
 from agpo_megatron.journal import Journal, JournalError
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
-from agpo_megatron.samples import Group
+from agpo_megatron.samples import Group, WeightVersion
+from agpo_megatron.sync.protocol import Publication
 
 
 class CountingTrainer:
@@ -30,6 +33,7 @@ class CountingTrainer:
 
     def __init__(self) -> None:
         self.held, self.updates, self.saves = 0, [], []  # type: ignore[var-annotated]
+        self.norms: list[float] = []  # of the next updates; then 1
 
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         if name == "load":
@@ -46,6 +50,7 @@ class CountingTrainer:
             self.held = args["step"]
             rows = sorted(row for rank in args["plan"] for some in rank for row in some)
             self.updates.append((args["step"], args["record"], rows, args["lr"]))
+            return [{"loss/policy": 0.5, "grad_norm": self.norms.pop(0) if self.norms else 1.0}]
         if name == "save":
             self.saves.append(args["step"])
             Path(args["path"]).mkdir(parents=True)
@@ -152,6 +157,44 @@ def test_a_stop_between_steps_saves_what_is_not_saved(
     with pytest.raises(StoppedOnRequest, match=f"stopped {said}"):
         asyncio.run(body())
     assert trainer.saves == saves
+
+
+def test_asked_to_end_at_its_last_step_a_run_is_done(tmp_path: Path) -> None:
+    trainer = CountingTrainer()
+    run = run_in(tmp_path, trainer, 4)
+    run.stop_requested = lambda: trainer.held == 4
+    advance(run, updates=2)
+    assert trainer.saves == [3, 4] and run.version.step == 4
+
+
+@pytest.mark.parametrize(
+    ("norms", "lr", "moved"),
+    [((0.0, 0.0), 1.0, False), ((0.5, 0.0), 1.0, True), ((0.5,), 0.0, False)],
+)
+def test_a_publish_knows_whether_a_step_had_a_gradient(
+    tmp_path: Path, norms: tuple[float, ...], lr: float, moved: bool
+) -> None:
+    """Of all steps since the last publish; then counted anew."""
+    trainer, given = CountingTrainer(), []
+    run = run_in(tmp_path, trainer, len(norms))
+    run.recipe = Recipe(lr, 0, len(norms))
+    trainer.norms = list(norms)
+
+    async def accept(version: WeightVersion, moved: bool) -> Publication:
+        given.append(moved)
+        return Publication(version, ["http://s"], 1, {}, 0.0)
+
+    async def body() -> None:
+        await run.load()
+        publisher: Any = SimpleNamespace(publish=accept)
+        await publish(run, publisher, {})
+        async for batch in batches(run, len(norms)):
+            await run.advance(batch)
+        await publish(run, publisher, {})
+        await publish(run, publisher, {})
+
+    asyncio.run(body())
+    assert given == [False, moved, False]
 
 
 def test_waits_are_shares_of_the_whole_batch(tmp_path: Path) -> None:
