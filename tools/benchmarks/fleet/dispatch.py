@@ -81,7 +81,9 @@ def _answer() -> bytes:
         "weight_version": VERSION,
         "weight_versions": [{"version": VERSION, "start": 0, "end": FRAGMENT}],
     }
-    return json.dumps({"output_ids": tokens, "meta_info": meta}).encode()
+    # Without blanks, as SGLang writes: what has some is parsed several times as slowly (rollout/numbers.py).
+    answer = {"output_ids": tokens, "meta_info": meta}
+    return json.dumps(answer, separators=(",", ":")).encode()
 
 
 def serve(seconds: float, ports: Connection) -> None:
@@ -176,8 +178,9 @@ def _counted(clients: list[ServerClient]) -> Any:
     return lambda: count
 
 
-def loop_lag(rate: int = 320_000, at_once: int = 640, seconds: float = 15.0) -> Lag:
-    """Return the loop's lag while ``at_once`` responses are generated in fragments, ``rate`` tokens/s in all."""
+def loop_lag(rate: int, at_once: int = 640, seconds: float = 15.0) -> Lag:
+    """Return the loop's lag while ``at_once`` responses are generated in fragments, ``rate`` tokens/s in all at
+    most."""
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(at_once * FRAGMENT / rate, there))
