@@ -33,8 +33,10 @@ def test_two_batches_ahead_is_nearly_twice_as_fast(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_nothing_is_generated_for_nothing(name: str) -> None:
-    assert result(name).lost == 0
+def test_one_token_of_each_aborted_response_is_lost_and_nothing_else(name: str) -> None:
+    found = result(name)
+    assert found.lost == found.tokens_lost == found.aborted
+    assert (found.aborted > 0) == (name != "synchronous")
 
 
 @pytest.mark.parametrize("name", ARMS)

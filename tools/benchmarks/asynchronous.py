@@ -34,7 +34,7 @@ ARMS = (
 )
 HEADER = (
     f"{'arm':28s} {'step s':>7s} {'speed':>6s} {'trainer idle':>12s} {'decoding':>8s} {'prefill':>8s} "
-    f"{'slots':>6s} {'lost':>5s} {'replaced':>8s} {'bias':>7s} {'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
+    f"{'slots':>6s} {'lost':>5s} {'aborted':>7s} {'replaced':>8s} {'bias':>7s} {'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
 )
 
 
@@ -42,7 +42,7 @@ def row(arm: Arm, found: Result, base: Result, cpu: float) -> str:
     return (
         f"{arm.name:28s} {found.step_seconds:7.1f} {base.step_seconds / found.step_seconds:6.2f} "
         f"{found.trainer_idle:12.1%} {found.decoding:8.1%} {found.prefilling:8.1%} {found.slots_used:6.1%} "
-        f"{found.lost:5.0f} {found.replaced:8d} {found.length_bias:+7.2%} {found.staleness:9.2f} "
+        f"{found.lost:5d} {found.aborted:7d} {found.replaced:8d} {found.length_bias:+7.2%} {found.staleness:9.2f} "
         f"{found.staleness_max:3d} {cpu:6.1f}"
     )
 

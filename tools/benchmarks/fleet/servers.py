@@ -93,6 +93,7 @@ class SimulatedServer:
         self._lengths, self._loop = lengths, loop
         self.version = "0.1."
         self.generated = self.decoding = self.prefilling = 0.0
+        self.aborted = 0  # responses that had tokens
         self._running: dict[_Running, None] = {}
         self._ends: list[tuple[float, int, _Running]] = []
         self._numbers = itertools.count()
@@ -136,7 +137,9 @@ class SimulatedServer:
     async def abort_all(self, timeout: float = 30.0) -> None:
         self._advance()
         for one in list(self._running):
-            self._end(one, int(self._decoded - one.began), "abort")
+            tokens = int(self._decoded - one.began)
+            self.aborted += tokens > 0
+            self._end(one, tokens, "abort")
         self._ends.clear()
         self._plan()
 

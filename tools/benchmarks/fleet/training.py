@@ -57,16 +57,18 @@ class Arm:
 @dataclass(frozen=True)
 class Result:
     """What came of an arm. Shares of the time that is counted, where a publish is work of the
-    trainer; tokens are simulated ones. ``lost``: generated again or
-    thrown away, other than in groups that dynamic sampling replaces. ``length_bias``: trained responses against all
-    that the window began."""
+    trainer; tokens are simulated ones. ``lost``: generated again or thrown away, other than in groups that dynamic
+    sampling replaces; ``tokens_lost``: what the pool says of that. ``aborted``: responses that were aborted and had
+    tokens; each generates its last one again. ``length_bias``: trained responses against all that the window began."""
 
     step_seconds: float
     trainer_idle: float
     decoding: float
     prefilling: float
     slots_used: float
-    lost: float
+    lost: int
+    tokens_lost: int
+    aborted: int
     replaced: int
     length_bias: float
     staleness: float
@@ -121,14 +123,15 @@ class Trainee:
             b - a for a, b in zip(first, last, strict=True)
         )
         expected = [n for p in filter(self.accepts, range(begun)) for n in self.lengths.of_group(p)]
-        again = total(self.clients, "generated") - sum(self.reached.values())
         return Result(
             step_seconds=seconds / (arm.steps - since),
             trainer_idle=1 - worked / seconds,
             decoding=decoding / seconds / arm.servers,
             prefilling=prefilling / seconds / arm.servers,
             slots_used=slots / seconds / arm.servers / arm.slots,
-            lost=again + pool.counts.tokens_lost,
+            lost=int(total(self.clients, "generated")) - sum(self.reached.values()),
+            tokens_lost=pool.counts.tokens_lost,
+            aborted=int(total(self.clients, "aborted")),
             replaced=self.replaced,
             length_bias=float(np.mean(self.trained) / np.mean(expected)) - 1,
             staleness=float(np.mean([mean for mean, _ in self.staleness[since:]])),
