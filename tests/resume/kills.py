@@ -111,11 +111,11 @@ def signal_at(
 def wait_for(
     run: subprocess.Popen[str], folder: RunFolder, moment: str, before: set[Path], timeout: float
 ) -> None:
-    """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), or a phase that a log of
-    its controller, other than those of ``before``, shows."""
+    """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), or a phase (a pattern)
+    that a log of its controller, other than those of ``before``, shows."""
     watched = folder.path / moment if "/" in moment else None
     old = set(watched.glob("*.arrow")) if watched else set()
-    pattern = re.compile(rf"phase {re.escape(moment)}$", re.MULTILINE)
+    pattern = re.compile(rf"phase {moment}$", re.MULTILINE)
 
     def reached() -> bool:
         if watched:
