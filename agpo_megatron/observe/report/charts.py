@@ -16,13 +16,14 @@ from agpo_megatron.observe.report.sweep import SweptBatch
 from agpo_megatron.observe.timeline import PHASES, spans
 from agpo_megatron.samples import Array
 
-BLUE, ORANGE, GREEN, PURPLE, RED, GREY = (
+BLUE, ORANGE, GREEN, PURPLE, RED, GREY, INK = (
     "#2f6fb3",
     "#d9822b",
     "#3a9a6b",
     "#7d5ba6",
     "#c0453d",
     "#8a909b",
+    "#2b2f36",
 )
 COLUMNS_SHOWN, BINS = 300, 40
 """Columns of a heat map and bars of the time chart, at most: a longer run has several steps in each."""
@@ -77,8 +78,8 @@ CURVES = (
     Curve(
         "reward",
         "Reward",
-        "Mean of the batch (rewards and length reward); bands: 10th to 90th percentile, over samples and over the means "
-        "of groups.",
+        "Mean of the batch, length reward included; bands: 10th to 90th percentile over samples, and over the means of "
+        "groups.",
         (("reward/mean", "mean", BLUE),),
     ),
     Curve(
@@ -91,7 +92,7 @@ CURVES = (
     Curve(
         "tokens",
         "Response tokens",
-        "Bands: 10th to 90th and 25th to 75th percentile over samples.",
+        "Bands: 10th to 90th and 25th to 75th percentile over samples; diamonds: evaluations.",
         (
             ("response/tokens_mean", "mean", ORANGE),
             ("response/tokens_correct_mean", "mean of right answers", GREEN),
@@ -102,6 +103,17 @@ CURVES = (
         "Policy entropy",
         "Nats, mean over trained tokens.",
         (("policy/entropy", "entropy", PURPLE),),
+    ),
+    Curve(
+        "groups",
+        "Groups without a signal",
+        "Share of groups whose rewards are all equal, whose answers are all right, all wrong.",
+        (
+            ("group/zero_variance_frac", "no variance", BLUE),
+            ("group/all_correct_frac", "all right", GREEN),
+            ("group/all_wrong_frac", "all wrong", RED),
+        ),
+        percent=True,
     ),
     Curve(
         "loss",
@@ -147,6 +159,12 @@ CURVES = (
             ("rollout/staleness_mean", "mean", BLUE),
         ),
     ),
+    Curve(
+        "throughput",
+        "Throughput",
+        "Prompt and response tokens of the batch by second of all its steps.",
+        (("throughput/tokens_per_s", "tokens/s", GREEN),),
+    ),
 )
 
 
@@ -170,7 +188,9 @@ def curves(
         for metric, name, color in curve.metrics:
             line(figure, metrics, metric, name, color, steps=curve.name == "gate")
         if curve.name == "accuracy":
-            evaluated(figure, evaluations)
+            evaluated(figure, evaluations, "accuracy")
+        if curve.name == "tokens":
+            evaluated(figure, evaluations, "tokens_mean")
         if not figure.data:
             missing.append(curve.title)
             continue
@@ -182,6 +202,8 @@ def curves(
             figure.update_yaxes(tickformat=".0%", range=[-0.02, 1.04])
         if curve.name == "gate":
             figure.update_yaxes(range=[-0.08, 1.12])
+        if curve.name in ("staleness", "grad_norm", "throughput"):
+            figure.update_yaxes(rangemode="tozero")
         if curve.name == "covariance":
             figure.add_hline(y=0, line={"color": GREY, "width": 1})
         if len(figure.data) == 1:
@@ -191,7 +213,7 @@ def curves(
 
 
 def series(metrics: Steps, key: str) -> tuple[list[int], list[float | None]]:
-    """Return steps and values of a metric; a value that is not finite is a gap (None), as is nothing else."""
+    """Return steps and values of a metric; a value that is not finite is None, a gap in the line."""
     rows = [row for row in metrics if key in row]
     values = [row[key] if math.isfinite(row[key]) else None for row in rows]
     return [int(row["step"]) for row in rows], values
@@ -250,27 +272,28 @@ def band(
     )
 
 
-def evaluated(figure: go.Figure, evaluations: Mapping[int, Mapping[str, Any]]) -> None:
-    """Mark the accuracy of each evaluated set, with its interval."""
+def evaluated(figure: go.Figure, evaluations: Mapping[int, Mapping[str, Any]], score: str) -> None:
+    """Mark a score of each evaluated set, with its interval where it has one."""
     names = sorted({name for sets in evaluations.values() for name in sets})
-    for name, color in zip(names, [GREEN, PURPLE, ORANGE, RED, GREY] * len(names), strict=False):
+    for name, color in zip(names, [INK, PURPLE, RED, GREY, BLUE] * len(names), strict=False):
         points = [(step, sets[name]) for step, sets in sorted(evaluations.items()) if name in sets]
-        y = [scores["accuracy"] for _, scores in points]
+        bounds = [
+            (s.get(f"{score}_low", s[score]), s[score], s.get(f"{score}_high", s[score]))
+            for _, s in points
+        ]
         figure.add_scatter(
             x=[step for step, _ in points],
-            y=y,
+            y=[value for _, value, _ in bounds],
             name=escaped(name),
             mode="markers",
-            marker={"symbol": "diamond", "size": 10, "color": color},
+            marker={"symbol": "diamond", "size": 9, "color": color},
             error_y={
-                "array": [s.get("accuracy_high", s["accuracy"]) - s["accuracy"] for _, s in points],
-                "arrayminus": [
-                    s["accuracy"] - s.get("accuracy_low", s["accuracy"]) for _, s in points
-                ],
+                "array": [high - value for _, value, high in bounds],
+                "arrayminus": [value - low for low, value, _ in bounds],
                 "thickness": 1.2,
                 "color": color,
             },
-            hovertemplate="%{y:.1%}",
+            hovertemplate="%{y:.4g}",
         )
 
 
@@ -292,7 +315,9 @@ def time_split(metrics: Steps) -> Chart | None:
                 seconds[place[span.step]] += span.seconds
         if seconds.any():
             values = (seconds / counts).tolist()
-            figure.add_bar(x=x, y=values, name=phase, marker_color=color, hovertemplate="%{y:.3g} s")
+            figure.add_bar(
+                x=x, y=values, name=phase, marker_color=color, hovertemplate="%{y:.3g} s"
+            )
     figure.update_xaxes(**GRID)
     figure.update_yaxes(**GRID, title={"text": "seconds", "font": {"size": 11}})
     note = "What the trainer and the controller did in each step."
@@ -325,7 +350,7 @@ def distribution(batches: Sequence[SweptBatch], number: str, title: str, unit: s
     known = [batch.numbers[number][np.isfinite(batch.numbers[number])] for batch in batches]
     if not any(len(values) for values in known):
         return None
-    edges = bin_edges(np.concatenate(known))
+    edges = bin_edges(np.concatenate(known), whole=number == "length")
     width = -(-len(batches) // COLUMNS_SHOWN)
     x, columns = [], []
     for start in range(0, len(batches), width):
@@ -339,7 +364,13 @@ def distribution(batches: Sequence[SweptBatch], number: str, title: str, unit: s
         x=x,
         y=middles.tolist(),
         z=np.array(columns).T.tolist(),
-        colorscale=[[0, "#ffffff"], [0.02, "#e3eef8"], [0.25, "#8db9e0"], [0.6, BLUE], [1, "#12365e"]],
+        colorscale=[
+            [0, "#ffffff"],
+            [0.02, "#e3eef8"],
+            [0.25, "#8db9e0"],
+            [0.6, BLUE],
+            [1, "#12365e"],
+        ],
         zmin=0,
         colorbar={"tickformat": ".0%", "thickness": 10, "len": 0.9, "outlinewidth": 0},
         hovertemplate=f"step %{{x}}<br>{unit} about %{{y:.4g}}<br>%{{z:.1%}} of samples<extra></extra>",
@@ -352,16 +383,17 @@ def distribution(batches: Sequence[SweptBatch], number: str, title: str, unit: s
     return Chart(f"distribution_{number}", title, note, figure)
 
 
-def bin_edges(values: Array) -> Array:
-    """Return ``BINS`` equal bins over all values, with whole numbers as edges for whole numbers."""
+def bin_edges(values: Array, whole: bool) -> Array:
+    """Return the edges of at most about ``BINS`` equal bins over all values; ``whole``: of whole numbers, so that each
+    bin has as many of them."""
     low, high = float(values.min()), float(values.max())
+    if whole:
+        width = max(1, math.ceil((high - low + 1) / BINS))
+        edges: Array = np.arange(low, high + width + 0.5, width) - 0.5
+        return edges
     if high == low:
         low, high = low - 0.5, high + 0.5
-    edges: Array = np.linspace(low, high, BINS + 1)
-    if (values == np.round(values)).all():
-        step = max(1, math.ceil((high - low + 1) / BINS))
-        edges = np.arange(math.floor(low), high + step + 0.5, step) - 0.5
-    return edges
+    return np.linspace(low, high, BINS + 1)
 
 
 def events_chart(events: Sequence[Event], attempts: Sequence[Attempt]) -> Chart | None:

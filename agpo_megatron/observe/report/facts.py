@@ -47,8 +47,8 @@ def facts(run: RunFolder, launches: Sequence[Launch], steps_done: int) -> Facts:
         )
     config = _config(run)
     done = _json(run.done)
-    mode = done.get("mode") or _json(run.inputs).get("mode") or (launches or [None])[-1]
-    mode = mode.mode if isinstance(mode, Launch) else mode or "train"
+    modes = [done.get("mode"), _json(run.inputs).get("mode"), *(one.mode for one in launches[-1:])]
+    mode = next((mode for mode in modes if mode), "train")
     state, because = _state(done, launches)
     steps = done.get("steps") or _at(config, "sft" if mode == "sft" else "train", "steps")
     return Facts(

@@ -96,8 +96,8 @@ let chosen = null;
 
 const mix = (a, b, t) => `rgb(${a.map((v, i) => Math.round(v + (b[i] - v) * t)).join(",")})`;
 const WHITE = [255, 255, 255], RED = [226, 84, 72], GREEN = [72, 168, 118], BLUE = [88, 148, 214], VIOLET = [150, 112, 200];
-// A gap of a millionth and one of 1 differ by more than any linear colour could show.
-const gapShade = (gap) => Math.max(0, Math.min(1, 1 + Math.log10(Math.max(gap, 1e-12) / Math.max(largestGap, 1e-12)) / 4));
+// Gaps differ by powers of ten: two of them, below the largest, have a shade.
+const gapShade = (gap) => Math.max(0, Math.min(1, 1 + Math.log10(Math.max(gap, 1e-12) / Math.max(largestGap, 1e-12)) / 2)) ** 1.5;
 const largestAdvantage = Math.max(1e-9, ...samples.map((s) => Math.abs(s.advantage || 0)));
 
 // Each gives the shade of a token, or null where nothing is known; and a legend of [text, colour].
@@ -105,7 +105,7 @@ const COLORS = {
   "log-prob gap": {
     shade: (s, t) => (t.gap === null ? null : mix(WHITE, RED, gapShade(Math.abs(t.gap)))),
     legend: (s) => s.scored
-      ? [["|trainer − server|: " + number(largestGap / 1e4, 2), WHITE], [number(largestGap, 2) + " nats", RED]]
+      ? [["|trainer − server|: " + number(largestGap / 100, 2), WHITE], [number(largestGap, 2) + " nats", RED]]
       : [["not known: the trainer's log-probs of this batch are not in the journal", null]],
   },
   "advantage": {
@@ -202,11 +202,11 @@ function showSample() {
   const text = make("div", null, "text");
   let end = 0;
   for (const range of s.ranges) {
-    if (range.start > end) text.append(make("span", `… ${range.start - end} tokens left out …`, "gap"));
+    if (range.start > end) text.append(make("span", `… ${range.start - end} tokens left out …`, "left-out"));
     range.ids.forEach((id, i) => text.append(token(s, range, id, i)));
     end = range.start + range.ids.length;
   }
-  if (s.length > end) text.append(make("span", `… ${s.length - end} tokens left out …`, "gap"));
+  if (s.length > end) text.append(make("span", `… ${s.length - end} tokens left out …`, "left-out"));
   place.append(text);
 }
 
@@ -240,7 +240,7 @@ function startViewer() {
   options("order", Object.keys(ORDERS).map((o) => [o, o]));
   options("color", Object.keys(COLORS).map((c) => [c, c]));
   at("order").value = "newest first";
-  if (!samples.some((s) => s.scored)) at("color").value = "advantage";
+  if (!samples.some((s) => s.scored)) at("color").value = "server log-prob";
   at("filters").addEventListener("input", showRows);
   at("color").addEventListener("input", showSample);
   at("reset").addEventListener("click", () => {

@@ -99,7 +99,7 @@ def _cards(
     metrics: Steps, swept: Swept, began: Sequence[Attempt], events: Sequence[Event]
 ) -> list[dict[str, str]]:
     """Return the large numbers at the top of the page: label and value."""
-    last = metrics[-1] if metrics else {}
+    last = {key: value for row in metrics for key, value in row.items()}
     found = spans(metrics)
     slots = usage(metrics)
     seconds = sum(used.seconds for used in slots)
@@ -185,7 +185,7 @@ def _page(
 
 def _figures(charts: Sequence[Chart]) -> str:
     return "\n".join(
-        f'<figure class="card {chart.name}"><h3>{html.escape(chart.title)}</h3>'
+        f'<figure class="card"><h3>{html.escape(chart.title)}</h3>'
         f"<p>{html.escape(chart.note)}</p>"
         f'<div class="chart" data-chart="{html.escape(chart.name)}"></div></figure>'
         for chart in charts

@@ -85,7 +85,7 @@ def _sweep_batch(folder: Path, name: str, record: BatchRecord, swept: Swept) -> 
         if sample is None:
             continue
         numbers["raw_reward"][row] = sample.column("raw_reward")[0].as_py()
-        numbers["length"][row] = len(entries(sample, "response_tokens"))
+        numbers["length"][row] = len(sample.column("response_tokens").values)
         gaps = logprob_gaps(sample, decided)
         if gaps is not None and np.isfinite(gaps).any():
             numbers["gap"][row] = np.nanmax(np.abs(gaps))
