@@ -135,9 +135,9 @@ def _cards(
 
 def _pieces(run: RunFolder, head: Facts) -> Pieces | None:
     """Find the model's tokenizer: in the exported model, or where the run began; None without one."""
-    for folder in (run.exported_model, Path(head.model)):
+    for folder in filter(None, (str(run.exported_model), head.model)):
         try:
-            return token_pieces(load_tokenizer(str(folder)))
+            return token_pieces(load_tokenizer(folder))
         except (OSError, ValueError):  # no such folder, or no tokenizer that this machine can load
             continue
     return None
@@ -149,13 +149,15 @@ def _selection(swept: Swept, samples: Sequence[Mapping[str, Any]], pieces: Piece
         return "The journal of this folder has no sample of a committed batch."
     scored = any(sample["scored"] for sample in samples)
     text = (
-        f"{len(samples)} of {swept.samples:,} samples: groups of the newest batch, groups of batches evenly over the "
-        "run, and the largest differences of a token's log-prob between server and trainer."
+        f"{len(samples)} of {swept.samples:,} samples: groups of the newest batch, and groups of batches evenly over "
+        "the run"
     )
-    if not scored:
+    if scored:
+        text += "; and those with the largest differences of a token's log-prob between server and trainer."
+    else:
         text += (
-            " The journal has no log-probs of the trainer for them, because nothing that the loss needed was scored "
-            "before the update: differences by token are not known (metrics have mean and maximum)."
+            ". The journal has no log-probs of the trainer for them, because nothing that the loss needed was scored "
+            "before the update: differences by token are not known (the metrics have their mean and maximum)."
         )
     if pieces is None:
         text += " There is no tokenizer in hf/ or model.path: tokens are shown as numbers."
