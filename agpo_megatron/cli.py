@@ -1,4 +1,4 @@
-"""``agpo-megatron {prepare,sft,train,eval,check,parity,status,timeline}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,check,parity,status,timeline,report}``: also ``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     timeline.add_argument(
         "--out", type=Path, metavar="PNG", help="default: timeline.png in the first RUN_DIR"
     )
+    text = "one HTML file: curves, time, faults and samples of a run, also while it runs"
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "--out", type=Path, metavar="HTML", help="default: report.html in the RUN_DIR"
+    )
     return parser.parse_args(argv)
 
 
@@ -91,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.command == "timeline":
             sys.stdout.write(f"{timeline(arguments.run_dirs, arguments.out)}\n")
+            return 0
+        if arguments.command == "report":
+            sys.stdout.write(f"{report(RunFolder(arguments.run_dir), arguments.out)}\n")
             return 0
         # Make the path absolute, so that every spelling means the same folder.
         run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
@@ -200,6 +209,14 @@ def timeline(run_dirs: Sequence[Path], out: Path | None) -> Path:
     path = out or run_dirs[0] / "timeline.png"
     draw_timeline({str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}, path)
     return path
+
+
+def report(run: RunFolder, out: Path | None) -> Path:
+    """Write the report of a run, finished or not. Raises ConfigError for a folder that holds none."""
+    from agpo_megatron.cluster.history import history
+    from agpo_megatron.observe.report import make_report
+
+    return make_report(run, history(run), out)
 
 
 def parity(config: Config, ranks: int) -> int:
