@@ -74,6 +74,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def dump(self, step: int) -> Path:
+        """What a guard has found in ``step``, as a run folder that can be replayed."""
+        return self.path / "guards" / f"step-{step}"
+
     def scores(self, weights: str) -> Path:
         """Log-probs on their way from the trainer to the controller; removed when read."""
         return self.path / f"scores-{weights}.arrow"
