@@ -12,7 +12,7 @@ FAR = 1.0
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest (``above``) or smallest healthy value of a metric. ``guard``: the name of who watches it."""
+    """Largest (``above``) or smallest healthy value of a metric. ``guard``: the name of who watches it."""
 
     guard: str
     metric: str

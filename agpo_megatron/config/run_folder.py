@@ -75,7 +75,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def dump(self, step: int) -> Path:
-        """What a guard has found in ``step``, as a run folder that can be replayed."""
+        """Replayable run folder of a guard's finding in ``step``."""
         return self.path / "guards" / f"step-{step}"
 
     def scores(self, weights: str) -> Path:

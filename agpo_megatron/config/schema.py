@@ -80,13 +80,12 @@ class TrainConfig(Section):
     """Packing budget: tokens per micro-batch. A longer sequence is a micro-batch of its own."""
 
 
-Action = Literal["warn", "skip", "roll_back", "stop"]
-
-
 class GuardsConfig(Section):
-    actions: list[Action] = Field(["warn", "skip", "roll_back", "stop"], min_length=1)
-    """What the first, second, ... step within 50 does in which a guard fires; the last entry holds for all further
-    ones. A loss or gradient that is not finite is never stepped on: it begins behind ``warn``."""
+    actions: list[Literal["warn", "skip", "roll_back", "stop"]] = Field(
+        ["warn", "skip", "roll_back", "stop"], min_length=1
+    )
+    """Done in the first, second, ... step within 50 in which a guard fires; the last entry holds for all further ones.
+    A loss or gradient that is not finite is never stepped on: it begins behind ``warn``."""
     grad_norm: float | None = Field(50.0, gt=1)
     """Gradient norm, as a multiple of the median of the last 64 (8 at least), above which it fires; null: never."""
     logprob_gap: float | None = Field(1.0, ge=0)
@@ -247,7 +246,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     """Reinforcement learning: steps, batch, optimizer."""
     guards: GuardsConfig = GuardsConfig()
-    """What ends well before it costs the run: limits of a step's numbers, and what is done beyond them."""
+    """Limits of a step's numbers that no healthy run meets, and what is done beyond them (docs/troubleshooting.md)."""
     rollout: RolloutConfig = RolloutConfig()
     """SGLang servers and sampling."""
     policy: PolicyConfig = PolicyConfig()

@@ -1,4 +1,4 @@
-"""A committed batch on its way to the trainer."""
+"""Batches on their way to the trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agpo_megatron.journal import BatchRecord
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A committed batch. ``journal``: the folder that holds its file ``name``. ``timings``: seconds spent on it.
+    """Committed batch. ``journal``: the folder that holds its file ``name``. ``timings``: seconds spent on it.
     ``replayed``: it was committed by an earlier start, or by another run. ``settled``: all its steps were decided
     there, for a later batch follows."""
 

@@ -1,4 +1,4 @@
-"""The folder ``RUN/guards/step-N/``: all that a replay needs to meet again what a guard has found.
+"""Dump of a guard's finding, the folder ``RUN/guards/step-N/``: what a replay needs to meet it again.
 
 It is a run folder: configuration, the batches since the checkpoint that the replay begins from, their samples, and
 that checkpoint; all files are hard links, so it costs no space until the run prunes its own.
@@ -15,7 +15,7 @@ from agpo_megatron.config.record import resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.files import WriteError, rename_durably, write_durably
-from agpo_megatron.journal import JournalReader, Verdict
+from agpo_megatron.journal import JournalReader, StepVerdict
 from agpo_megatron.journal.reader import ValidFiles, valid_files
 from agpo_megatron.journal.verdicts import encode_verdict
 from agpo_megatron.journal.writer import inventory, owner_name
@@ -32,12 +32,12 @@ def dumped_step(folder: Path) -> int | None:
 
 
 def replay_command(dump: Path) -> str:
-    """The command that reproduces a dump."""
+    """Return the command that reproduces a dump."""
     return f"agpo-megatron train {dump}/config.yaml --replay {dump} --run-dir NEW"
 
 
 def write_dump(
-    run: RunFolder, config: Config, verdict: Verdict, checkpoint: tuple[int, Path | None]
+    run: RunFolder, config: Config, verdict: StepVerdict, checkpoint: tuple[int, Path | None]
 ) -> Path:
     """Write the dump of ``verdict``, before it is acted on; one that is there already stays.
 
@@ -60,7 +60,7 @@ def _fill(
     dump: RunFolder,
     run: RunFolder,
     config: Config,
-    verdict: Verdict,
+    verdict: StepVerdict,
     checkpoint: tuple[int, Path | None],
 ) -> None:
     start, weights = checkpoint

@@ -1,4 +1,4 @@
-"""The guards of a run, pure: limits for a batch from the steps before it, and the verdict on a step that breaks one.
+"""Guards of a run, pure: limits for a batch from the steps before it, and the verdict on a step that breaks one.
 
 The limits are committed with the batch, so every rank, a resumed run and a replay compare with the same numbers. What
 is known before the update (rewards, truncation) and what is known in it (loss, gradient norm, entropy, log-probs of
@@ -15,7 +15,7 @@ import numpy as np
 
 from agpo_megatron.algorithm.limits import Limit, broken, not_finite
 from agpo_megatron.config.schema import GuardsConfig
-from agpo_megatron.journal import BatchRecord, Finding, Verdict
+from agpo_megatron.journal import BatchRecord, GuardFinding, StepVerdict
 from agpo_megatron.journal.verdicts import Action
 from agpo_megatron.samples import Sample
 
@@ -82,7 +82,7 @@ def reward_floor(settings: GuardsConfig, past: Sequence[Row], rolled_back: int) 
     return BATCHES * lowest - sum(recent)
 
 
-def firings(verdicts: Iterable[Verdict], step: int) -> list[int]:
+def firings(verdicts: Iterable[StepVerdict], step: int) -> list[int]:
     """Return the steps before ``step`` in which a guard fired, as far as they count: within the window, and behind the
     last stop, after which a person has looked."""
     before = [v for v in verdicts if step - WINDOW < v.step < step]
@@ -111,7 +111,7 @@ def judge(
     earlier: int,
     checkpoint: int,
     settled: bool = False,
-) -> Verdict | None:
+) -> StepVerdict | None:
     """Return the verdict on ``step`` whose update gave ``result``; None if no guard fires.
 
     ``earlier``: the number of firings before it; ``checkpoint``: the step that a roll back goes back to; ``settled``:
@@ -120,10 +120,10 @@ def judge(
     early = [] if settled else broken_before(record, step)
     late = [] if settled else broken(record.limits, result)
     nowhere = not_finite(result)
-    findings = [Finding(NON_FINITE, key, result[key], math.inf) for key in nowhere]
+    findings = [GuardFinding(NON_FINITE, key, result[key], math.inf) for key in nowhere]
     for limit in dict.fromkeys([*early, *late]):
         value = {**record.metrics, **result}[limit.metric]
-        findings.append(Finding(limit.guard, limit.metric, value, limit.bound))
+        findings.append(GuardFinding(limit.guard, limit.metric, value, limit.bound))
     if not findings:
         return None
     action = action_of(actions, earlier, bool(nowhere))
@@ -132,7 +132,7 @@ def judge(
         first, last = step, step - 1
     else:
         first = checkpoint + 1 if action == "roll_back" else step
-    return Verdict(step, action, findings, first, last, dict(result))
+    return StepVerdict(step, action, findings, first, last, dict(result))
 
 
 def worst(guard: str, record: BatchRecord, step: int, samples: Sequence[Sample]) -> list[str]:
@@ -172,8 +172,8 @@ def _least(sample: Sample) -> float:
     return float(known.min()) if len(known) else 0.0
 
 
-def described(verdict: Verdict, record: BatchRecord, shown: int = 4) -> str:
-    """One sentence: which guard, step, batch and samples, which numbers, and what is done."""
+def described(verdict: StepVerdict, record: BatchRecord, shown: int = 4) -> str:
+    """Say in one sentence which guard, step, batch and samples, which numbers, and what is done."""
     what = "; ".join(
         f"{f.guard}: {f.metric} is {f.value:.6g}"
         + ("" if f.guard == NON_FINITE else f", limit {f.bound:.6g}")
@@ -190,13 +190,13 @@ def described(verdict: Verdict, record: BatchRecord, shown: int = 4) -> str:
     return f"guard fired in step {verdict.step} ({batch}): {what}; {verdict.action}: {done[verdict.action]}"
 
 
-def _steps(verdict: Verdict) -> str:
+def _steps(verdict: StepVerdict) -> str:
     steps = verdict.skipped
     return f"step {verdict.step}" if len(steps) < 2 else f"steps {steps[0]} to {steps[-1]}"
 
 
-def keys_of(verdict: Verdict) -> str:
-    """The configuration keys that decided it, for the message of a stop."""
+def keys_of(verdict: StepVerdict) -> str:
+    """Name the configuration keys that decided it, for the message of a stop."""
     own = {NON_FINITE: "guards.actions", "reward_errors": "reward.max_error_frac"}
     names = dict.fromkeys(own.get(f.guard, f"guards.{f.guard}") for f in verdict.findings)
     return " or ".join([*names, *(["guards.actions"] if "guards.actions" not in names else [])])

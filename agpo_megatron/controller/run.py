@@ -29,7 +29,7 @@ from agpo_megatron.journal import (
     JournaledGroup,
     JournalError,
     JournalReader,
-    Verdict,
+    StepVerdict,
 )
 from agpo_megatron.journal.reader import read_file
 from agpo_megatron.journal.records import place_on_loss_mask, read_scores, sequence_columns
@@ -273,7 +273,7 @@ class Run:
         if verdict and verdict.action == "stop" and not passed_over:
             raise GuardStop(stop_message(verdict, batch.record))
 
-    async def _roll_back(self, verdict: Verdict) -> None:
+    async def _roll_back(self, verdict: StepVerdict) -> None:
         """Give the trainer the weights of before, under the number of the step of now. Done again after a kill."""
         step, path = self.checkpoint
         with self.phase(f"roll back to step {step}", {}, ""):

@@ -1,4 +1,4 @@
-"""The guards of one start: what they know of the steps before, their verdicts, and the files of these."""
+"""Guards of one start: what they know of the steps before, their verdicts, and the files of these."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from agpo_megatron.config.schema import Config
 from agpo_megatron.controller import guards
 from agpo_megatron.controller.batch import Batch
 from agpo_megatron.controller.guard_dump import replay_command, write_dump
-from agpo_megatron.journal import BatchRecord, Journal, JournalReader, Verdict
+from agpo_megatron.journal import BatchRecord, Journal, JournalReader, StepVerdict
 from agpo_megatron.journal.verdicts import skipped_steps
 
 log = logging.getLogger(__name__)
 
 
 class GuardStop(RuntimeError):
-    """A guard has ended the run; the message names step, numbers, samples, and the keys that decided it."""
+    """Raised when a guard has ended the run; the message names step, numbers, samples, and the keys that decided it."""
 
 
-def stop_message(verdict: Verdict, record: BatchRecord) -> str:
+def stop_message(verdict: StepVerdict, record: BatchRecord) -> str:
     return (
         f"{guards.described(verdict, record)}. The same command stops here again; to go on without the step, change "
         f"{guards.keys_of(verdict)} in the configuration"
@@ -41,7 +41,7 @@ class Watch:
     ) -> None:
         self.config, self.folder, self.journal = config, folder, journal
         self.past = list(past)
-        self.verdicts: dict[int, Verdict] = {}
+        self.verdicts: dict[int, StepVerdict] = {}
 
     def read(self, recorded: JournalReader | None) -> None:
         """Read the verdicts of earlier starts, and of ``recorded``, the journal to train on if it is not this run's.
@@ -57,21 +57,21 @@ class Watch:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What verdicts depend on."""
+        """Settings that verdicts depend on."""
         own = self.config.guards.model_dump()
         return {**own, "reward.max_error_frac": self.config.reward.max_error_frac}
 
     @property
     def skipped(self) -> set[int]:
-        """The steps that are not taken."""
+        """Steps that are not taken."""
         return skipped_steps(self.verdicts.values())
 
     def firings(self, step: int) -> list[int]:
-        """The steps before ``step`` in which a guard fired, as far as they count."""
+        """Return the steps before ``step`` in which a guard fired, as far as they count."""
         return guards.firings(self.verdicts.values(), step)
 
     def limits(self, step: int, *, rewarded: bool) -> list[Limit]:
-        """The limits of a batch that begins with ``step``."""
+        """Return the limits of a batch that begins with ``step``."""
         train = self.config.train
         back = [v.last for v in self.verdicts.values() if v.action == "roll_back" and v.step < step]
         ahead = train.max_staleness * train.updates_per_batch
@@ -85,7 +85,7 @@ class Watch:
         )
 
     def orders(self, batch: Batch, step: int, reported: bool) -> dict[str, bool]:
-        """What the trainer is told: whether limits hold the step, and whether it is held whatever comes out."""
+        """Tell the trainer whether limits hold the step, and whether it is held whatever comes out."""
         record, settled = batch.record, self._settled(batch, step, reported)
         action = guards.action_of(self.config.guards.actions, self._earlier(record, step), False)
         holds = action != "warn" and not settled
@@ -98,7 +98,7 @@ class Watch:
         result: guards.Row,
         reported: bool,
         checkpoint: tuple[int, Path | None],
-    ) -> Verdict | None:
+    ) -> StepVerdict | None:
         """Return the verdict on a step whose update gave ``result``; None if no guard fires. A new one is durable, with
         its dump, and has been said."""
         if step in self.verdicts:
@@ -133,12 +133,12 @@ class Watch:
         return verdict
 
     def _settled(self, batch: Batch, step: int, reported: bool) -> bool:
-        """Whether the step was decided by an earlier start, or by the run that is replayed: then no limit counts, lest
-        a number that comes out otherwise on this machine decide otherwise."""
+        """Return whether the step was decided by an earlier start, or by the run that is replayed: then no limit counts,
+        lest a number that comes out otherwise on this machine decide otherwise."""
         return batch.settled or reported or step in self.verdicts
 
     def _earlier(self, record: BatchRecord, step: int) -> int:
-        """The number of firings before ``step`` that count: those before the batch are committed with it."""
+        """Return the number of firings before ``step`` that count: those before the batch are committed with it."""
         mine = [v for v in self.verdicts.values() if v.step in record.steps and v.step < step]
         known = [f for f in record.fired if step - guards.WINDOW < f]
         stopped = any(v.action == "stop" for v in mine)

@@ -20,7 +20,7 @@ from agpo_megatron.journal.records import (
     score_sequence,
     train_sequence,
 )
-from agpo_megatron.journal.verdicts import Verdict, decode_verdict
+from agpo_megatron.journal.verdicts import StepVerdict, decode_verdict
 from agpo_megatron.samples import Fragment, Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
@@ -134,7 +134,7 @@ class JournalReader:
         held = f"{batches[0].first_step} to {batches[-1].last_step}" if batches else "none"
         raise JournalError(f"{self.folder} has no committed batch with step {step} (it has {held})")
 
-    def verdicts(self) -> dict[int, Verdict]:
+    def verdicts(self) -> dict[int, StepVerdict]:
         """Read what the guards have decided, by optimizer step. Raises JournalError."""
         folder, found = self.folder / "verdicts", {}
         for name in valid_files(self.folder).verdicts:

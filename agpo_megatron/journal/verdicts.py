@@ -14,8 +14,8 @@ Action = Literal["warn", "skip", "roll_back", "stop"]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a guard has found: the ``value`` of ``metric`` is beyond ``bound``. ``samples``: ids, the worst first."""
+class GuardFinding:
+    """Finding of a guard: the ``value`` of ``metric`` is beyond ``bound``. ``samples``: ids, the worst first."""
 
     guard: str
     metric: str
@@ -25,8 +25,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The decision about optimizer step ``step`` after ``findings``.
+class StepVerdict:
+    """Decision about optimizer step ``step`` after ``findings``.
 
     ``first`` to ``last``: the steps that are not taken, or no longer: none after a warning, those since the checkpoint
     after a roll back. ``metrics``: the result of the update. ``settings``: those that it was decided with.
@@ -34,7 +34,7 @@ class Verdict:
 
     step: int
     action: Action
-    findings: Sequence[Finding]
+    findings: Sequence[GuardFinding]
     first: int
     last: int
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -42,25 +42,25 @@ class Verdict:
 
     @property
     def skipped(self) -> range:
-        """The steps that are not taken."""
+        """Steps that are not taken."""
         return range(self.first, self.last + 1)
 
 
-def skipped_steps(verdicts: Iterable[Verdict]) -> set[int]:
+def skipped_steps(verdicts: Iterable[StepVerdict]) -> set[int]:
     """Return all steps that some verdict does not take."""
     return {step for verdict in verdicts for step in verdict.skipped}
 
 
-def encode_verdict(verdict: Verdict) -> bytes:
+def encode_verdict(verdict: StepVerdict) -> bytes:
     """Encode a verdict as JSON; values that are not finite as Python writes them (NaN, Infinity)."""
     return json.dumps(asdict(verdict), indent=1).encode()
 
 
-def decode_verdict(path: Path, data: bytes) -> Verdict:
+def decode_verdict(path: Path, data: bytes) -> StepVerdict:
     """Invert ``encode_verdict``. Raises JournalError naming ``path``."""
     try:
         content = json.loads(data)
-        findings = [Finding(**finding) for finding in content.pop("findings")]
-        return Verdict(findings=findings, **content)
+        findings = [GuardFinding(**finding) for finding in content.pop("findings")]
+        return StepVerdict(findings=findings, **content)
     except (ValueError, TypeError, KeyError) as error:
         raise JournalError(f"{path} is not a verdict ({error}); restore it from a copy") from error

@@ -41,7 +41,7 @@ from agpo_megatron.journal.records import (
     encode_record,
     sample_batches,
 )
-from agpo_megatron.journal.verdicts import Verdict, encode_verdict
+from agpo_megatron.journal.verdicts import StepVerdict, encode_verdict
 from agpo_megatron.samples import Fragment, Group, columns
 
 
@@ -161,7 +161,7 @@ class Journal:
         write_durably(self.folder / "batches" / name, data)
         return record, name
 
-    def add_verdict(self, verdict: Verdict) -> None:
+    def add_verdict(self, verdict: StepVerdict) -> None:
         """Write durably what the guards have decided about a step. Raises WriteError."""
         data = encode_verdict(verdict)
         name = f"verdict-{verdict.step:08d}-a{self.attempt:06d}-{digest(data)[:DIGEST]}.json"

@@ -19,7 +19,7 @@ from torch import equal
 
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.data.stream import shuffled_position
-from agpo_megatron.journal import JournalReader, Verdict
+from agpo_megatron.journal import JournalReader, StepVerdict
 from agpo_megatron.observe.metrics import read_metrics
 
 PROBLEMS, PROMPTS = 100, 4
@@ -71,11 +71,11 @@ def write_reward(
     }
 
 
-def verdicts(run_dir: Path) -> dict[int, Verdict]:
+def verdicts(run_dir: Path) -> dict[int, StepVerdict]:
     return JournalReader(RunFolder(run_dir).journal).verdicts()
 
 
-def numbers(verdict: Verdict) -> tuple[object, ...]:
+def numbers(verdict: StepVerdict) -> tuple[object, ...]:
     """What a replay has to meet again: everything but the settings (``nan`` equals itself here)."""
     found = [(f.guard, f.metric, repr(f.value), f.bound, f.samples) for f in verdict.findings]
     loss = [(key, repr(verdict.metrics[key])) for key in sorted(verdict.metrics)]

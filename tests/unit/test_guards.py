@@ -12,7 +12,7 @@ import pytest
 from agpo_megatron.algorithm.limits import Limit, broken, not_finite
 from agpo_megatron.config.schema import GuardsConfig
 from agpo_megatron.controller import guards
-from agpo_megatron.journal import BatchRecord, Block, Verdict
+from agpo_megatron.journal import BatchRecord, Block, StepVerdict
 from agpo_megatron.journal.records import decode_record, encode_record, sequence_columns
 
 LADDER = ["warn", "skip", "roll_back", "stop"]
@@ -113,8 +113,8 @@ def test_the_ladder(actions: list[Any], non_finite: bool, expected: list[str]) -
     assert [guards.action_of(actions, earlier, non_finite) for earlier in range(5)] == expected
 
 
-def verdict(step: int, action: Any = "warn") -> Verdict:
-    return Verdict(step, action, [], step, step - 1)
+def verdict(step: int, action: Any = "warn") -> StepVerdict:
+    return StepVerdict(step, action, [], step, step - 1)
 
 
 def test_firings_count_within_the_window_and_behind_a_stop() -> None:
@@ -150,7 +150,7 @@ def record(metrics: dict[str, float], limits: list[Limit], updates: int = 2) -> 
     )
 
 
-def judge(of: BatchRecord, step: int, result: dict[str, float], **rest: Any) -> Verdict | None:
+def judge(of: BatchRecord, step: int, result: dict[str, float], **rest: Any) -> StepVerdict | None:
     given = {"earlier": 1, "checkpoint": 3, **rest}
     return guards.judge(LADDER, of, step, result, **given)  # type: ignore[arg-type]
 
