@@ -133,7 +133,7 @@ class Watch:
         return verdict
 
     def _settled(self, batch: Batch, step: int, reported: bool) -> bool:
-        """Return whether the step was decided by an earlier start, or by the run that is replayed: then no limit counts,
+        """Return whether the step was decided by an earlier start, or by the replayed run: no limit counts then,
         lest a number that comes out otherwise on this machine decide otherwise."""
         return batch.settled or reported or step in self.verdicts
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Run
 from agpo_megatron.controller.sources import recorded
 from agpo_megatron.controller.watch import GuardStop
-from agpo_megatron.journal import Journal, JournalReader, StepVerdict
+from agpo_megatron.journal import (
+    GuardFinding,
+    Journal,
+    JournalError,
+    JournalReader,
+    StepVerdict,
+)
 from agpo_megatron.observe.metrics import read_metrics
 
 SPIKES = {step: {"grad_norm": 1000.0} for step in (10, 11, 12, 13)}
@@ -314,3 +321,19 @@ def test_a_number_that_comes_out_otherwise_changes_no_decision(tmp_path: Path) -
     go(tmp_path, other, "guards.actions=[skip]")
     assert other.taken == [s for s in range(1, 15) if s != 10]
     assert list(verdicts(tmp_path)) == [10]
+
+
+def test_verdicts_stay_valid_and_those_of_a_superseded_start_do_not_count(tmp_path: Path) -> None:
+    found = StepVerdict(3, "skip", [GuardFinding("entropy", "policy/entropy", 0.1, 0.5)], 3, 3)
+    first = Journal(tmp_path)
+    first.add_verdict(found)
+    second = Journal(tmp_path)
+    second.pending_fragments(())  # which writes the list of what is valid anew
+    first.add_verdict(replace(found, step=4))
+    assert second.reader.verdicts() == {3: found}
+    assert Journal(tmp_path).reader.verdicts() == {3: found}
+    (path,) = (tmp_path / "verdicts").glob("verdict-00000003-*")
+    path.write_text("{}")
+    second.reader.read_patience = 0.0
+    with pytest.raises(JournalError, match="verdict-00000003"):
+        second.reader.verdicts()
