@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 
@@ -72,13 +72,14 @@ def limits(
 
 def reward_floor(settings: GuardsConfig, past: Sequence[Row], rolled_back: int) -> float | None:
     """Return the mean reward of the next batch below which the mean of the last ``BATCHES``, it included, is too far
-    below the best that this mean has been; None while too little is known."""
+    below the best median of as many; None while too little is known."""
     rows = [(row["step"], row["reward/mean"]) for row in past if "reward/mean" in row]
-    means = [fmean(r for _, r in rows[i - BATCHES : i]) for i in range(BATCHES, len(rows) + 1)]
+    # Medians: one batch with an absurd reward must not be the best for good.
+    best = [median(r for _, r in rows[i - BATCHES : i]) for i in range(BATCHES, len(rows) + 1)]
     recent = [reward for step, reward in rows if step > rolled_back][1 - BATCHES :]
-    if settings.reward_drop is None or not means or len(recent) < BATCHES - 1:
+    if settings.reward_drop is None or not best or len(recent) < BATCHES - 1:
         return None
-    lowest = max(means) - settings.reward_drop * max(map(abs, means))
+    lowest = max(best) - settings.reward_drop * max(map(abs, best))
     return BATCHES * lowest - sum(recent)
 
 

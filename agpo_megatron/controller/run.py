@@ -268,6 +268,8 @@ class Run:
             )
             if verdict and verdict.action == "roll_back":
                 await self._roll_back(verdict)
+        if verdict and not reported:  # once, also when a kill came before it was said
+            self.watch.say(verdict, batch)
         fired = {"guard/fired": float(len(verdict.findings) if verdict else 0)}
         self.report(batch.record, step, {**result, **fired}, timings)
         if verdict and verdict.action == "stop" and not passed_over:

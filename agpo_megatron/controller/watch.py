@@ -100,7 +100,7 @@ class Watch:
         checkpoint: tuple[int, Path | None],
     ) -> StepVerdict | None:
         """Return the verdict on a step whose update gave ``result``; None if no guard fires. A new one is durable, with
-        its dump, and has been said."""
+        its dump."""
         if step in self.verdicts:
             return self.verdicts[step]
         record = batch.record
@@ -121,16 +121,20 @@ class Watch:
             for f in verdict.findings
         ]
         verdict = replace(verdict, findings=findings, settings=self._settings)
-        text = f"{guards.described(verdict, record)}; file {batch.name}"
         replayable = "reward/mean" in record.metrics and batch.journal == self.folder.journal
         if verdict.action != "warn" and replayable:  # a cold start cannot be replayed
-            dump = write_dump(self.folder, self.config, verdict, checkpoint)
-            text += f". To meet it again: {replay_command(dump)}"
+            write_dump(self.folder, self.config, verdict, checkpoint)
         self.journal.add_verdict(verdict)
         self.verdicts[step] = verdict
+        return verdict
+
+    def say(self, verdict: StepVerdict, batch: Batch) -> None:
+        """Name a verdict in the log and on the terminal."""
+        text = f"{guards.described(verdict, batch.record)}; file {batch.name}"
+        if (dump := self.folder.dump(verdict.step)).exists():
+            text += f". To meet it again: {replay_command(dump)}"
         log.warning("%s", text)
         sys.stderr.write(f"warning: {text}\n")
-        return verdict
 
     def _settled(self, batch: Batch, step: int, reported: bool) -> bool:
         """Return whether the step was decided by an earlier start, or by the replayed run: no limit counts then,

@@ -149,7 +149,7 @@ def test_spikes_go_down_the_ladder_whatever_is_killed(tmp_path: Path) -> None:
 def test_every_other_guard_fires_and_no_step_is_taken(tmp_path: Path) -> None:
     """Bounds that a normal step breaks; rewards that are an error, too large for fp32, or gone at some steps."""
     changes = write_reward(
-        tmp_path / "task", {5: 1e30}, broken=range(3, 4), worthless=range(11, 13)
+        tmp_path / "task", {13: 1e30}, broken=range(3, 4), worthless=range(11, 13)
     )
     bounds: dict[str, object] = {
         "guards.actions": ["skip"],
@@ -158,7 +158,7 @@ def test_every_other_guard_fires_and_no_step_is_taken(tmp_path: Path) -> None:
         "guards.truncated": 0.2,
         "guards.reward_drop": 1e-7,
         "rollout.max_response_tokens": 30,
-        "train.steps": 12,
+        "train.steps": 13,
     }
     config, run_dir = write_run(tmp_path, **changes, **bounds), tmp_path / "run"
     ended = finish(config, run_dir)
@@ -170,24 +170,24 @@ def test_every_other_guard_fires_and_no_step_is_taken(tmp_path: Path) -> None:
     def steps(guard: str) -> set[int]:
         return {step for step, names in fired.items() if guard in names}
 
-    every = set(range(1, 13))
+    every = set(range(1, 14))
     assert steps("entropy") >= every - {3}  # a step without a verdict has no gradient either
     assert steps("logprob_gap") >= every - {3}
     assert steps("reward_errors") == {3}
-    assert steps("non_finite") == {5}
+    assert steps("non_finite") == {13}
     assert steps("reward_drop") >= {11, 12}
     truncated = [row["response/truncated_frac"] for row in rows]
     assert steps("truncated") == {
         s for s in every if truncated[s - 1] > 0.2 >= min(truncated[: s - 1], default=1)
     }
-    assert not math.isfinite(found[5].metrics["grad_norm"])
-    assert [row["guard/skipped_steps"] for row in rows] == list(range(1, 13))
+    assert not math.isfinite(found[13].metrics["grad_norm"])
+    assert [row["guard/skipped_steps"] for row in rows] == list(range(1, 14))
     before, after = (
         load_file(next(folder.glob("*.safetensors")))
         for folder in (tmp_path / "model", RunFolder(run_dir).exported_model)
     )
     assert all(equal(before[name], after[name]) for name in after)
-    check_dump(run_dir, 5, 0)
+    check_dump(run_dir, 13, 0)
 
 
 @pytest.mark.full

@@ -72,6 +72,8 @@ def test_the_reward_is_averaged_and_held_against_its_best() -> None:
     assert "reward_drop" not in limits_of(rows(reward=[0.8] * 7), reward_drop=0.5)
     healthy = limits_of(rows(reward=[0.8] * 30), reward_drop=0.9)["reward_drop"]
     assert healthy.bound < 0, "a single batch without a right answer is no collapse"
+    absurd = limits_of(rows(reward=[0.8] * 12 + [1e30] + [0.8] * 8), reward_drop=0.5)
+    assert absurd["reward_drop"].bound == pytest.approx(8 * 0.4 - 7 * 0.8), "one absurd batch"
     negative = limits_of(rows(reward=[-1.0] * 8 + [-0.2] * 8), reward_drop=0.9)["reward_drop"]
     assert negative.bound == pytest.approx(8 * (-0.2 - 0.9) + 7 * 0.2), (
         "by the largest absolute mean"

@@ -324,7 +324,9 @@ def test_a_number_that_comes_out_otherwise_changes_no_decision(tmp_path: Path) -
 
 
 def test_verdicts_stay_valid_and_those_of_a_superseded_start_do_not_count(tmp_path: Path) -> None:
-    found = StepVerdict(3, "skip", [GuardFinding("entropy", "policy/entropy", 0.1, 0.5)], 3, 3)
+    found = StepVerdict(
+        3, "skip", [GuardFinding("entropy", "policy/entropy", 0.1, 0.5, ["a"])], 3, 3
+    )
     first = Journal(tmp_path)
     first.add_verdict(found)
     second = Journal(tmp_path)
