@@ -339,3 +339,25 @@ def test_verdicts_stay_valid_and_those_of_a_superseded_start_do_not_count(tmp_pa
     second.reader.read_patience = 0.0
     with pytest.raises(JournalError, match="verdict-00000003"):
         second.reader.verdicts()
+
+
+@pytest.mark.parametrize(
+    ("action", "moved"), [("warn", True), ("skip", False), ("roll_back", False)]
+)
+def test_a_step_that_is_not_taken_moves_no_weights(
+    tmp_path: Path, action: str, moved: bool
+) -> None:
+    """What the publish after it is told: only where weights must differ are equal ones worth a warning."""
+    trainer = GuardedTrainer({10: {"grad_norm": 1000.0}})
+    run = run_in(tmp_path, trainer, STEPS, f"guards.actions=[{action}]")  # type: ignore[arg-type]
+
+    async def body() -> None:
+        await run.load()
+        async for batch in batches(run, 1):
+            run.moved = False  # as after a publish
+            await run.advance(batch)
+            if run.version.step == 10:
+                return
+
+    asyncio.run(body())
+    assert run.moved == moved
