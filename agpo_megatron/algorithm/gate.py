@@ -76,11 +76,11 @@ class Adaptive:
         return Adaptive(clip.kind, clip.min, clip.tau, tie=clip.tie)
 
     def value(self, loss: float, scale: float = 1.0) -> float:
-        """Return phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
+        """Return phi(L). Raises LossNotFinite: a closed gate would hide it."""
         return float(self.values(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def gain(self, loss: float, scale: float = 1.0) -> float:
-        """Return phi'(L), the factor on the gradient. Raises ValueError like ``value``."""
+        """Return phi'(L), the factor on the gradient. Raises LossNotFinite like ``value``."""
         return float(self.gains(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def values(self, losses: Tensor, scales: Tensor) -> Tensor:
@@ -117,9 +117,13 @@ class Adaptive:
                 return x.sigmoid()
 
 
+class LossNotFinite(ValueError):
+    """The policy loss of a step is infinite or not a number."""
+
+
 def _finite(loss: float) -> Tensor:
     if not math.isfinite(loss):
-        raise ValueError(
+        raise LossNotFinite(
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
     return torch.tensor(loss, dtype=torch.float64)
@@ -138,10 +142,15 @@ def total(parts: Iterable[PartSum]) -> PartSum:
     """Return the sum of ``parts``, exactly rounded, so that their order does not matter."""
     listed = list(parts)
     return PartSum(
-        math.fsum(p.weight for p in listed),
-        math.fsum(p.loss for p in listed),
-        math.fsum(p.scale for p in listed),
+        _sum([p.weight for p in listed]),
+        _sum([p.loss for p in listed]),
+        _sum([p.scale for p in listed]),
     )
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exactly rounded sum; NaN where infinities cancel, on which ``math.fsum`` raises."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum]:
@@ -170,7 +179,7 @@ class Gate:
 
 
 def gate_of(settings: LossSettings, shares: Sequence[Mapping[str, PartSum]]) -> Gate:
-    """Return the gate of a step from the part sums of all replicas. Raises ValueError for a loss that is not finite."""
+    """Return the gate of a step from the part sums of all replicas. Raises LossNotFinite."""
     by_group: dict[str, list[PartSum]] = {}
     for share in shares:
         for group, part in share.items():

@@ -24,6 +24,7 @@ FREE = (
     "journal.",
     "cluster.",
     "prepare.",
+    "guards.",  # what they have decided is in the journal
     "model.path",  # paths: their content is compared
     "data.path",
     "data.difficulty",

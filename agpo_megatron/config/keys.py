@@ -112,6 +112,10 @@ def _type_text(field: FieldInfo) -> str:
     nullable = types.NoneType in args
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        (entry,) = typing.get_args(annotation)
+        if typing.get_origin(entry) is Literal:
+            return "list of " + ", ".join(f"`{value}`" for value in typing.get_args(entry))
     kinds = [arg for arg in args if arg is not types.NoneType] or [annotation]
     text = " or ".join(
         "list of parts" if _section_type(kind)[0] else _NAMES[kind] for kind in kinds

@@ -74,6 +74,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def dump(self, step: int) -> Path:
+        """Replayable run folder of a guard's finding in ``step``."""
+        return self.path / "guards" / f"step-{step}"
+
     def scores(self, weights: str) -> Path:
         """Log-probs on their way from the trainer to the controller; removed when read."""
         return self.path / f"scores-{weights}.arrow"

@@ -80,6 +80,27 @@ class TrainConfig(Section):
     """Packing budget: tokens per micro-batch. A longer sequence is a micro-batch of its own."""
 
 
+class GuardsConfig(Section):
+    actions: list[Literal["warn", "skip", "roll_back", "stop"]] = Field(
+        ["warn", "skip", "roll_back", "stop"], min_length=1
+    )
+    """Done in the first, second, ... step within 50 in which a guard fires; the last entry holds for all further ones.
+    A loss or gradient that is not finite is never stepped on: it begins behind ``warn``."""
+    grad_norm: float | None = Field(50.0, gt=1)
+    """Gradient norm, as a multiple of the median of the last 64 (8 at least), above which it fires; null: never."""
+    logprob_gap: float | None = Field(1.0, ge=0)
+    """Mean of ``|log-prob of server - of trainer|`` over trained tokens, in nats, above which it fires; null: never."""
+    logprob_far: float | None = Field(0.2, ge=0, le=1)
+    """Share of trained tokens where they are more than 1 nat apart, above which it fires; null: never."""
+    entropy: float | None = Field(0.001, gt=0)
+    """Entropy, mean over trained tokens, in nats, below which it fires; null: never."""
+    reward_drop: float | None = Field(0.9, gt=0)
+    """Fall of the mean reward of 8 batches below the best median of 8 batches, as a share of the largest absolute one,
+    above which it fires; null: never."""
+    truncated: float | None = Field(0.95, ge=0, le=1)
+    """Share of truncated responses above which it fires, once a batch had no more; null: never."""
+
+
 class RolloutConfig(Section):
     servers: int = Field(1, ge=1)
     """SGLang servers."""
@@ -224,6 +245,8 @@ class Config(Section):
     """Cold start by supervised fine-tuning; leave the section out to start from ``model.path`` as it is."""
     train: TrainConfig = TrainConfig()
     """Reinforcement learning: steps, batch, optimizer."""
+    guards: GuardsConfig = GuardsConfig()
+    """Limits of a step's numbers that no healthy run meets, and what is done beyond them (docs/troubleshooting.md)."""
     rollout: RolloutConfig = RolloutConfig()
     """SGLang servers and sampling."""
     policy: PolicyConfig = PolicyConfig()

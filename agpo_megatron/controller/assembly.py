@@ -20,6 +20,7 @@ from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.config.task import SourceConfig, TrainSourceConfig
 from agpo_megatron.controller.evaluation import EvalSet, Rollouts, measure, rescore
+from agpo_megatron.controller.guard_dump import dumped_step
 from agpo_megatron.controller.live import live, live_recipe
 from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
@@ -72,9 +73,11 @@ async def execute(
     recipe = supervised_recipe(sft) if sft else live_recipe(config)
     other = JournalReader(RunFolder(replayed).journal) if replayed else None
     async with run_of(mode, config, folder, context, recipe) as (run, status):
-        await run.load(other)
+        dumped = dumped_step(replayed) if replayed else None
+        saved = RunFolder(replayed).complete_checkpoints() if replayed and dumped else []
+        await run.load(other, saved[-1] if saved else (0, None))
         if other:
-            await train(run, recorded(run, other, last=recipe.steps))
+            await train(run, recorded(run, other, last=dumped or recipe.steps))
         elif sft:
             examples = await asyncio.to_thread(
                 load_sft_examples, sft.path, config.data, load_tokenizer(sft.base)
@@ -84,6 +87,7 @@ async def execute(
         else:
             async with rollouts_of(config, context, True, status) as rollouts:
                 await train(run, recorded(run, run.journal.reader), live(run, rollouts))
+        steps = run.version.step
         await run.export(Path(config.model.path) if sft else folder.exported_model)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
@@ -93,7 +97,7 @@ async def execute(
         title=f"{folder.path.name}: {title_of(mode, config)}",
         summary=summary,
     )
-    write_durably(folder.done, json.dumps({"mode": mode, "steps": recipe.steps}).encode())
+    write_durably(folder.done, json.dumps({"mode": mode, "steps": steps}).encode())
 
 
 def title_of(mode: str, config: Config) -> str:

@@ -14,10 +14,11 @@ from collections.abc import AsyncGenerator
 
 from agpo_megatron.algorithm.step import StepRequest, decide, drops_groups, has_variance
 from agpo_megatron.config.schema import Config
+from agpo_megatron.controller.batch import Batch
 from agpo_megatron.controller.evaluation import Rollouts, evaluate, evaluating
 from agpo_megatron.controller.producer import Collected, producing
 from agpo_megatron.controller.publishing import make_publisher
-from agpo_megatron.controller.run import Batch, Recipe, Run, seconds_into
+from agpo_megatron.controller.run import Recipe, Run, seconds_into
 from agpo_megatron.controller.schedule import Window
 from agpo_megatron.observe.summary import write_summary
 from agpo_megatron.sync.protocol import Publisher

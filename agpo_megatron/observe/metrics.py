@@ -79,6 +79,9 @@ METRIC_KEYS = (
     "rollout/logprob_abs_diff_age4",
     "rollout/logprob_abs_diff_age8",
     "rollout/staleness_max",
+    "rollout/logprob_far_frac",
+    "guard/fired",
+    "guard/skipped_steps",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""

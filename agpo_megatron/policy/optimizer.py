@@ -48,6 +48,22 @@ def begin_state(optimizer: Any) -> None:
             group.setdefault("step", 0)
 
 
+def clear_state(optimizer: Any) -> None:
+    """Set moments and count of steps to 0, as before the first step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:
+            continue
+        for state in part.optimizer.state.values():
+            for name, value in state.items():
+                if (
+                    name != "master_param"
+                ):  # fp32 weights that some fused optimizers keep beside the moments
+                    value.zero_()
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0
+
+
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:
     """Set ``lr`` for all groups, and weight decay times each group's factor, as Megatron's parameter scheduler does."""
     for group in optimizer.param_groups:

@@ -114,12 +114,12 @@ def wait_for(
     """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), or a phase (a pattern)
     that a log of its controller, other than those of ``before``, shows."""
     watched = folder.path / moment if "/" in moment else None
-    old = set(watched.glob("*.arrow")) if watched else set()
+    old = set(watched.glob("[!.]*")) if watched else set()
     pattern = re.compile(rf"phase {moment}$", re.MULTILINE)
 
     def reached() -> bool:
         if watched:
-            return bool(set(watched.glob("*.arrow")) - old)
+            return bool(set(watched.glob("[!.]*")) - old)
         return any(pattern.search(p.read_text()) for p in controller_logs(folder) - before)
 
     deadline = time.monotonic() + timeout
