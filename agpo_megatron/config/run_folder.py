@@ -74,6 +74,14 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    def export(self, step: int) -> Path:
+        """The policy after ``step`` as a Hugging Face checkpoint: complete or absent."""
+        return self.exports / f"step-{step:08d}"
+
     def scores(self, weights: str) -> Path:
         """Log-probs on their way from the trainer to the controller; removed when read."""
         return self.path / f"scores-{weights}.arrow"
