@@ -18,9 +18,9 @@ from agpo_megatron.config.checks import check_config, check_inputs, notes
 from agpo_megatron.config.loading import Resolved, resolve_config
 from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
-from agpo_megatron.controller.checkpoints import check_keep_best
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
+from agpo_megatron.observe.best import check_keep_best
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import render_summary
 
