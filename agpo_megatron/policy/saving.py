@@ -145,7 +145,8 @@ class PendingSave:
             self._digests[name] = digest(Path(path))
             self._results[number] = outcome
         except Exception as error:
-            self._failures.append(f"{type(error).__name__}: {error}")
+            cause = _first(error)
+            self._failures.append(f"{type(cause).__name__}: {cause}")
         self.seconds = time.monotonic() - self._started
 
     def _join(self, seconds: float) -> None:
@@ -184,6 +185,13 @@ class PendingSave:
 
     def _together(self, what: str, action: Callable[[], Any], *, share: bool = True) -> list[Any]:
         return together(self._layout, f"{what} {self._partial}", action, share=share)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error came of: torch says "unexpected pos" when the system has said that the disk is full."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _bytes_of(bucket: Any) -> int:
