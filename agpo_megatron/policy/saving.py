@@ -188,7 +188,7 @@ class PendingSave:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What an error came of: torch says "unexpected pos" when the system has said that the disk is full."""
+    """Return the error that this one came of: torch says "unexpected pos" where the system said that a disk is full."""
     while error.__context__ is not None:
         error = error.__context__
     return error
