@@ -1,4 +1,5 @@
-"""``agpo-megatron {prepare,sft,train,eval,check,parity,status,timeline,report}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,export,check,parity,status,timeline,report}``; also
+``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError, JournalReader
+from agpo_megatron.observe.best import check_keep_best
 from agpo_megatron.observe.metrics import read_metrics
 from agpo_megatron.observe.summary import render_summary
 
@@ -73,6 +75,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "who is doing what, for how long, in the newest start of a run"
     status = commands.add_parser("status", help=text, description=text)
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    text = "write a checkpoint of a run as a Hugging Face checkpoint, without servers and ranks"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("--step", type=int, metavar="N", required=True)
+    export.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: exports/step-N of RUN_DIR"
+    )
     text = "draw where the time of runs went, above each other: the trainer's phases, the servers' slots"
     timeline = commands.add_parser("timeline", help=text, description=text)
     timeline.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
@@ -95,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "status":
             sys.stdout.write(describe_run(RunFolder(arguments.run_dir)))
             return 0
+        if arguments.command == "export":
+            sys.stdout.write(f"{export(arguments.run_dir, arguments.step, arguments.out)}\n")
+            return 0
         if arguments.command == "timeline":
             sys.stdout.write(f"{timeline(arguments.run_dirs, arguments.out)}\n")
             return 0
@@ -106,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
+        check_keep_best(resolved.config)
         if arguments.command == "check":
             for note in notes(resolved.config):
                 sys.stderr.write(f"note: {note}\n")
@@ -169,7 +182,7 @@ def evaluated(
         return config, folder
     if step is not None:
         run, folder = RunFolder(folder.path.parent), RunFolder(folder.path / f"step-{step}")
-        model = str(converted(run, step, folder, config.model.path))
+        model = str(converted(run, step, folder.path / "hf", config.model.path))
     else:
         folder = RunFolder(folder.path / Path(str(model)).resolve().name)
     changes = {
@@ -179,10 +192,9 @@ def evaluated(
     return config.model_copy(update=changes), folder
 
 
-def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
-    """The checkpoint of ``step`` as a Hugging Face folder inside ``folder``, converted once; config and tokenizer are
-    those of ``like``. Raises ConfigError."""
-    out = folder.path / "hf"
+def converted(run: RunFolder, step: int, out: Path, like: str) -> Path:
+    """The checkpoint of ``step`` as the Hugging Face folder ``out``, converted once; config and tokenizer are those of
+    ``like``. Raises ConfigError."""
     if (out / "config.json").exists():
         return out
     checkpoints = dict(run.complete_checkpoints())
@@ -193,13 +205,24 @@ def converted(run: RunFolder, step: int, folder: RunFolder, like: str) -> Path:
         )
     checkpoint = checkpoints[step]
     tool = Path(__file__).parents[1] / "tools" / "convert_hf_checkpoint.py"
-    folder.path.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(tool), "to-hf", str(checkpoint), str(out), "--like", like]
     if subprocess.run(command, check=False).returncode:
         raise ConfigError(
             f"--step {step}: {checkpoint} could not be converted; the lines above say why"
         )
     return out
+
+
+def export(run_dir: Path, step: int, out: Path | None) -> Path:
+    """Export a checkpoint of a run, as ``run.export_every`` would have. Raises ConfigError."""
+    run = RunFolder(run_dir.absolute())
+    if not run.config.exists():
+        raise ConfigError(f"{run.path} is not a run folder: it has no {run.config.name}")
+    mode = json.loads(run.inputs.read_text())["mode"]
+    config = resolve_config(run.config).config
+    like = config.sft.base if mode == "sft" and config.sft else config.model.path
+    return converted(run, step, (out or run.export(step)).absolute(), like)
 
 
 def timeline(run_dirs: Sequence[Path], out: Path | None) -> Path:

@@ -13,14 +13,16 @@ CHARACTERS = "0123456789+=#: "
 VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate(CHARACTERS)}}
 
 
-def write_model(folder: Path, seed: int = 0, layers: int = 4, long_answers: bool = False) -> None:
+def write_model(
+    folder: Path, seed: int = 0, layers: int = 4, long_answers: bool = False, width: int = 1
+) -> None:
     """A Llama checkpoint with 4 heads and 2 KV heads: TP 1 and 2, PP 1, 2 and 4 divide it. Its answers have about 20
-    tokens; ``long_answers``: 100 to 200."""
+    tokens; ``long_answers``: 100 to 200. ``width``: multiplies the hidden size."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=64 * width,
+        intermediate_size=128 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -28,7 +30,7 @@ def write_model(folder: Path, seed: int = 0, layers: int = 4, long_answers: bool
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        initializer_range=0.1,
+        initializer_range=0.1 * width**-0.5,
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).to(torch.float32)

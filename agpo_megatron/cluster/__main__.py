@@ -31,6 +31,7 @@ from agpo_megatron.config.record import package_versions, resolved_yaml
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import JournalError
+from agpo_megatron.observe.best import check_keep_best
 from agpo_megatron.observe.summary import render_summary
 
 
@@ -62,6 +63,7 @@ def make_plan(arguments: argparse.Namespace) -> int:
     resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
     mode = arguments.mode
     config, folder = place(resolved.config, mode)
+    check_keep_best(config)
     for warning in check_config(config):
         sys.stderr.write(f"warning: {warning}\n")
     if arguments.dry_run and "SLURM_JOB_ID" not in os.environ:

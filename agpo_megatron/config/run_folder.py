@@ -78,6 +78,14 @@ class RunFolder:
         """Replayable run folder of a guard's finding in ``step``."""
         return self.path / "guards" / f"step-{step}"
 
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    def export(self, step: int) -> Path:
+        """The policy after ``step`` as a Hugging Face checkpoint: complete or absent."""
+        return self.exports / f"step-{step:08d}"
+
     def scores(self, weights: str) -> Path:
         """Log-probs on their way from the trainer to the controller; removed when read."""
         return self.path / f"scores-{weights}.arrow"

@@ -22,8 +22,19 @@ class RunConfig(Section):
     """Run folder. ``--run-dir`` overrides it. Other paths may refer to it as ``{run_dir}``."""
     checkpoint_every: int = Field(10, ge=1)
     """Optimizer steps between checkpoints. After a crash the steps since the last one are replayed."""
+    checkpoint_minutes: float = Field(0.0, ge=0)
+    """Also a checkpoint after the first step that ends so many minutes after the last was begun; 0: by steps only."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Checkpoints kept; older ones, and the journal behind them if ``journal.keep`` says so, are removed."""
+    """Newest checkpoints kept; older ones, and the journal behind them if ``journal.keep`` says so, are removed."""
+    keep_best: str = ""
+    """One more checkpoint is kept: the best by this metric of its step (docs/metrics.md), or by ``eval/SCORE`` (of the
+    first set) or ``eval/SET/SCORE`` of its evaluation. A leading ``-``: the least is the best. Empty: none."""
+    async_save: bool = True
+    """Training goes on while a checkpoint's files are written, from a copy of each rank's share in host memory. Off:
+    for hosts without that memory."""
+    export_every: int = Field(0, ge=0)
+    """Optimizer steps between exports in Hugging Face format to ``exports/step-N`` of the run folder; 0: only at the
+    end, to ``hf``. They are never removed."""
 
 
 class ModelConfig(Section):

@@ -98,6 +98,11 @@ def action_of(actions: Sequence[Action], earlier: int, non_finite: bool) -> Acti
     return rungs[min(earlier, len(rungs) - 1)]
 
 
+def fires(record: BatchRecord, step: int, result: Row) -> bool:
+    """Return whether a step breaks a limit, or has a loss or gradient that is not finite."""
+    return bool(broken_before(record, step) or broken(record.limits, result) or not_finite(result))
+
+
 def broken_before(record: BatchRecord, step: int) -> list[Limit]:
     """Return the limits that the batch breaks before anything is computed. They speak with its first step, for all."""
     return broken(record.limits, record.metrics) if step == record.first_step else []

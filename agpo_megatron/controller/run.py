@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from agpo_megatron.algorithm.step import NO_SCORES, Decision, Scores
-from agpo_megatron.config.run_folder import CHECKPOINT_MARKER, RunFolder
+from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.controller.batch import Batch
+from agpo_megatron.controller.checkpoints import remove_leftovers, remove_old, set_aside
+from agpo_megatron.controller.guards import fires
 from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
 from agpo_megatron.controller.watch import GuardStop, Watch, stop_message
@@ -95,6 +95,8 @@ class Run:
     watch: Watch = field(init=False)
     begin: tuple[int, Path | None] = field(init=False, default=(0, None))
     _longest: dict[str, float] = field(init=False, default_factory=dict)
+    _saving: int | None = field(init=False, default=None)
+    _last_save: float = field(init=False, default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
@@ -119,15 +121,23 @@ class Run:
     ) -> int:
         """Load the newest complete checkpoint, or the initial weights; return the step that the trainer then holds.
 
-        Trainers that outlived their last controller may be at a later step, and stay there. ``recorded``: the journal
-        to train on, if it is not this run's. ``begin``: step and checkpoint to start from while there is none here.
-        Raises GuardStop if a guard has stopped the run, under the settings of now.
+        Trainers that outlived their last controller may be at a later step, and stay there. A damaged checkpoint is
+        set aside, and the one before it taken; JournalError when the journal does not lead from that to the damaged
+        one. ``recorded``: the journal to train on, if it is not this run's. ``begin``: step and checkpoint to start
+        from while there is none here. Raises GuardStop if a guard has stopped the run, under the settings of now.
         """
         self.begin = begin
         await asyncio.to_thread(self.watch.read, recorded)
-        step, path = self.checkpoint
+        saved = self.folder.complete_checkpoints()
         with self.phase("load weights", {}, ""):
-            answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
+            while True:
+                step, path = saved.pop() if saved else begin
+                answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
+                damaged = answers[0]["damaged"]
+                if not (damaged and path):
+                    break
+                older, reader = saved[-1][0] if saved else begin[0], recorded or self.journal.reader
+                await asyncio.to_thread(set_aside, path, step, damaged, older, reader)
         # Only now: trainers that outlived their controller may still have been saving.
         await asyncio.to_thread(remove_leftovers, self.folder)
         self.backend = answers[0]["backend"]
@@ -203,20 +213,29 @@ class Run:
         return Batch(record, self.folder.journal, name, timings)
 
     async def _save_if_due(self) -> None:
-        """Save every ``run.checkpoint_every`` steps and at the last; before that, end if asked to."""
-        step, last = self.version.step, self.recipe.steps
-        if step % self.config.run.checkpoint_every == 0 or step == last:
-            await self.save()
+        """After a step: export and save if due, and at the last; before that, end if asked to."""
+        run, step, last = self.config.run, self.version.step, self.recipe.steps
+        path = self.folder.export(step)
+        # Before the save: behind a complete checkpoint no export is missing.
+        if run.export_every and step % run.export_every == 0 and not path.exists():
+            await self.export(path)
+        seconds = time.monotonic() - self._last_save
+        late = 0 < run.checkpoint_minutes * 60 <= seconds
+        if step % run.checkpoint_every == 0 or late or step == last:
+            await self.save(wait=step == last)
+        else:
+            await self.settle_save()
         if step < last:
             await self.stop_if_asked()
 
     async def stop_if_asked(self) -> None:
         """Between two steps: if the run is asked to end, save what is not saved yet, and raise StoppedOnRequest."""
+        await self.settle_save(wait=self.stop_requested())
         if not self.stop_requested():
             return
         step = self.version.step
         if step and step not in dict(self.folder.complete_checkpoints()):
-            await self.save()
+            await self.save(wait=True)
         done = f"after step {step}, which is saved" if step else "before the first step"
         raise StoppedOnRequest(f"asked to end: stopped {done}")
 
@@ -263,6 +282,10 @@ class Run:
             verdict = self.watch.verdicts.get(step)
             result = dict(verdict.metrics) if verdict else {}
         else:
+            if fires(
+                batch.record, step, result
+            ):  # a checkpoint that appears later would change what a verdict means
+                await self.settle_save(wait=True)
             verdict = await asyncio.to_thread(
                 self.watch.decide, batch, step, result, reported, self.checkpoint
             )
@@ -326,14 +349,43 @@ class Run:
                 entropy = float(results[0]["entropy"])
         return Scores(found["policy"], found["reference"], entropy)
 
-    async def save(self) -> None:
-        """Save a checkpoint of the current step; keep the newest ``run.keep_checkpoints``."""
-        step = self.version.step
-        timings: dict[str, float] = {}
-        with self.phase(f"save step {step}", timings, "time/save"):
-            await self.trainers.call("save", path=str(self.folder.checkpoint(step)), step=step)
-        self._check_lead(timings)
-        await asyncio.to_thread(self._remove_old)
+    async def save(self, wait: bool = False) -> None:
+        """Save a checkpoint of the current step, once the save before it is complete. Without ``wait``, and with
+        ``run.async_save``, its files are written while the run goes on: it counts from the ``settle_save`` that finds
+        it complete."""
+        await self.settle_save(wait=True)
+        step, self._last_save = self.version.step, time.monotonic()
+        wait = wait or not self.config.run.async_save
+        path = str(self.folder.checkpoint(step))
+        with self.phase(f"save step {step}", {}, ""):
+            answers = await self.trainers.call("save", path=path, step=step, wait=wait)
+        self._saving = step
+        if answers[0]["done"]:
+            await self._saved(answers)
+        else:
+            held = max(answer["held"] for answer in answers)
+            log.info("save of step %d begun; it held the trainers for %.3f s", step, held)
+
+    async def settle_save(self, wait: bool = False) -> None:
+        """If a save is under way and its files are written, or (``wait``) once they are, complete it: from then on it
+        is a checkpoint, and older ones are removed. Raises TrainerError if it could not be written."""
+        if self._saving is None:
+            return
+        if wait:
+            with self.phase(f"complete save of step {self._saving}", {}, ""):
+                answers = await self.trainers.call("save_done", wait=True)
+        else:
+            answers = await self.trainers.call("save_done", wait=False)
+        if answers[0]["done"]:
+            await self._saved(answers)
+
+    async def _saved(self, answers: Sequence[Mapping[str, float]]) -> None:
+        step, self._saving = self._saving, None
+        seconds = max(answer["seconds"] for answer in answers)
+        size = sum(answer["bytes"] for answer in answers)
+        log.info("checkpoint of step %s: %d bytes in %.1f s", step, size, seconds)
+        self._check_lead({"time/save": seconds})
+        await asyncio.to_thread(remove_old, self.folder, self.journal, self.config)
 
     def _check_lead(self, timings: dict[str, float]) -> None:
         """Warn, at each new maximum, when the longest step, the longest save and a minute exceed ``signal_lead``."""
@@ -350,16 +402,6 @@ class Run:
         )
         log.warning("%s", text)
         sys.stderr.write(f"warning: {text}\n")
-
-    def _remove_old(self) -> None:
-        """Remove all but the newest ``run.keep_checkpoints``, and the journal before those if so configured."""
-        checkpoints = self.folder.complete_checkpoints()
-        kept = checkpoints[-self.config.run.keep_checkpoints :]
-        for _, old in checkpoints[: -len(kept)]:
-            (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint
-            shutil.rmtree(old)
-        if self.config.journal.keep == "checkpoints":
-            self.journal.prune(before_step=kept[0][0] + 1)
 
     async def export(self, path: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
@@ -405,14 +447,3 @@ def seconds_into(timings: dict[str, float], key: str) -> Iterator[None]:
         yield
     finally:
         timings[key] = timings.get(key, 0.0) + time.monotonic() - started
-
-
-def remove_leftovers(folder: RunFolder) -> None:
-    """Remove the leftovers of a killed attempt: checkpoints without a marker, their temporary folders, scores."""
-    for path in folder.path.glob("*scores-*.arrow*"):
-        path.unlink()
-    if folder.checkpoints.is_dir():
-        complete = {path for _, path in folder.complete_checkpoints()}
-        for path in folder.checkpoints.iterdir():
-            if path not in complete and re.fullmatch(r"\.?step-\d+(\.\w+)?", path.name):
-                shutil.rmtree(path)

@@ -8,12 +8,9 @@ it is not a checkpoint.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import queue
 import random
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -31,24 +27,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
-from agpo_megatron.files import sync
 from agpo_megatron.policy import backend
-from agpo_megatron.policy.marker import (
-    FORMAT,
-    MARKER,
-    CheckpointError,
-    check_file,
-    digest,
-    read_marker,
-    write_marker,
-)
+from agpo_megatron.policy.marker import CheckpointError
 from agpo_megatron.policy.model import unwrap
 from agpo_megatron.policy.optimizer import begin_state
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
+from agpo_megatron.policy.saving import PendingSave
 from agpo_megatron.policy.stored import MODEL_KEYS
+from agpo_megatron.policy.together import checked_marker, together
 
 SHARDING = "fully_reshardable"
 """Megatron's format of optimizer state in terms of whole parameters."""
@@ -60,6 +48,10 @@ nothing with the others. It is left out, so that checkpoints do not depend on wh
 begins anew after a resume."""
 
 
+FINISH_SECONDS = 1800.0
+"""Seconds for the files of a save to be written, where the caller sets none."""
+
+
 def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[str, Any]) -> None:
     """Write a checkpoint of ``policy`` after optimizer step ``step``. Every rank calls it; all return together.
 
@@ -68,46 +60,29 @@ def save(folder: str | os.PathLike[str], policy: Policy, step: int, extra: dict[
     Raises CheckpointError on every rank when any rank fails (a full disk, for instance) or when the folder is a
     checkpoint of something else; the folder is then untouched.
     """
+    begin_save(folder, policy, step, extra, copy=False).finish(FINISH_SECONDS)
+
+
+def begin_save(
+    folder: str | os.PathLike[str],
+    policy: Policy,
+    step: int,
+    extra: dict[str, Any],
+    *,
+    copy: bool = True,
+) -> PendingSave:
+    """Begin to write a checkpoint as ``save`` does. With a ``copy`` of the state in host memory (of this rank's share)
+    ``policy`` may go on training; the folder is a checkpoint only after ``finish``. Raises as ``save``, and
+    CheckpointError when there is not enough room."""
     facts = {
         "content": "training",
         "step": step,
         "extra": extra,
         "distributed_optimizer": policy.config.distributed_optimizer,
     }
-    _write(Path(folder).absolute(), policy.layout, lambda: _state(policy, loading=False), facts)
-
-
-def _write(
-    target: Path, layout: Layout, state_of: Callable[[], dict[str, Any]], facts: dict[str, Any]
-) -> None:
-    if _holds(target, layout, facts):
-        return
-    partial = target.with_name(f".{target.name}.partial")
-    _together(
-        layout,
-        f"preparing {partial}",
-        lambda: _fresh_folder(partial) if layout.rank == 0 else None,
-    )
-    # Megatron would start a manager process (importing the whole program again) to carry results between threads of
-    # this very process; a synchronous save needs no more than a queue.
-    filesystem_async._results_queue = queue.Queue()
-    with backend.current().scope():
-        state = state_of()
-        _together(
-            layout,
-            f"writing {partial}",
-            lambda: dist_checkpointing.save(
-                state, str(partial), _parallel_save(), content_metadata={"format": FORMAT}
-            ),
-        )
-    digests = _together(layout, f"syncing {partial}", lambda: _digest_share(partial, layout))
-    files = {name: value for part in digests for name, value in part.items()}
-
-    def complete() -> None:
-        write_marker(partial, layout.sizes(), files, facts)
-        _publish(partial, target)
-
-    _together(layout, f"completing {target}", lambda: complete() if layout.rank == 0 else None)
+    pending = PendingSave(Path(folder).absolute(), policy.layout, facts)
+    pending.begin(lambda: _state(policy, loading=False), _parallel_save(), copy=copy)
+    return pending
 
 
 def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str, Any]]:
@@ -119,7 +94,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
     """
     source = Path(folder).absolute()
     layout = policy.layout
-    marker = _checked_marker(source, layout)
+    marker = checked_marker(source, layout)
     if marker["content"] != "training":
         raise CheckpointError(
             f"checkpoint {source} holds weights only, no optimizer state: training cannot continue from it; "
@@ -130,7 +105,7 @@ def load(folder: str | os.PathLike[str], policy: Policy) -> tuple[int, dict[str,
     with_rng = all(saved.get(axis, 1) == getattr(layout, axis) for axis in ("tp", "pp", "ep"))
     with backend.current().scope():
         state = _state(policy, loading=True, rng=with_rng)
-        loaded = _together(
+        loaded = together(
             layout,
             f"loading {source}",
             lambda: dist_checkpointing.load(state, str(source), _parallel_load()),
@@ -166,11 +141,11 @@ def load_weights(
     """Fill ``chunks`` (of ``model.build_chunks``) from a checkpoint of either kind, saved in any layout; a parameter
     takes its stored value in its own dtype. Returns ``extra``. Every rank calls it. Raises as ``load``."""
     source = Path(folder).absolute()
-    marker = _checked_marker(source, layout)
+    marker = checked_marker(source, layout)
     with backend.current().scope():
         state = _weights(chunks)
         _check_all_read(source, state, layout)
-        loaded = _together(
+        loaded = together(
             layout,
             f"loading {source}",
             lambda: dist_checkpointing.load(state, str(source), _parallel_load()),
@@ -189,7 +164,7 @@ def _check_all_read(source: Path, state: dict[str, Any], layout: Layout) -> None
         mine = {part.key for chunk in state.values() for part in chunk.values()}
         return {key for key in stored if key.startswith(MODEL_KEYS)}, mine
 
-    answers = _together(layout, f"reading {source}", read)
+    answers = together(layout, f"reading {source}", read)
     unread = sorted(answers[0][0].difference(*(mine for _, mine in answers)))
     if unread:
         raise CheckpointError(
@@ -333,86 +308,3 @@ def _set_rng(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state(states["accelerator"])
     get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-# ---------------------------------------------------------------- files
-
-
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _share(files: Sequence[str], layout: Layout) -> list[str]:
-    """Each rank looks after every world-th file."""
-    return sorted(files)[layout.rank :: layout.world]
-
-
-def _digest_share(folder: Path, layout: Layout) -> dict[str, list[int]]:
-    """Size and CRC-32 of this rank's share of the files, which are also synced to disk."""
-    digests = {}
-    for name in _share([p.name for p in folder.iterdir() if p.is_file()], layout):
-        digests[name] = digest(folder / name)
-        sync(folder / name)
-    return digests
-
-
-def _publish(partial: Path, target: Path) -> None:
-    if target.exists():  # nothing that could be loaded: ``_holds`` has looked
-        (target / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(target)
-    partial.rename(target)
-    sync(target.parent)
-
-
-def _holds(target: Path, layout: Layout, facts: dict[str, Any]) -> bool:
-    """Return whether ``target`` is an undamaged checkpoint of the same content, step and extra. All ranks together,
-    with one answer. Raises CheckpointError if it is an undamaged checkpoint of something else."""
-    try:
-        marker = _checked_marker(target, layout)
-    except CheckpointError:
-        return False
-    if any(marker.get(key, value) != value for key, value in json.loads(json.dumps(facts)).items()):
-        raise CheckpointError(
-            f"{target} is a complete checkpoint ({marker['content']}, step {marker['step']}) of something else than is "
-            f"to be saved ({facts['content']}, step {facts['step']}); save to another folder or remove it"
-        )
-    return True
-
-
-def _checked_marker(source: Path, layout: Layout) -> dict[str, Any]:
-    """The marker, after the ranks together have compared every file with it."""
-    marker = _together(layout, f"reading {source}", lambda: read_marker(source))[layout.rank]
-    _together(layout, f"checking {source}", lambda: _check_share(source, marker, layout))
-    return dict(marker)
-
-
-def _check_share(folder: Path, marker: dict[str, Any], layout: Layout) -> None:
-    for name in _share(list(marker["files"]), layout):
-        check_file(folder, name, marker["files"][name])
-
-
-def _together(
-    layout: Layout, what: str, action: Callable[[], Any], *, share: bool = True
-) -> list[Any]:
-    """Run ``action`` on every rank; if it fails on any, raise the same CheckpointError on all instead of leaving the
-    others waiting. Returns all ranks' results in rank order, or (``share=False``) only this rank's own."""
-    result, failure = None, ""
-    try:
-        result = action()
-    except CheckpointError as error:
-        failure = str(error)
-    except CheckpointException as error:  # not an Exception; its text is every rank's traceback
-        causes = {str(cause) for cause, _ in error.failures.values()}
-        failure = f"{what}: {'; '.join(sorted(causes))}"
-    except Exception as error:
-        failure = f"{what}: {type(error).__name__}: {error}"
-    reports: list[Any] = [None] * layout.world
-    dist.all_gather_object(
-        reports, (failure, result if share else None), group=layout.control_group
-    )
-    failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]
-    if failed:
-        rank, text = failed[0]
-        raise CheckpointError(text if rank == layout.rank else f"{text} (on rank {rank})")
-    return [value for _, value in reports] if share else [result]

@@ -27,6 +27,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, incomplete, damaged or of another model, or that could not be written."""
 
 
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint that was complete once, and is not what was written."""
+
+
 def write_marker(
     folder: Path,
     layout: Mapping[str, int],
@@ -60,7 +64,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MARKER}: it was never written to its end; use an earlier checkpoint"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MARKER} is damaged ({error})") from error
+        raise CheckpointDamaged(f"{folder / MARKER} is damaged ({error})") from error
     return dict(marker)
 
 
@@ -68,9 +72,9 @@ def check_file(folder: Path, name: str, promised: list[int]) -> None:
     """Raise CheckpointError unless the file is what its marker promises."""
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
+        raise CheckpointDamaged(f"checkpoint {folder} is damaged: {name} is missing")
     if digest(path) != promised:
-        raise CheckpointError(
+        raise CheckpointDamaged(
             f"checkpoint {folder} is damaged: {name} is not what was written; use an earlier checkpoint"
         )
 

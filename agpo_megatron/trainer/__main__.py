@@ -81,7 +81,15 @@ def serve(config: Config, mode: str, channel: Channel) -> None:
     if mode != "sft" and config.algorithm.loss.kl.coef > 0:
         policy.keep_reference()  # before any checkpoint is loaded: the run's initial weights
     loss = LossSettings(policy="nll") if mode == "sft" else config.algorithm.loss
-    TrainerService(policy, PolicyPublisher(policy, config), channel, initial, loss).run()
+    service = TrainerService(
+        policy,
+        PolicyPublisher(policy, config),
+        channel,
+        initial,
+        loss,
+        config.cluster.command_timeout,
+    )
+    service.run()
 
 
 if __name__ == "__main__":

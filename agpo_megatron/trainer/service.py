@@ -19,7 +19,9 @@ from agpo_megatron.algorithm.settings import LossSettings
 from agpo_megatron.journal import BatchRecord, Block, JournalReader
 from agpo_megatron.journal.records import write_scores
 from agpo_megatron.policy import checkpoint as policy_checkpoint
+from agpo_megatron.policy.marker import CheckpointDamaged
 from agpo_megatron.policy.policy import Policy
+from agpo_megatron.policy.saving import PendingSave
 from agpo_megatron.samples import TrainSequence
 from agpo_megatron.trainer.channel import Channel, Command
 from agpo_megatron.trainer.control_group import ControlGroup
@@ -40,10 +42,14 @@ class TrainerService:
         channel: Channel,
         initial_weights: Path,
         loss: LossSettings,
+        save_seconds: float,
     ) -> None:
+        """``save_seconds``: for the files of a checkpoint to be written."""
+        self._save_seconds = save_seconds
         self._policy, self._channel, self._loss = policy, channel, loss
         self._publisher = publisher
         self._step = 0
+        self._pending: PendingSave | None = None
         self._last_update: dict[str, Any] = {}
         self._control = ControlGroup(policy.layout.control_group)
         self._initial_weights = initial_weights
@@ -56,6 +62,7 @@ class TrainerService:
             "pass_over": self.pass_over,
             "roll_back": self.roll_back,
             "save": self.save,
+            "save_done": self.save_done,
             "export": self.export,
             "publish_open": publisher.open,
             "publish_send": self.publish_send,
@@ -69,6 +76,7 @@ class TrainerService:
             if command is None:
                 continue
             if command.name == "stop":
+                self._finish_save(command.name)
                 if self._control.rank == 0:
                     self._channel.deliver(command, [])
                 return
@@ -100,12 +108,19 @@ class TrainerService:
         """Load the checkpoint of ``step`` with optimizer and RNG state; None: keep the initial weights of the build.
 
         A policy already at ``step`` or later (from a former controller) stays as it is: each of its updates was on a
-        committed record, so replaying those would give the same state.
+        committed record, so replaying those would give the same state. A damaged checkpoint leaves it as it is too:
+        every rank then answers ``damaged``, what is wrong with it.
         """
+        self._finish_save("load")
+        damaged = ""
         if checkpoint is not None and self._step < step:
-            self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+            try:
+                self._step, _ = policy_checkpoint.load(Path(checkpoint), self._policy)
+            except CheckpointDamaged as error:  # on all ranks, before anything was loaded
+                damaged = str(error)
         return {
             "step": self._step,
+            "damaged": damaged,
             "backend": self._policy.backend.dist_backend,
             "last_update": self._last_update,
         }
@@ -158,6 +173,7 @@ class TrainerService:
     def roll_back(self, checkpoint: str | None, step: int) -> dict[str, Any]:
         """Take weights, optimizer and random state of ``checkpoint`` (None: the initial weights), as those of the later
         ``step``."""
+        self._finish_save("roll_back")
         if checkpoint is None:
             self._policy.load_initial(self._initial_weights)
         else:
@@ -214,10 +230,38 @@ class TrainerService:
     def publish_send(self, **request: Any) -> dict[str, Any]:
         return self._publisher.send(**request, held=self._step)
 
-    def save(self, path: str, step: int) -> dict[str, Any]:
-        """Save a checkpoint; it is complete and durable when acknowledged."""
-        policy_checkpoint.save(Path(path), self._policy, step, {})
-        return {}
+    def save(self, path: str, step: int, wait: bool) -> dict[str, Any]:
+        """Begin to save a checkpoint, after the one before it is complete; with ``wait``, also finish it.
+
+        It is complete and durable, and counts, only when acknowledged as ``done``.
+        """
+        self._finish_save("save")
+        started = time.monotonic()
+        self._pending = policy_checkpoint.begin_save(
+            Path(path), self._policy, step, {}, copy=not wait
+        )
+        held = time.monotonic() - started
+        return self.save_done(wait=True) if wait else {"done": False, "held": held}
+
+    def save_done(self, wait: bool) -> dict[str, Any]:
+        """Complete the save under way if every rank has written its files, or (``wait``) when they have.
+
+        ``done``: no save is under way any more; ``seconds``: what that of this rank took, ``bytes`` of its files.
+        Raises CheckpointError when a rank could not write.
+        """
+        pending = self._pending
+        if pending is None:
+            return {"done": True, "seconds": 0.0, "bytes": 0}
+        if not wait and not pending.done():
+            return {"done": False}
+        self._pending = None
+        pending.finish(self._save_seconds)
+        return {"done": True, "seconds": pending.seconds, "bytes": pending.bytes}
+
+    def _finish_save(self, before: str) -> None:
+        if self._pending is not None:
+            with waiting(f"the save under way, before {before}"):
+                self.save_done(wait=True)
 
     def export(self, path: str) -> dict[str, Any]:
         """Export the policy as a Hugging Face checkpoint, with the tokenizer of the initial weights."""

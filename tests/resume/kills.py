@@ -111,13 +111,17 @@ def signal_at(
 def wait_for(
     run: subprocess.Popen[str], folder: RunFolder, moment: str, before: set[Path], timeout: float
 ) -> None:
-    """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), or a phase (a pattern)
-    that a log of its controller, other than those of ``before``, shows."""
+    """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), a checkpoint that is
+    being written ("saving 2"), or a phase (a pattern) that a log of its controller, other than those of ``before``,
+    shows."""
+    saving = re.fullmatch(r"saving (\d+)", moment)
     watched = folder.path / moment if "/" in moment else None
     old = set(watched.glob("[!.]*")) if watched else set()
     pattern = re.compile(rf"phase {moment}$", re.MULTILINE)
 
     def reached() -> bool:
+        if saving:
+            return partial_checkpoint(folder, int(saving[1])).is_dir()
         if watched:
             return bool(set(watched.glob("[!.]*")) - old)
         return any(pattern.search(p.read_text()) for p in controller_logs(folder) - before)
@@ -127,6 +131,12 @@ def wait_for(
         assert run.poll() is None, f"the run ended before {moment}:\n{run.communicate()[0]}"
         assert time.monotonic() < deadline, f"{moment} was not reached in {timeout} s"
         time.sleep(0.005)
+
+
+def partial_checkpoint(folder: RunFolder, step: int) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    target = folder.checkpoint(step)
+    return target.with_name(f".{target.name}.partial")
 
 
 def durable_fragments(folder: RunFolder) -> list[Fragment]:

@@ -29,19 +29,27 @@ from agpo_megatron.sync.protocol import Publication
 
 
 class CountingTrainer:
-    """Refuses steps out of order; a checkpoint is a folder with the marker."""
+    """Refuses steps out of order, and a save while one is under way; a checkpoint is a folder with the marker."""
 
     def __init__(self) -> None:
         self.held, self.updates, self.saves = 0, [], []  # type: ignore[var-annotated]
         self.norms: list[float] = []  # of the next updates; then 1
+        self.losses: list[float] = []  # of the next updates; then 0.5
+        self.polls = 0  # that find a save still under way
+        self.saving: Path | None = None
+        self.asked = 0
+        self.damaged: set[Path] = set()
+        self.exports: list[str] = []
 
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         if name == "load":
-            self.held = max(self.held, args["step"])
+            damaged = args["checkpoint"] and Path(args["checkpoint"]) in self.damaged
+            self.held = max(self.held, 0 if damaged else args["step"])
             return [
                 {
                     "backend": "gloo",
                     "step": self.held,
+                    "damaged": f"checkpoint {args['checkpoint']} is damaged" if damaged else "",
                     "last_update": {"loss/policy": 0.5, "grad_norm": 1.0},
                 }
             ]
@@ -50,12 +58,30 @@ class CountingTrainer:
             self.held = args["step"]
             rows = sorted(row for rank in args["plan"] for some in rank for row in some)
             self.updates.append((args["step"], args["record"], rows, args["lr"]))
-            return [{"loss/policy": 0.5, "grad_norm": self.norms.pop(0) if self.norms else 1.0}]
+            loss = self.losses.pop(0) if self.losses else 0.5
+            return [{"loss/policy": loss, "grad_norm": self.norms.pop(0) if self.norms else 1.0}]
         if name == "save":
+            assert self.saving is None
             self.saves.append(args["step"])
+            self.saving, self.asked = Path(args["path"]), 0
+            return self.complete() if args["wait"] else [{"done": False, "held": 0.0}]
+        if name == "save_done":
+            assert self.saving is not None
+            self.asked += 1
+            wait = args["wait"] or self.asked > self.polls
+            return self.complete() if wait else [{"done": False}]
+        if name == "export":
+            self.exports.append(Path(args["path"]).name)
             Path(args["path"]).mkdir(parents=True)
-            (Path(args["path"]) / CHECKPOINT_MARKER).touch()
+            return [{}]
         return [{"loss/policy": 0.5, "grad_norm": 1.0}]
+
+    def complete(self) -> list[dict[str, Any]]:
+        assert self.saving is not None
+        self.saving.mkdir(parents=True)
+        (self.saving / CHECKPOINT_MARKER).touch()
+        self.saving = None
+        return [{"done": True, "seconds": 0.0, "bytes": 1}]
 
 
 def run_in(folder: Path, trainer: CountingTrainer, steps: int, *overrides: str) -> Run:

@@ -32,7 +32,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
 
         publisher: Any = SimpleNamespace(open=None)
         channel: Any = SimpleNamespace()
-        service = TrainerService(policy, publisher, channel, folder, settings)
+        service = TrainerService(policy, publisher, channel, folder, settings, 60.0)
 
         def score(weights: str) -> tuple[dict[str, Any], float]:
             path = tmp_path / f"{weights}.arrow"
