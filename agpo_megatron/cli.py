@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
+from agpo_megatron.cluster.pass_through import check_pass_through_here
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs, notes
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in check_config(resolved.config):
             sys.stderr.write(f"warning: {warning}\n")
         if arguments.command == "check":
-            for note in notes(resolved.config):
+            for note in (*check_pass_through_here(resolved.config), *notes(resolved.config)):
                 sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0

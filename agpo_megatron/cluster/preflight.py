@@ -25,6 +25,7 @@ from agpo_megatron.cluster.environments import (
     inspect,
     interpreter,
 )
+from agpo_megatron.cluster.pass_through import pass_through_problems
 from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.cluster.roles import (
     MODES_WITH_SERVERS,
@@ -93,6 +94,8 @@ def gather_facts(
         found, wrong = _environment(kind, config, needed=bool(roles.ranks or kind == "rollout"))
         versions[kind] = found
         problems += wrong
+        if roles.ranks or kind == "rollout":
+            problems += _handed_on(kind, config)
     if device_of(config) == "cuda" and (problem := infiniband_problem()):
         problems.append(problem)
     if roles.controller:
@@ -164,6 +167,14 @@ def _environment(kind: Kind, config: Config, needed: bool) -> tuple[dict[str, st
             f"policy.fp8.recipe {recipe} needs Transformer Engine on a GPU; set it to none, or policy.layers to auto"
         )
     return found.versions, problems
+
+
+def _handed_on(kind: Kind, config: Config) -> list[str]:
+    """List what the package of ``kind`` would not take of ``rollout.server_args`` or ``policy.megatron``."""
+    try:
+        return pass_through_problems(kind, config)
+    except ConfigError as error:
+        return [str(error)]
 
 
 def _read_weights(folder: Path) -> None:
