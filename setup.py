@@ -29,7 +29,8 @@ setup(
         "matplotlib",
         "tensorboard",
         "psutil",
+        "prometheus-client",
     ],
-    extras_require={"gguf": ["gguf"]},
+    extras_require={"gguf": ["gguf"], "wandb": ["wandb"], "mlflow": ["mlflow-skinny"]},
     entry_points={"console_scripts": ["agpo-megatron=agpo_megatron.cli:main"]},
 )

@@ -147,7 +147,21 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
                 return code
     if mode == "train":
         render_summary(folder.path)
+    elif mode == "sft" and (line := cold_start_line(config, folder)):
+        sys.stdout.write(f"{line}\n")
     return 0
+
+
+def cold_start_line(config: Config, folder: RunFolder) -> str:
+    """Say in one line what a cold start came to; "" without a recorded step."""
+    rows = read_metrics(folder.path)
+    if not rows:
+        return ""
+    first, last = rows[0]["loss/policy"], rows[-1]["loss/policy"]
+    return (
+        f"sft: {len(rows)} steps, loss {first:.4f} to {last:.4f}; the model is in {config.model.path}, metrics and "
+        f"curves are in {folder.path}"
+    )
 
 
 def evaluated(

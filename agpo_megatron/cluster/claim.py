@@ -22,6 +22,7 @@ from agpo_megatron.wait import waiting
 FREE = (
     "run.",
     "journal.",
+    "observe.",
     "cluster.",
     "prepare.",
     "model.path",  # paths: their content is compared

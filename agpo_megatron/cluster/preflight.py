@@ -37,6 +37,7 @@ from agpo_megatron.cluster.roles import (
 from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
+from agpo_megatron.observe.writers import missing_packages
 from agpo_megatron.rollout.server import device_of, refuse_port_in_use
 from agpo_megatron.rollout.slots import slots_beside
 
@@ -101,6 +102,7 @@ def gather_facts(
     if roles.controller:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         problems += descriptor_problems(config, mode, hard)
+        problems += _observe_problems(config, mode)
     try:
         check_inputs(config, mode)
         _read_weights(Path(config.model.path))
@@ -113,6 +115,17 @@ def gather_facts(
             f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"
         )
     return NodeFacts(address, interface, hello_port, ports, versions, memory, problems)
+
+
+def _observe_problems(config: Config, mode: str) -> list[str]:
+    """List what stands in the way of ``observe`` on the controller's node."""
+    problems, port = missing_packages(config.observe.writers), config.observe.prometheus_port
+    if port and mode in MODES_WITH_TRAINERS:
+        try:
+            refuse_port_in_use("", port, "observe.prometheus_port")
+        except OSError as error:
+            problems.append(str(error.strerror))
+    return problems
 
 
 def descriptor_problems(config: Config, mode: str, hard: int) -> list[str]:

@@ -172,6 +172,17 @@ class JournalConfig(Section):
     """``checkpoints`` prunes what lies behind the retained checkpoints."""
 
 
+class ObserveConfig(Section):
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
+    """Writers of metrics beside ``metrics.jsonl``; ``wandb`` and ``mlflow`` need their package and obey its variables
+    (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``)."""
+    prometheus_port: int = Field(0, ge=0, le=65535)
+    """Port on the controller's node at which Prometheus finds the run (``/metrics``), readable by all who reach it; 0:
+    none."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of a trainer's device in the precision of the run, TFLOP/s (H100, dense bf16: 989); null: no MFU."""
+
+
 class ClusterConfig(Section):
     trainer_nodes: int = Field(1, ge=1)
     """Nodes for the trainers."""
@@ -238,6 +249,8 @@ class Config(Section):
     """Evaluation, before and after training and on schedule."""
     journal: JournalConfig = JournalConfig()
     """Durable record of samples and steps."""
+    observe: ObserveConfig = ObserveConfig()
+    """Writers of metrics, and Prometheus (docs/metrics.md)."""
     cluster: ClusterConfig = ClusterConfig()
     """Nodes, device and deadlines."""
     prepare: PrepareConfig = PrepareConfig()

@@ -130,8 +130,8 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
-def refuse_port_in_use(host: str, port: int) -> None:
-    """Raise OSError with cause and fix when something listens on, or has bound, ``host:port``."""
+def refuse_port_in_use(host: str, port: int, key: str = "rollout.port") -> None:
+    """Raise OSError with cause and fix when something listens on, or has bound, ``host:port``, which ``key`` sets."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -139,6 +139,6 @@ def refuse_port_in_use(host: str, port: int) -> None:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"rollout server port {port} on {host} is in use; stop what listens there, "
-                "or set rollout.port to a free one (0 picks free ports)",
+                f"{key} {port} on {host or 'this node'} is in use; stop what listens there, or set {key} to a free one "
+                f"(0: {'picks free ports' if key == 'rollout.port' else 'none'})",
             ) from error

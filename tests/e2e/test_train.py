@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -116,6 +118,35 @@ def test_replicas_and_an_evaluation_of_what_they_learnt(tmp_path: Path) -> None:
     assert again["scores"] == pytest.approx(read_summary(run_dir)["after"])
 
 
+def stopped_in_the_middle_it_continues_to_the_same_weights(config: Path, tmp_path: Path) -> None:
+    """SIGUSR1 after a few steps ends a cold start with a checkpoint; the same command goes on to the same bytes."""
+    other = tmp_path / "stopped"
+    command = [sys.executable, "-m", "agpo_megatron", "sft", str(config)]
+    command += ["--run-dir", str(other), "--set", f"model.path={tmp_path / 'again'}"]
+    folder = RunFolder(other / "sft")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as p:
+        deadline = time.monotonic() + 200
+        while len(read_metrics(folder.path)) < 3 and p.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        p.send_signal(signal.SIGUSR1)
+        said = p.communicate(timeout=200)[0]
+        assert p.returncode == 130, said
+    assert "stopped after a checkpoint; the same command continues the run" in said
+    saved = folder.complete_checkpoints()[-1][0]
+    assert 3 <= saved == read_metrics(folder.path)[-1]["step"] < 30
+    assert not (tmp_path / "again").exists()
+    agpo(*command[3:])
+    assert [row["step"] for row in read_metrics(folder.path)] == list(range(1, 31))
+    whole, continued = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).glob("*.safetensors")}
+        for name in ("cold_start", "again")
+    )
+    assert whole == continued != {}
+
+
 def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
     changes = {
         "sft.base": str(tmp_path / "model"),
@@ -125,12 +156,21 @@ def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -
         "sft.lr": 5.0e-3,
         "run.checkpoint_every": 10,
         "model.path": str(tmp_path / "cold_start"),
+        "observe.peak_tflops": 0.01,
     }
     config = write_run(tmp_path, **changes)
     arguments = ("sft", str(config), "--run-dir", str(tmp_path / "run"))
-    agpo(*arguments)
-    losses = [m["loss/policy"] for m in read_metrics(tmp_path / "run" / "sft")]
+    said = agpo(*arguments)
+    run_dir = tmp_path / "run" / "sft"
+    rows = read_metrics(run_dir)
+    losses = [m["loss/policy"] for m in rows]
     assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    assert f"sft: 30 steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; the model is in" in said
+    assert RunFolder(run_dir).curves.stat().st_size > 10_000
+    assert all(0 < row["throughput/mfu"] < 10 for row in rows), "of a CPU said to have 10 GFLOP/s"
+    assert all(row["throughput/trainer_tokens_per_s"] > 0 for row in rows)
+    assert rows[-1]["memory/trainer_gb"] > 0.1 and rows[-1]["memory/controller_gb"] > 0.05
+    stopped_in_the_middle_it_continues_to_the_same_weights(config, tmp_path)
     assert (tmp_path / "cold_start" / "tokenizer.json").exists()
     content = json.loads((tmp_path / "cold_start" / "config.json").read_text())
     assert content["vocab_size"] == 18
