@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from urllib.request import urlopen
 
 import pytest
 import torch
 from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
+from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.controller.evaluation import samples_path
 from agpo_megatron.data.rows import read_arrow
@@ -33,7 +38,9 @@ EXPECTED = {  # every key that applies to on-policy AGPO without KL
     "mask/kept_tokens mask/kept_groups loss/policy loss/unclipped loss/clip_gate policy/entropy",
     "policy/ratio_mean policy/clip_frac grad_norm lr rollout/logprob_abs_diff_mean",
     "rollout/logprob_abs_diff_max rollout/staleness_mean tokens/trained tokens/skipped time/rollout",
-    "time/reward time/update time/publish time/step throughput/tokens_per_s",
+    "time/reward time/update time/publish time/step throughput/tokens_per_s busy/trainer_frac",
+    "busy/rewards_frac throughput/trainer_tokens_per_s throughput/servers_tokens_per_s",
+    "memory/controller_gb memory/trainer_gb memory/servers_gb",
 }
 
 
@@ -90,11 +97,38 @@ def check_run(run_dir: Path) -> None:
     assert not any(math.isnan(row["loss/policy"]) for row in metrics)
 
 
+def scraped_until(ended: threading.Event, port: int) -> dict[str, float]:
+    """All samples that Prometheus would have found during a run, the last value of each."""
+    found: dict[str, float] = {}
+    while not ended.wait(0.3):
+        with contextlib.suppress(OSError):
+            text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+            lines = (line for line in text.splitlines() if not line.startswith("#"))
+            found |= {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines)}
+    return found
+
+
 def test_agpo_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
-    config = write_run(tmp_path, **PLUS_MINUS_ONE)
+    port = free_port("127.0.0.1")
+    config = write_run(tmp_path, **PLUS_MINUS_ONE, **{"observe.prometheus_port": port})
     run_dir = tmp_path / "run"
-    agpo("train", str(config), "--run-dir", str(run_dir))
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        scrapes = pool.submit(scraped_until, ended, port)
+        try:
+            agpo("train", str(config), "--run-dir", str(run_dir))
+        finally:
+            ended.set()
+        found = scrapes.result()
     check_run(run_dir)
+    rows = {row["step"]: row for row in read_metrics(run_dir)}
+    assert rows[found["agpo_step"]]["grad_norm"] == found["agpo_grad_norm"]
+    assert found['agpo_live_server_state{server="0",state="ready"}'] == 1
+    for role in ("trainer", "servers", "rewards"):
+        assert found[f'agpo_live_busy_seconds_total{{role="{role}"}}'] > 0
+    assert any(name.startswith("agpo_live_phase_seconds") and "rank 1" in name for name in found)
+    assert found['agpo_live_memory_bytes{role="servers"}'] > 1e8
+    assert {"agpo_live_window_open_groups", "agpo_live_dispatch_open"} <= set(found)
     # The same command on a finished run has nothing to do, and says so.
     assert "nothing to do" in agpo("train", str(config), "--run-dir", str(run_dir))
 

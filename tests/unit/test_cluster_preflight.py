@@ -167,7 +167,7 @@ def test_what_observe_asks_for_must_be_there_on_the_controllers_node(
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
         observe = {"prometheus_port": port, "writers": ["tensorboard", "wandb"]}
-        config = load_config(write_run(tmp_path, **{"observe": observe}))
+        config = load_config(write_run(tmp_path, observe=observe))
         found = importlib.util.find_spec
         monkeypatch.setattr(
             "importlib.util.find_spec", lambda name, *a: None if name == "wandb" else found(name)
