@@ -115,9 +115,11 @@ def test_a_cold_start_and_an_evaluation_need_fewer_nodes() -> None:
         plan = slurm_plan(job, SEVENTY, "sft")
         assert [rank for node in plan.nodes for rank in node.ranks] == list(range(96))
         assert plan.rollout_hosts == [] and plan.trainer_hosts == expand_hosts("n[01-12]")
-    plan = slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[01-13]"}, SEVENTY, "eval")
-    assert plan.trainer_hosts == ["n01"] and plan.rollout_hosts == expand_hosts("n[02-13]")
-    assert [node.servers for node in plan.nodes] == [(), *((i,) for i in range(12))]
+    for nodelist, servers in (("n[01-13]", "n[02-13]"), ("n[01-24]", "n[13-24]")):
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodelist}
+        plan = slurm_plan(job, SEVENTY, "eval")
+        assert plan.trainer_hosts == ["n01"] and plan.rollout_hosts == expand_hosts(servers)
+        assert [node.servers for node in plan.nodes] == [(), *((i,) for i in range(12))]
     shared = config(2, 0, servers=4)
     plan = slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]"}, shared, "eval")
     assert [node.servers for node in plan.nodes] == [(0, 1), (2, 3)]

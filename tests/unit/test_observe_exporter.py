@@ -115,6 +115,7 @@ def test_what_is_going_on_is_scraped(start: StartFolder, tmp_path: Path) -> None
             assert taken is pool.servers[1]
             await pool.close_dispatch()
             await asyncio.sleep(0.2)
+            pool.slots.take_usage()  # as at the end of a batch
             async with metrics_of(config_with(port), RunFolder(tmp_path), vitals):
                 with waiting("publish weights 12", 600.0):
                     found = await scrape(port)
