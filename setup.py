@@ -33,7 +33,8 @@ setup(
         "plotly==7.1.0",
         "tensorboard",
         "psutil",
+        "prometheus-client",
     ],
-    extras_require={"gguf": ["gguf"]},
+    extras_require={"gguf": ["gguf"], "wandb": ["wandb"], "mlflow": ["mlflow-skinny"]},
     entry_points={"console_scripts": ["agpo-megatron=agpo_megatron.cli:main"]},
 )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
+from agpo_megatron.cluster.pass_through import check_pass_through_here
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs, notes
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"warning: {warning}\n")
         check_keep_best(resolved.config)
         if arguments.command == "check":
-            for note in notes(resolved.config):
+            for note in (*check_pass_through_here(resolved.config), *notes(resolved.config)):
                 sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
@@ -168,7 +169,21 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
                 return code
     if mode == "train":
         render_summary(folder.path)
+    elif mode == "sft" and (line := cold_start_line(config, folder)):
+        sys.stdout.write(f"{line}\n")
     return 0
+
+
+def cold_start_line(config: Config, folder: RunFolder) -> str:
+    """Say in one line what a cold start came to; "" without a recorded step."""
+    rows = read_metrics(folder.path)
+    if not rows:
+        return ""
+    first, last = rows[0]["loss/policy"], rows[-1]["loss/policy"]
+    return (
+        f"sft: {len(rows)} steps, loss {first:.4f} to {last:.4f}; the model is in {config.model.path}, metrics and "
+        f"curves are in {folder.path}"
+    )
 
 
 def evaluated(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import aiohttp
 from rich.console import Console
 
 from agpo_megatron.cluster.start_folder import StartFolder
+from agpo_megatron.config.loading import leaves
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.config.task import SourceConfig, TrainSourceConfig
@@ -27,7 +28,9 @@ from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
 from agpo_megatron.controller.sources import recorded, supervised_recipe, worked_examples
 from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.controller.vitals import Vitals
 from agpo_megatron.conversion.hf_checkpoint import read_config
+from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.data.problems import Duplicates, ProblemSet, load_problems, pass_rates
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.stream import PromptStream
@@ -35,9 +38,11 @@ from agpo_megatron.data.tokenizer import load_tokenizer
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalReader
 from agpo_megatron.observe.curves import draw_curves
+from agpo_megatron.observe.exporter import Exporter, served
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
+from agpo_megatron.observe.writers import Row, StepWriter, open_writers
 from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
@@ -122,24 +127,51 @@ async def run_of(
     )
     address = urlsplit(context.url)
     await trainers.start(address.hostname or "127.0.0.1", address.port or 0)
-    metrics = MetricsWriter(folder.path)
     base = config.sft.base if mode == "sft" and config.sft else config.model.path
-    hidden = int(read_config(base)["hidden_size"])
+    shape = ModelShape.from_hf(read_config(base))
+    vitals = Vitals(context.start, trainers)
+    updates = 1 if mode == "sft" else config.train.updates_per_batch
     try:
-        updates = 1 if mode == "sft" else config.train.updates_per_batch
-        with Progress(recipe.steps, title_of(mode, config), updates=updates) as progress:
-            run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
-            run.stop_requested = context.start.stop_requested.exists
-            run.signal_lead = context.signal_lead
-            async with StatusWriter(context.start, trainers) as status:
-                try:
-                    yield run, status
-                except StoppedOnRequest:
-                    await trainers.call("stop")
-                    raise
+        async with metrics_of(config, folder, vitals) as metrics:
+            with Progress(recipe.steps, title_of(mode, config), updates=updates) as progress:
+                run = Run(
+                    config, folder, journal, trainers, metrics, progress, recipe, shape.hidden
+                )
+                run.vitals, run.shape = vitals, shape
+                run.stop_requested = context.start.stop_requested.exists
+                run.signal_lead = context.signal_lead
+                async with StatusWriter(context.start, trainers) as status:
+                    try:
+                        yield run, status
+                    except StoppedOnRequest:
+                        await trainers.call("stop")
+                        raise
     finally:
-        metrics.close()
         await trainers.close()
+
+
+@asynccontextmanager
+async def metrics_of(
+    config: Config, folder: RunFolder, vitals: Vitals
+) -> AsyncIterator[MetricsWriter]:
+    """Open metrics.jsonl and what ``observe`` asks for beside it. Raises ExporterError for a port that is taken."""
+    observe = config.observe
+    exporter: Exporter | None = None
+
+    def open_others(recorded: Sequence[Row]) -> list[StepWriter]:
+        nonlocal exporter
+        exporter = Exporter(vitals.readings, recorded)
+        others = [name for name in observe.writers if name != "tensorboard"]
+        return [exporter, *open_writers(others, folder.path, leaves(config), recorded)]
+
+    metrics = MetricsWriter(folder.path, "tensorboard" in observe.writers, open_others)
+    try:
+        async with AsyncExitStack() as stack:
+            if observe.prometheus_port and exporter:
+                await stack.enter_async_context(served(exporter, observe.prometheus_port))
+            yield metrics
+    finally:
+        await asyncio.to_thread(metrics.close)
 
 
 @asynccontextmanager

@@ -63,6 +63,9 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
     last = await asyncio.to_thread(run.journal.last)
     entropy_state = last.entropy_state if last else config.algorithm.loss.entropy.coef
     window = window_of(config, run.version.step, last.cursor if last else 0)
+    if run.vitals:
+        run.vitals.pool, run.vitals.rewards = rollouts.pool, rollouts.rewards
+        run.vitals.window = window
     with seconds_into(timings, "time/step"):
         await publish(run, publisher, timings)
     before = await evaluate(run, rollouts, step=0)

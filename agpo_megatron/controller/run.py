@@ -22,7 +22,9 @@ from agpo_megatron.controller.checkpoints import remove_leftovers, remove_old, s
 from agpo_megatron.controller.guards import fires
 from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.controller.vitals import Vitals
 from agpo_megatron.controller.watch import GuardStop, Watch, stop_message
+from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.journal import (
     BatchRecord,
     Journal,
@@ -33,6 +35,7 @@ from agpo_megatron.journal import (
 )
 from agpo_megatron.journal.reader import read_file
 from agpo_megatron.journal.records import place_on_loss_mask, read_scores, sequence_columns
+from agpo_megatron.observe.flops import training_flops, utilisation
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.samples import Floats, Sample, WeightVersion
@@ -74,6 +77,7 @@ class Run:
 
     ``version``: the trainer's current weight version; ``moved``: a step with a gradient was taken since it was last
     published. ``backend``: backend of its collectives, set by ``load``.
+    ``vitals``: what is known of the roles; ``shape``: of the model, for its FLOPs.
     ``stop_requested``: returns whether to end after the current step. ``signal_lead``: seconds allowed from the
     request to the saved checkpoint; None without a limit.
     ``begin``: step and checkpoint that the run starts from when it has none of its own.
@@ -94,6 +98,8 @@ class Run:
     signal_lead: float | None = field(init=False, default=None)
     watch: Watch = field(init=False)
     begin: tuple[int, Path | None] = field(init=False, default=(0, None))
+    vitals: Vitals | None = field(init=False, default=None)
+    shape: ModelShape | None = field(init=False, default=None)
     _longest: dict[str, float] = field(init=False, default_factory=dict)
     _saving: int | None = field(init=False, default=None)
     _last_save: float = field(init=False, default_factory=time.monotonic)
@@ -158,6 +164,7 @@ class Run:
         one for the weights.
         """
         timings, whole, tokens = batch.timings, 0.0, int(batch.record.tokens.sum())
+        trained = timings.get("time/score", 0.0)
         waits = {
             key: timings[name]
             for key, name in (
@@ -173,12 +180,32 @@ class Run:
             with seconds_into(timings, "time/step"), self.phase(name, timings, "time/update"):
                 result = await self.update(batch, step)
             whole += timings["time/step"]
+            trained += timings["time/update"]
+            timings |= self._trainer_metrics(batch, step, result, timings["time/update"])
             if step == batch.record.steps[-1]:
                 timings["throughput/tokens_per_s"] = tokens / whole
+                timings["busy/trainer_frac"] = trained / whole
                 timings |= {key: seconds / whole for key, seconds in waits.items()}
+            timings |= await asyncio.to_thread(self.vitals.memory) if self.vitals else {}
             await self.conclude(batch, step, result, timings)
             timings = {}
             await self._save_if_due()
+
+    def _trainer_metrics(
+        self, batch: Batch, step: int, result: Mapping[str, float], seconds: float
+    ) -> dict[str, float]:
+        """Tokens per second of an update, and its MFU if the peak is stated; neither where nothing was computed."""
+        record, peak = batch.record, self.config.observe.peak_tflops
+        rows = record.rows(step)
+        if not rows or not result.get("tokens/trained"):
+            return {}
+        lengths = record.tokens[rows]
+        found = {"throughput/trainer_tokens_per_s": int(lengths.sum()) / seconds}
+        if peak is not None and self.shape is not None:
+            flops = training_flops(self.shape, lengths, record.columns["trained"][rows].sum())
+            devices = self.config.policy.world_size
+            found["throughput/mfu"] = utilisation(flops, seconds, peak, devices)
+        return found
 
     async def commit(
         self,

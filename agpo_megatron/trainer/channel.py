@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +75,14 @@ class Channel:
         except requests.RequestException as failure:
             log.warning("could not report the failure to the controller: %s", failure)
 
-    def start_heartbeat(self) -> None:
-        """Tell the controller this rank's phase from a thread; end the process when the controller is lost."""
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+    def start_heartbeat(self, device_bytes: Callable[[], int] = lambda: 0) -> None:
+        """Tell the controller this rank's phase from a thread; end the process when the controller is lost.
 
-    def _beat(self) -> None:
+        ``device_bytes``: returns the most device memory that was allocated so far."""
+        arguments = (device_bytes,)
+        threading.Thread(target=self._beat, args=arguments, name="heartbeat", daemon=True).start()
+
+    def _beat(self, device_bytes: Callable[[], int]) -> None:
         session = requests.Session()
         session.headers.update(self._session.headers)
         session.trust_env = False
@@ -90,6 +94,7 @@ class Channel:
                 "phase": phase.name,
                 "since": phase.since,
                 "last": last_finished(),
+                "device_bytes": device_bytes(),
             }
             try:
                 session.post(self._url + "/heartbeat", json=body, timeout=5).raise_for_status()

@@ -106,9 +106,10 @@ def test_the_first_failing_rank_is_named() -> None:
 
 def test_a_silent_rank_is_named_with_its_last_phase() -> None:
     async def scenario(client: TrainerClient, url: str) -> None:
-        body = {"rank": 1, "phase": "update: backward", "since": 0.0, "last": ""}
+        body = {"rank": 1, "phase": "update: backward", "since": 0.0, "last": "", "device_bytes": 7}
         headers = {"Authorization": f"Bearer {TOKEN}"}
         await asyncio.to_thread(requests.post, url + "/heartbeat", json=body, headers=headers)
+        assert client.ranks[1].device_bytes == 7
         with pytest.raises(TrainerError, match=r"\[1\] sent no heartbeat.*update: backward"):
             await client.call("update")
 
