@@ -188,6 +188,8 @@ class Run:
             metrics=decision.metrics,
             entropy_coef=decision.entropy_coef,
             entropy_state=decision.entropy_state,
+            gate_levels=decision.gate_levels,
+            gate_state=decision.gate_state,
         )
         record, name = await asyncio.to_thread(self.journal.commit, record, decision.columns)
         return Batch(record, self.folder.journal, name, timings)
@@ -326,7 +328,9 @@ class Run:
         self._check_lead(timings)
         if self.metrics.has(step):
             return
-        whole = record.metrics if step == record.first_step else {}
+        whole = dict(record.metrics) if step == record.first_step else {}
+        if record.gate_levels:
+            whole["loss/gate_level"] = record.gate_levels[step - record.first_step]
         metrics = {**whole, **result, "lr": self.recipe.lr_at(step), **timings, "step": step}
         self.metrics.write(metrics)
         self.progress.step(metrics)

@@ -107,7 +107,8 @@ class BatchRecord:
     ``sample_ids``; ``tokens`` [S]: lengths of the sequences; ``samples``: their blocks; ``details``: blocks of their
     per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
     ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
-    ``entropy_state``: adaptive coefficient to start the next batch with.
+    ``entropy_state``: adaptive coefficient to start the next batch with. ``gate_levels``: decided by the controller for
+    the gate of each optimizer step, ``gate_state`` to start the next batch with (``algorithm/gate_levels.py``).
     """
 
     first_step: int
@@ -123,6 +124,8 @@ class BatchRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     entropy_coef: float = 0.0
     entropy_state: float = 0.0
+    gate_levels: Sequence[float] = ()
+    gate_state: Sequence[float] = ()
 
     @property
     def steps(self) -> range:
@@ -281,6 +284,8 @@ def encode_record(record: BatchRecord) -> bytes:
             "weight_version",
             "entropy_coef",
             "entropy_state",
+            "gate_levels",
+            "gate_state",
         )
     }
     header["metrics"] = dict(record.metrics)

@@ -37,6 +37,7 @@ METRIC_KEYS = (
     "loss/policy",
     "loss/unclipped",
     "loss/clip_gate",
+    "loss/gate_level",
     "loss/kl",
     "policy/entropy",
     "policy/ratio_mean",
