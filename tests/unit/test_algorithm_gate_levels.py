@@ -141,6 +141,17 @@ def test_without_a_standard_error_nothing_is_significant() -> None:
     assert gate(step(equal, how), equal, how).mean == 1.0, "at the bound is not below it"
 
 
+def test_groups_without_variance_are_no_evidence_masked_or_not() -> None:
+    uniform = Group(made.prompt(7), [made.sample(made.prompt(7), i, 60) for i in (0, 1)])
+    groups = [pair(0, 300, 100), pair(1, 100, 240), uniform]
+    unmasked = {"preset": "grpo", "loss": {"clip": {"kind": "max0_se", "min": -2}}}
+    diluted = step(groups, AlgorithmSettings.model_validate(unmasked)).gate_levels[0]
+    masked = step(groups, settings(kind="max0_se", min=-2)).gate_levels[0]
+    assert diluted * (740 + 120) == pytest.approx(masked * 740), (
+        "the scale of L is all that differs"
+    )
+
+
 def test_the_random_gate_closes_as_often_as_the_clip_would_and_does_not_look() -> None:
     how, state, gains = settings(kind="random"), (), []
     rng = np.random.default_rng(0)
@@ -158,6 +169,10 @@ def test_the_random_gate_closes_as_often_as_the_clip_would_and_does_not_look() -
     assert list(state) == [600, would.sum()]
     assert closed.mean() == pytest.approx(would.mean(), abs=0.06)
     assert abs(np.corrcoef(closed[20:], would[20:])[0, 1]) < 0.12
+    twelve = [pair(i, 9, 8) for i in range(12)]
+    assert len(set(step(twelve, how, updates=12, gate_state=(10, 5)).gate_levels)) == 2, (
+        "each draws"
+    )
     other = [step([pair(0, 9, 8)], how, seed=s, gate_state=(10, 5)).gate_levels for s in range(20)]
     assert {x for levels in other for x in levels} == {0.0, 1.0}, "the seed of the run decides"
 
@@ -170,9 +185,9 @@ def test_a_gate_without_its_level_is_refused() -> None:
     assert (plain.gate_levels, plain.gate_state) == ([], [])
 
 
-def advantages(groups: list[Group], share: float) -> list[float]:
+def advantages(groups: list[Group], share: float, estimator: str = "group_center") -> list[float]:
     how = AlgorithmSettings.model_validate(
-        {"preset": "grpo", "advantage": {"length_projection": share, "estimator": "group_center"}}
+        {"preset": "grpo", "advantage": {"length_projection": share, "estimator": estimator}}
     )
     return list(step(groups, how).columns["advantage"])
 
@@ -202,5 +217,8 @@ def test_the_projection_leaves_short_right_answers_and_equal_lengths_alone() -> 
         assert advantages([group], 1.0) == advantages([group], 0.0)
 
 
-def test_a_pair_whose_right_answer_is_longer_has_nothing_left() -> None:
-    assert advantages([grouped([33, 10], [1, 0])], 1.0) == [0.0, 0.0], "not a rounding of it"
+@pytest.mark.parametrize("lengths", [[33, 10], [47, 14], [61, 22], [95, 3]])
+def test_a_pair_whose_right_answer_is_longer_has_nothing_left(lengths: list[int]) -> None:
+    for estimator in ("group_center", "group_norm", "rloo"):
+        left = advantages([grouped(lengths, [0.9, 0.2])], 1.0, estimator)
+        assert left == [0.0, 0.0], "not a rounding of it"

@@ -101,7 +101,7 @@ def held_out(samples: pd.DataFrame) -> HeldOut:
 def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFrame:
     """Compute what is compared, step by step, from the metrics; NaN where it was not measured."""
     steps = pd.DataFrame(rows).set_index("step")
-    once = steps["response/tokens_mean"].copy()
+    once = steps["response/tokens_mean"]  # before it is filled: a batch is generated once
     if (
         config.train.updates_per_batch > 1
     ):  # what is known of a whole batch stands with its first step
