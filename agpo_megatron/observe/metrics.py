@@ -37,7 +37,6 @@ METRIC_KEYS = (
     "loss/policy",
     "loss/unclipped",
     "loss/clip_gate",
-    "loss/gate_level",
     "loss/kl",
     "policy/entropy",
     "policy/ratio_mean",
@@ -80,6 +79,7 @@ METRIC_KEYS = (
     "rollout/logprob_abs_diff_age4",
     "rollout/logprob_abs_diff_age8",
     "rollout/staleness_max",
+    "loss/gate_level",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""

@@ -25,7 +25,7 @@ rollout/tokens_lost, rollout/length_bias, window/ready_groups, window/open_group
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
 policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max, rollout/ess_token, rollout/ess_sequence,
 rollout/logprob_abs_diff_age0, rollout/logprob_abs_diff_age1, rollout/logprob_abs_diff_age2,
-rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max"""
+rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max, loss/gate_level"""
 
 
 def board(run_dir: Path) -> EventAccumulator:
