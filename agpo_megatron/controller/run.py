@@ -235,6 +235,8 @@ class Run:
             entropy_state=decision.entropy_state,
             limits=self.watch.limits(step, rewarded="reward/mean" in decision.metrics),
             fired=self.watch.firings(step),
+            gate_levels=decision.gate_levels,
+            gate_state=decision.gate_state,
         )
         record, name = await asyncio.to_thread(self.journal.commit, record, decision.columns)
         return Batch(record, self.folder.journal, name, timings)
@@ -443,7 +445,9 @@ class Run:
         self._check_lead(timings)
         if self.metrics.has(step):
             return
-        whole = record.metrics if step == record.first_step else {}
+        whole = dict(record.metrics) if step == record.first_step else {}
+        if record.gate_levels:
+            whole["loss/gate_level"] = record.gate_levels[step - record.first_step]
         left_out = sum(skipped <= step for skipped in self.watch.skipped)
         metrics = {
             **whole,

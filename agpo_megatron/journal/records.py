@@ -110,6 +110,8 @@ class BatchRecord:
     ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
     ``entropy_state``: adaptive coefficient to start the next batch with. ``limits``: of the metrics of its steps;
     ``fired``: the steps before in which a guard fired, as far as they count.
+    ``gate_levels``: decided by the controller for the gate of each optimizer step, ``gate_state`` to start the next batch
+    with (``algorithm/gate_levels.py``).
     """
 
     first_step: int
@@ -127,6 +129,8 @@ class BatchRecord:
     entropy_state: float = 0.0
     limits: Sequence[Limit] = ()
     fired: Sequence[int] = ()
+    gate_levels: Sequence[float] = ()
+    gate_state: Sequence[float] = ()
 
     @property
     def steps(self) -> range:
@@ -286,6 +290,8 @@ def encode_record(record: BatchRecord) -> bytes:
             "entropy_coef",
             "entropy_state",
             "fired",
+            "gate_levels",
+            "gate_state",
         )
     }
     header["limits"] = [asdict(limit) for limit in record.limits]

@@ -88,6 +88,7 @@ METRIC_KEYS = (
     "memory/trainer_gb",
     "memory/trainer_device_gb",
     "memory/servers_gb",
+    "loss/gate_level",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""

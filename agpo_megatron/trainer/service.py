@@ -147,7 +147,9 @@ class TrainerService:
         batch = self._record[1]
         mine = plan[self._policy.layout.dp_rank]
         sequences = iter(reader.sequences(batch, [row for rows in mine for row in rows]))
-        loss = self._loss.with_entropy(batch.entropy_coef)
+        loss = self._loss.with_entropy(batch.entropy_coef).with_gate_level(
+            batch.gate_levels, step - batch.first_step
+        )
         metrics: dict[str, Any] = self._policy.update(
             [[next(sequences) for _ in rows] for rows in mine],
             loss=loss,

@@ -26,10 +26,9 @@ sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/droppe
 policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max, rollout/ess_token, rollout/ess_sequence,
 rollout/logprob_abs_diff_age0, rollout/logprob_abs_diff_age1, rollout/logprob_abs_diff_age2,
 rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max,
-rollout/logprob_far_frac, guard/fired, guard/skipped_steps,
-busy/trainer_frac,
+rollout/logprob_far_frac, guard/fired, guard/skipped_steps, busy/trainer_frac,
 busy/rewards_frac, throughput/trainer_tokens_per_s, throughput/servers_tokens_per_s, throughput/mfu,
-memory/controller_gb, memory/trainer_gb, memory/trainer_device_gb, memory/servers_gb"""
+memory/controller_gb, memory/trainer_gb, memory/trainer_device_gb, memory/servers_gb, loss/gate_level"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +71,19 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         for name, values in start.items():
             assert not np.array_equal(moved[name], values)
             assert reference[name] == pytest.approx(values, abs=1e-5)
+
+        # The gate of a step is the one that the record has for it: open, then closed.
+        other = Journal(tmp_path / "gated")
+        record, decided = make_batch(1, other.append([make_group(0), make_group(1)]), updates=2)
+        del decided["old_logprobs"]
+        record, name = other.commit(
+            replace(record, entropy_coef=0.0, gate_levels=[1.0, 0.0]), decided
+        )
+        gated = TrainerService(policy, publisher, channel, folder, made.loss(adaptive="random"))
+        for step, gain in ((1, 1.0), (2, 0.0)):
+            rows = record.rows(step)
+            stats = gated.update(str(other.folder), name, step, [[rows]], 1e-4)
+            assert (stats["loss/clip_gate"], stats["grad_norm"] > 0) == (gain, gain > 0)
 
         with torch.no_grad():
             next(iter(policy.chunks[0].parameters())).fill_(float("nan"))
