@@ -109,9 +109,9 @@ class BatchRecord:
     per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
     ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
     ``entropy_state``: adaptive coefficient to start the next batch with. ``limits``: of the metrics of its steps;
-    ``fired``: the steps before in which a guard fired, as far as they count.
-    ``gate_levels``: decided by the controller for the gate of each optimizer step, ``gate_state`` to start the next batch
-    with (``algorithm/gate_levels.py``).
+    ``fired``: the steps before in which a guard fired, as far as they count. ``gate_levels``: decided by the
+    controller for the gate of each optimizer step, ``gate_state`` to start the next batch with
+    (``algorithm/gate_levels.py``).
     """
 
     first_step: int
