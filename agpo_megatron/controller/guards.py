@@ -26,13 +26,13 @@ NORMS, FEWEST_NORMS = 64, 8
 BATCHES = 8
 """Batches over which the reward is averaged: a single small batch of a hard task may have none that is right."""
 NON_FINITE = "non_finite"
-Row = Mapping[str, float]
+StepMetrics = Mapping[str, float]
 
 
 def limits(
     settings: GuardsConfig,
     max_error_frac: float,
-    past: Sequence[Row],
+    past: Sequence[StepMetrics],
     *,
     rewarded: bool,
     rolled_back: int = 0,
@@ -70,7 +70,7 @@ def limits(
     return found
 
 
-def reward_floor(settings: GuardsConfig, past: Sequence[Row], rolled_back: int) -> float | None:
+def reward_floor(settings: GuardsConfig, past: Sequence[StepMetrics], rolled_back: int) -> float | None:
     """Return the mean reward of the next batch below which the mean of the last ``BATCHES``, it included, is too far
     below the best median of as many; None while too little is known."""
     rows = [(row["step"], row["reward/mean"]) for row in past if "reward/mean" in row]
@@ -98,7 +98,7 @@ def action_of(actions: Sequence[Action], earlier: int, non_finite: bool) -> Acti
     return rungs[min(earlier, len(rungs) - 1)]
 
 
-def fires(record: BatchRecord, step: int, result: Row) -> bool:
+def fires(record: BatchRecord, step: int, result: StepMetrics) -> bool:
     """Return whether a step breaks a limit, or has a loss or gradient that is not finite."""
     return bool(broken_before(record, step) or broken(record.limits, result) or not_finite(result))
 
@@ -112,7 +112,7 @@ def judge(
     actions: Sequence[Action],
     record: BatchRecord,
     step: int,
-    result: Row,
+    result: StepMetrics,
     *,
     earlier: int,
     checkpoint: int,

@@ -37,7 +37,7 @@ class Watch:
     on."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, journal: Journal, past: Sequence[guards.Row]
+        self, config: Config, folder: RunFolder, journal: Journal, past: Sequence[guards.StepMetrics]
     ) -> None:
         self.config, self.folder, self.journal = config, folder, journal
         self.past = list(past)
@@ -95,7 +95,7 @@ class Watch:
         self,
         batch: Batch,
         step: int,
-        result: guards.Row,
+        result: guards.StepMetrics,
         reported: bool,
         checkpoint: tuple[int, Path | None],
     ) -> StepVerdict | None:

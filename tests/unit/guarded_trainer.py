@@ -13,12 +13,14 @@ from agpo_megatron.journal import JournalReader
 
 
 class GuardedTrainer:
-    """``results``: by step, what its update gives where that is not the usual."""
+    """``results``: by step, what its update gives where that is not the usual. A save that is not waited for stays under
+    way until it is."""
 
     def __init__(self, results: Mapping[int, Mapping[str, float]]) -> None:
         self.results = results
         self.step, self.taken, self.last = 0, list[int](), dict[str, Any]()
         self.calls: list[tuple[str, int]] = []
+        self.saving: tuple[Path, list[int]] | None = None
 
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         self.calls.append((name, args.get("step", 0)))
@@ -26,7 +28,9 @@ class GuardedTrainer:
             if args["checkpoint"] and self.step < args["step"]:
                 self._read(args["checkpoint"])
                 self.step = args["step"]
-            return [{"backend": "gloo", "step": self.step, "last_update": self.last}]
+            self._complete()
+            answer = {"backend": "gloo", "step": self.step, "last_update": self.last}
+            return [{**answer, "damaged": ""}]
         if name in ("update", "pass_over"):
             assert args["step"] == self.step + 1
             self.last = self._update(**args) if name == "update" else {"passed_over": 1.0}
@@ -38,10 +42,22 @@ class GuardedTrainer:
                 self._read(args["checkpoint"])
             self.step = args["step"]
         if name == "save":
-            Path(args["path"]).mkdir(parents=True)
-            (Path(args["path"]) / "taken.json").write_text(json.dumps(self.taken))
-            (Path(args["path"]) / CHECKPOINT_MARKER).touch()
+            assert self.saving is None
+            self.saving = Path(args["path"]), list(self.taken)
+        if name in ("save", "save_done"):
+            if not args["wait"]:
+                return [{"done": False, "held": 0.0}]
+            self._complete()
+            return [{"done": True, "seconds": 0.0, "bytes": 1}]
         return [{}]
+
+    def _complete(self) -> None:
+        if self.saving:
+            path, taken = self.saving
+            path.mkdir(parents=True)
+            (path / "taken.json").write_text(json.dumps(taken))
+            (path / CHECKPOINT_MARKER).touch()
+            self.saving = None
 
     def _read(self, checkpoint: str) -> None:
         self.taken = json.loads((Path(checkpoint) / "taken.json").read_text())
