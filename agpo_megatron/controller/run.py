@@ -311,9 +311,8 @@ class Run:
             verdict = self.watch.verdicts.get(step)
             result = dict(verdict.metrics) if verdict else {}
         else:
-            if fires(
-                batch.record, step, result
-            ):  # a checkpoint that appears later would change what a verdict means
+            # A checkpoint that appeared behind the verdict would change what it means.
+            if fires(batch.record, step, result):
                 await self.settle_save(wait=True)
             verdict = await asyncio.to_thread(
                 self.watch.decide, batch, step, result, reported, self.checkpoint
