@@ -13,8 +13,8 @@ from agpo_megatron.journal import JournalReader
 
 
 class GuardedTrainer:
-    """``results``: by step, what its update gives where that is not the usual. A save that is not waited for stays under
-    way until it is."""
+    """``results``: by step, what its update gives where that is not the usual. A save that is not waited for stays
+    under way until it is."""
 
     def __init__(self, results: Mapping[int, Mapping[str, float]]) -> None:
         self.results = results
