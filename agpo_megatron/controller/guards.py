@@ -70,7 +70,9 @@ def limits(
     return found
 
 
-def reward_floor(settings: GuardsConfig, past: Sequence[StepMetrics], rolled_back: int) -> float | None:
+def reward_floor(
+    settings: GuardsConfig, past: Sequence[StepMetrics], rolled_back: int
+) -> float | None:
     """Return the mean reward of the next batch below which the mean of the last ``BATCHES``, it included, is too far
     below the best median of as many; None while too little is known."""
     rows = [(row["step"], row["reward/mean"]) for row in past if "reward/mean" in row]

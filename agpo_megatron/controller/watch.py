@@ -37,7 +37,11 @@ class Watch:
     on."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, journal: Journal, past: Sequence[guards.StepMetrics]
+        self,
+        config: Config,
+        folder: RunFolder,
+        journal: Journal,
+        past: Sequence[guards.StepMetrics],
     ) -> None:
         self.config, self.folder, self.journal = config, folder, journal
         self.past = list(past)
