@@ -23,7 +23,7 @@ from ablation.comparison import compare, decide, paired_interval  # noqa: E402
 from ablation.measures import HeldOut, Measured, curves_of, held_out  # noqa: E402
 from ablation.plan import Cell, Plan, read_plan  # noqa: E402
 from ablation.report import write_report  # noqa: E402
-from ablation.running import Job, note, run_cells, startable  # noqa: E402
+from ablation.running import Job, locked, note, run_cells, startable  # noqa: E402
 from ablation.slurm_array import script  # noqa: E402
 
 STEP = {
@@ -316,6 +316,17 @@ def test_a_start_that_fails_is_named_with_its_last_line_and_the_others_are_tried
     assert {line for line in failed if "grpo" in line} == {
         f"grpo,sums,{s}: its start failed" for s in (1, 2)
     }
+
+
+def test_a_cell_that_another_call_runs_is_left_to_it(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, seeds=[1], tasks={"sums": {}})
+    (start,) = plan.starts()
+    held = locked(plan, start)
+    assert held is not None and locked(plan, start) is None
+    failed = run_cells(plan, plan.starts(), jobs=1)
+    assert failed == ["start,sums,1: another call of this tool runs it"]
+    assert not (plan.run_dir(start) / "cell.json").exists()
+    held.close()
 
 
 def test_a_folder_of_other_settings_is_refused(

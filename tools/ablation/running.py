@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from ablation.plan import START, Cell, Plan, PlanError
 
@@ -26,10 +28,12 @@ PATIENCE = 120.0
 
 @dataclass
 class Job:
-    """A cell that is being run: commands still to come, and the process of the present one."""
+    """A cell that is being run: commands still to come, the process of the present one, and the lock that keeps other
+    calls of the tool away."""
 
     cell: Cell
     commands: list[str]
+    lock: BinaryIO | None = None
     process: subprocess.Popen[bytes] | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -83,15 +87,21 @@ def run_cells(plan: Plan, cells: Sequence[Cell], jobs: int) -> list[str]:
         while waiting or running:
             while len(running) < jobs and (cell := startable(waiting, running, failed)):
                 waiting.remove(cell)
-                running.append(begin(plan, cell))
+                if (lock := locked(plan, cell)) is None:
+                    failed[cell] = f"{cell}: another call of this tool runs it"
+                else:
+                    running.append(begin(plan, cell, lock))
             for job in [job for job in running if has_ended(plan, job, failed)]:
                 running.remove(job)
+                release(job)
             if waiting and not running and not startable(waiting, running, failed):
                 failed |= {c: f"{c}: its start failed" for c in waiting}
                 waiting = []
             time.sleep(POLL)
     finally:
         end(running)
+        for job in running:
+            release(job)
         signal.signal(signal.SIGTERM, earlier)
     return list(failed.values())
 
@@ -107,10 +117,28 @@ def startable(
     return None
 
 
-def begin(plan: Plan, cell: Cell) -> Job:
+def locked(plan: Plan, cell: Cell) -> BinaryIO | None:
+    """Take the lock of a cell, which falls with this process; None if another process has it."""
+    folder = plan.run_dir(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "cell.lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def release(job: Job) -> None:
+    if job.lock is not None:
+        job.lock.close()
+
+
+def begin(plan: Plan, cell: Cell, lock: BinaryIO) -> Job:
     note(plan, cell, False, 0.0)
     print(f"{cell}: begun", flush=True)
-    job = Job(cell, commands_of(plan, cell))
+    job = Job(cell, commands_of(plan, cell), lock)
     launch(plan, job)
     return job
 
