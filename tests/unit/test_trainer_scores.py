@@ -57,7 +57,9 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         decided["ref_logprobs"][0] = np.full(len(samples[0].response_tokens), -1.5, np.float32)
         del decided["old_logprobs"]
         record, name = journal.commit(record, decided)
-        stats = service.update(str(journal.folder), name, 1, [[[0, 1], [2, 3, 4, 5]]], 1e-2)
+        stats = service.update(
+            str(journal.folder), name, 1, [[[0, 1], [2, 3, 4, 5]]], 1e-2, limited=False, hold=False
+        )
         assert stats["loss/kl"] > 0, "against the journaled reference log-probs"
         assert stats["policy/ratio_mean"] != 1.0, "the ratio starts from the server's log-probs"
         trained = sum(len(s.loss_mask) - 1 for s in samples) + 1
@@ -65,7 +67,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         with pytest.raises(
             ValueError, match="step 4 was asked for, the weights are those of step 1"
         ):
-            service.update(str(journal.folder), name, 4, [[[]]], 1e-2)
+            service.update(str(journal.folder), name, 4, [[[]]], 1e-2, limited=False, hold=False)
         moved, _ = score("policy")
         reference, _ = score("reference")
         for name, values in start.items():
