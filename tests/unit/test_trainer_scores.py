@@ -84,7 +84,9 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         gated = TrainerService(policy, publisher, channel, folder, made.loss(adaptive="random"))
         for step, gain in ((1, 1.0), (2, 0.0)):
             rows = record.rows(step)
-            stats = gated.update(str(other.folder), name, step, [[rows]], 1e-4)
+            stats = gated.update(
+                str(other.folder), name, step, [[rows]], 1e-4, limited=False, hold=False
+            )
             assert (stats["loss/clip_gate"], stats["grad_norm"] > 0) == (gain, gain > 0)
 
         with torch.no_grad():
