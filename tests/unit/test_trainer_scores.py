@@ -81,7 +81,9 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         record, name = other.commit(
             replace(record, entropy_coef=0.0, gate_levels=[1.0, 0.0]), decided
         )
-        gated = TrainerService(policy, publisher, channel, folder, made.loss(adaptive="random"))
+        gated = TrainerService(
+            policy, publisher, channel, folder, made.loss(adaptive="random"), 60.0
+        )
         for step, gain in ((1, 1.0), (2, 0.0)):
             rows = record.rows(step)
             stats = gated.update(
