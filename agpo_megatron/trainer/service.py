@@ -132,8 +132,8 @@ class TrainerService:
         step: int,
         plan: list[list[list[int]]],
         lr: float,
-        limited: bool,
-        hold: bool,
+        limited: bool = False,
+        hold: bool = False,
     ) -> dict[str, Any]:
         """Take one optimizer step on its part of the committed batch ``record``; ``plan[dp_rank][micro_batch]``: rows.
         ``limited``: not if it breaks a limit of the record; ``hold``: compute everything, but do not step.

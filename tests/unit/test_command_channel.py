@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +80,25 @@ def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:
 
     serve(scenario)
     assert seen == [(1, "update", {"step": 3}), (2, "save", {"path": "x"})]
+
+
+def test_numbers_that_are_not_finite_reach_the_controller() -> None:
+    """JSON has none of them, and requests refuses them: the guards want to see them all the same."""
+
+    def rank_zero(url: str) -> None:
+        channel, command = Channel(url, TOKEN, 0, patience=5.0), None
+        while command is None:
+            command = channel.next_command(7, 0)
+        channel.deliver(command, [{"loss/policy": math.nan, "grad_norm": math.inf}])
+
+    async def scenario(client: TrainerClient, url: str) -> None:
+        thread = threading.Thread(target=rank_zero, args=(url,))
+        thread.start()
+        (result,) = await client.call("update", step=3)
+        assert math.isnan(result["loss/policy"]) and result["grad_norm"] == math.inf
+        await asyncio.to_thread(thread.join)
+
+    serve(scenario)
 
 
 def test_requests_without_the_token_are_refused() -> None:
