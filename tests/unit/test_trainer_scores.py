@@ -58,9 +58,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         decided["ref_logprobs"][0] = np.full(len(samples[0].response_tokens), -1.5, np.float32)
         del decided["old_logprobs"]
         record, name = journal.commit(record, decided)
-        stats = service.update(
-            str(journal.folder), name, 1, [[[0, 1], [2, 3, 4, 5]]], 1e-2, limited=False, hold=False
-        )
+        stats = service.update(str(journal.folder), name, 1, [[[0, 1], [2, 3, 4, 5]]], 1e-2)
         assert stats["loss/kl"] > 0, "against the journaled reference log-probs"
         assert stats["policy/ratio_mean"] != 1.0, "the ratio starts from the server's log-probs"
         trained = sum(len(s.loss_mask) - 1 for s in samples) + 1
@@ -68,7 +66,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         with pytest.raises(
             ValueError, match="step 4 was asked for, the weights are those of step 1"
         ):
-            service.update(str(journal.folder), name, 4, [[[]]], 1e-2, limited=False, hold=False)
+            service.update(str(journal.folder), name, 4, [[[]]], 1e-2)
         moved, _ = score("policy")
         reference, _ = score("reference")
         for name, values in start.items():
@@ -87,9 +85,7 @@ def test_samples_are_scored_with_either_weights_and_trained_on(tmp_path: Path) -
         )
         for step, gain in ((1, 1.0), (2, 0.0)):
             rows = record.rows(step)
-            stats = gated.update(
-                str(other.folder), name, step, [[rows]], 1e-4, limited=False, hold=False
-            )
+            stats = gated.update(str(other.folder), name, step, [[rows]], 1e-4)
             assert (stats["loss/clip_gate"], stats["grad_norm"] > 0) == (gain, gain > 0)
 
         with torch.no_grad():
@@ -121,7 +117,7 @@ def test_steps_are_passed_over_and_rolled_back(tmp_path: Path) -> None:
             from agpo_megatron.trainer.service import TrainerService
 
             channel: Any = SimpleNamespace(open=None)
-            service = TrainerService(policy, channel, channel, folder, made.loss())
+            service = TrainerService(policy, channel, channel, folder, made.loss(), 60.0)
             found = [weights(service)]
             for step, kind in enumerate(kinds, start=1):
                 update = (str(journal.folder), names[step - 1], step, plan, 1e-2)
@@ -136,7 +132,7 @@ def test_steps_are_passed_over_and_rolled_back(tmp_path: Path) -> None:
                     service.roll_back(back_to, step)
                 found.append(weights(service))
                 if back_to and step == 1 and not Path(back_to).exists():
-                    service.save(back_to, 1)
+                    service.save(back_to, 1, wait=True)
             with pytest.raises(ValueError, match=f"the weights are those of step {len(kinds)}"):
                 service.pass_over(len(kinds))
             return found
