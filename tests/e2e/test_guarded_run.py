@@ -31,11 +31,11 @@ HUGE, BROKEN, WORTHLESS = {huge!r}, {broken!r}, {worthless!r}
 
 def score(problem, response):
     noise = zlib.crc32(response.text.encode()) % 100 / 1000
-    if problem.prompt in BROKEN:
+    if problem.text in BROKEN:
         raise RuntimeError("no verdict today")
-    if problem.prompt in WORTHLESS:
+    if problem.text in WORTHLESS:
         return noise
-    return (1 + noise) * HUGE.get(problem.prompt, 1.0)
+    return (1 + noise) * HUGE.get(problem.text, 1.0)
 '''
 
 
