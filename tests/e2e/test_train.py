@@ -181,6 +181,7 @@ def stopped_in_the_middle_it_continues_to_the_same_weights(config: Path, tmp_pat
     assert whole == continued != {}
 
 
+@pytest.mark.timeout(600)
 def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
     changes = {
         "sft.base": str(tmp_path / "model"),
