@@ -55,7 +55,7 @@ def limits(
         ("logprob_far", "rollout/logprob_far_frac", settings.logprob_far, True),
         ("entropy", "policy/entropy", settings.entropy, False),
     ):
-        if bound is not None:
+        if bound is not None and not (quiet and metric.startswith("rollout/")):
             found.append(Limit(guard, metric, bound, above))
     if quiet:
         return found

@@ -83,7 +83,8 @@ def test_the_reward_is_averaged_and_held_against_its_best() -> None:
 def test_after_a_roll_back_the_reward_is_averaged_anew_and_old_responses_are_not_judged() -> None:
     past = rows(reward=[0.8] * 8 + [0.0] * 6, truncated=[0.0] * 14)
     assert "reward_drop" not in limits_of(past, reward_drop=0.5, rolled_back=14)
-    quiet = limits_of(past, reward_drop=0.5, truncated=0.5, entropy=0.1, quiet=True)
+    gaps = {"logprob_gap": 1.0, "logprob_far": 0.2}
+    quiet = limits_of(past, reward_drop=0.5, truncated=0.5, entropy=0.1, **gaps, quiet=True)
     assert list(quiet) == ["entropy"], "what is measured under the weights of now"
 
 
