@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from agpo_megatron.cluster.keeper import die_with_parent
 from agpo_megatron.config.record import PACKAGES, package_versions
@@ -67,6 +68,27 @@ class Environment:
     broken: dict[str, str]
 
 
+class ProbeFailed(RuntimeError):
+    """A probe gave no answer; the message is the last that it said, or why it could not be run."""
+
+
+def answered(command: Sequence[str]) -> Any:
+    """Run a probe in a process of its own; return what it printed last, decoded from JSON. Raises ProbeFailed."""
+    said = ""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            preexec_fn=die_with_parent,
+        )
+        said = done.stderr.strip()
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        raise ProbeFailed(said.splitlines()[-1] if said else str(error)) from None
+
+
 def inspect(kind: Kind, imports: tuple[str, ...] = ()) -> Environment:
     """Ask the interpreter of ``kind`` what it has, and import ``imports`` there, in a process of its own.
 
@@ -76,15 +98,8 @@ def inspect(kind: Kind, imports: tuple[str, ...] = ()) -> Environment:
     python = interpreter(kind)
     command = [python, "-P", str(PROBE), json.dumps([PACKAGES, imports])]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            preexec_fn=die_with_parent,
-        )
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        answer = answered(command)
+    except ProbeFailed as error:
         raise RuntimeError(
             f"the {kind} environment's Python, {python}, cannot be run ({error}); "
             f"set {VARIABLES[kind]} to a Python that can"

@@ -7,12 +7,16 @@ where the environment is. What belongs to other keys is known without them (``co
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from agpo_megatron.cluster.environments import PROBE_SECONDS, VARIABLES, Kind, interpreter
-from agpo_megatron.cluster.keeper import die_with_parent
+from agpo_megatron.cluster.environments import (
+    VARIABLES,
+    Kind,
+    ProbeFailed,
+    answered,
+    interpreter,
+)
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.pass_through import (
     OWNED_SERVER_ARGS,
@@ -48,19 +52,11 @@ def pass_through_problems(kind: Kind, config: Config) -> list[str]:
         return []
     package = {"trainer": "megatron-core", "rollout": "SGLang"}[kind]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            preexec_fn=die_with_parent,
-        )
-        found: list[str] = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        tail = done.stderr.strip().splitlines()[-1:] if "done" in locals() else [str(error)]
+        found: list[str] = answered(command)
+    except ProbeFailed as error:
         raise ConfigError(
-            f"{package} cannot be asked about its settings by {command[0]} ({' '.join(tail)}); set {VARIABLES[kind]} "
-            f"to a Python that has it"
+            f"{package} cannot be asked about its settings by {command[0]} ({error}); set {VARIABLES[kind]} to a Python "
+            "that has it"
         ) from None
     return found
 
