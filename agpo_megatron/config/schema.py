@@ -270,7 +270,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     """Reinforcement learning: steps, batch, optimizer."""
     guards: GuardsConfig = GuardsConfig()
-    """Limits of a step's numbers that no healthy run meets, and what is done beyond them (docs/troubleshooting.md)."""
+    """Limits of a step's numbers, wide of healthy runs, and what is done beyond them (docs/troubleshooting.md)."""
     rollout: RolloutConfig = RolloutConfig()
     """SGLang servers and sampling."""
     policy: PolicyConfig = PolicyConfig()
