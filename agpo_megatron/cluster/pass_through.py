@@ -55,8 +55,8 @@ def pass_through_problems(kind: Kind, config: Config) -> list[str]:
         found: list[str] = answered(command)
     except ProbeFailed as error:
         raise ConfigError(
-            f"{package} cannot be asked about its settings by {command[0]} ({error}); set {VARIABLES[kind]} to a Python "
-            "that has it"
+            f"{package} cannot be asked about its settings by {command[0]} ({error}); set {VARIABLES[kind]} to a "
+            "Python that has it"
         ) from None
     return found
 
