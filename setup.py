@@ -10,7 +10,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["agpo_megatron", "agpo_megatron.*"]),
     include_package_data=True,
-    package_data={"agpo_megatron.rollout": ["stand_ins/**/*"]},
+    package_data={
+        "agpo_megatron.rollout": ["stand_ins/**/*"],
+        "agpo_megatron.observe.report": ["page.*"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers",
@@ -27,9 +30,11 @@ setup(
         "pandas",
         "rich",
         "matplotlib",
+        "plotly==7.1.0",
         "tensorboard",
         "psutil",
+        "prometheus-client",
     ],
-    extras_require={"gguf": ["gguf"]},
+    extras_require={"gguf": ["gguf"], "wandb": ["wandb"], "mlflow": ["mlflow-skinny"]},
     entry_points={"console_scripts": ["agpo-megatron=agpo_megatron.cli:main"]},
 )

@@ -1,4 +1,5 @@
-"""``agpo-megatron {prepare,sft,train,eval,export,check,parity,status,timeline}``: also ``python -m agpo_megatron``."""
+"""``agpo-megatron {prepare,sft,train,eval,export,check,parity,status,timeline,report}``; also
+``python -m agpo_megatron``."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agpo_megatron.cluster.claim import already_done, only_command_on, place, refuse_another_run
+from agpo_megatron.cluster.pass_through import check_pass_through_here
 from agpo_megatron.cluster.status import describe_run
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_config, check_inputs, notes
@@ -87,6 +89,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     timeline.add_argument(
         "--out", type=Path, metavar="PNG", help="default: timeline.png in the first RUN_DIR"
     )
+    text = "one HTML file: curves, time, faults and samples of a run, also while it runs"
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "--out", type=Path, metavar="HTML", help="default: report.html in the RUN_DIR"
+    )
     return parser.parse_args(argv)
 
 
@@ -103,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "timeline":
             sys.stdout.write(f"{timeline(arguments.run_dirs, arguments.out)}\n")
             return 0
+        if arguments.command == "report":
+            sys.stdout.write(f"{report(RunFolder(arguments.run_dir), arguments.out)}\n")
+            return 0
         # Make the path absolute, so that every spelling means the same folder.
         run_dir = arguments.run_dir and os.path.abspath(arguments.run_dir)
         resolved = resolve_config(arguments.config, arguments.overrides, run_dir)
@@ -110,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"warning: {warning}\n")
         check_keep_best(resolved.config)
         if arguments.command == "check":
-            for note in notes(resolved.config):
+            for note in (*check_pass_through_here(resolved.config), *notes(resolved.config)):
                 sys.stderr.write(f"note: {note}\n")
             sys.stdout.write(resolved_yaml(resolved.config, resolved.provenance))
             return 0
@@ -158,7 +169,21 @@ def run(arguments: argparse.Namespace, resolved: Resolved) -> int:
                 return code
     if mode == "train":
         render_summary(folder.path)
+    elif mode == "sft" and (line := cold_start_line(config, folder)):
+        sys.stdout.write(f"{line}\n")
     return 0
+
+
+def cold_start_line(config: Config, folder: RunFolder) -> str:
+    """Say in one line what a cold start came to; "" without a recorded step."""
+    rows = read_metrics(folder.path)
+    if not rows:
+        return ""
+    first, last = rows[0]["loss/policy"], rows[-1]["loss/policy"]
+    return (
+        f"sft: {len(rows)} steps, loss {first:.4f} to {last:.4f}; the model is in {config.model.path}, metrics and "
+        f"curves are in {folder.path}"
+    )
 
 
 def evaluated(
@@ -222,6 +247,14 @@ def timeline(run_dirs: Sequence[Path], out: Path | None) -> Path:
     path = out or run_dirs[0] / "timeline.png"
     draw_timeline({str(run_dir): read_metrics(run_dir) for run_dir in run_dirs}, path)
     return path
+
+
+def report(run: RunFolder, out: Path | None) -> Path:
+    """Write the report of a run, finished or not. Raises ConfigError for a folder that holds none."""
+    from agpo_megatron.cluster.history import history
+    from agpo_megatron.observe.report import make_report
+
+    return make_report(run, history(run), out)
 
 
 def parity(config: Config, ranks: int) -> int:

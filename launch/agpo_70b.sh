@@ -20,6 +20,7 @@
 #       --gpus-per-node=8 --no-kill launch/agpo_70b.sh [CONFIG] ...                heterogeneous job: trainers, servers
 #   bash launch/agpo_70b.sh --dry-run [CONFIG] ...                                 only shows nodes, roles and commands
 #   bash launch/agpo_70b.sh --mode sft|eval [CONFIG] ...                           cold start, or evaluation of eval.sets
+#   sbatch --nodes=T launch/agpo_70b.sh --mode sft [CONFIG] ...                    a cold start needs no rollout nodes
 #
 # CONFIG: configs/agpo_70b.yaml unless given. The site's own settings: launch/site.env (see site.env.example).
 # What happens when something fails, and why this script is as it is: docs/cluster.md.

@@ -2,7 +2,7 @@
 # Makes the virtual environment with the pinned CPU stack. Does nothing, quickly, when it is complete.
 #
 #   bash launch/install.sh [--dev]        --dev: also what the tests and checks need; with root on Debian and its kin
-#                                         that includes a Slurm, whose services stay off
+#                                         that includes a Slurm, whose services stay off, and a Chromium
 #   bash launch/install.sh --gpu          the two environments of a GPU machine instead: .venv for trainers and
 #                                         controller, .venv-rollout for servers (recipes: launch/images/)
 #
@@ -104,34 +104,46 @@ pip_install() { # NAME ARGUMENTS...: one pip run, timed; its output is shown whe
     echo "install: $name, $((SECONDS - start)) s"
 }
 
+# What tests start of the distribution's packages: installed with root on Debian and its kin, else those tests skip.
+install_packages() { # NAME TESTS PACKAGES...
+    local name=$1 tests=$2 log start=$SECONDS
+    shift 2
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "install: no $name here, and no root or apt-get to install it: $tests will be skipped"
+        return
+    fi
+    log=$(mktemp)
+    export DEBIAN_FRONTEND=noninteractive
+    local install=(apt-get install -y -q --no-install-recommends "$@")
+    if ! "${install[@]}" >"$log" 2>&1 && ! { apt-get update -q && "${install[@]}"; } >"$log" 2>&1; then
+        cat "$log" >&2
+        echo "install: could not install $* (apt-get's messages are above): $tests will be skipped"
+        return
+    fi
+    rm -f "$log"
+    echo "install: $name, $((SECONDS - start)) s"
+}
+
 # tests/slurm starts clusters of its own from the distribution's packages.
 install_slurm() {
-    local packages=(slurmctld slurmd slurm-client munge iproute2) name log start=$SECONDS
-    local policy=/usr/sbin/policy-rc.d
+    local name policy=/usr/sbin/policy-rc.d
     for name in slurmctld slurmd sbatch munged ip; do
         PATH=$PATH:/usr/sbin:/sbin command -v $name >/dev/null || break
         [ $name != ip ] || return 0
     done
-    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        echo "install: no Slurm here, and no root or apt-get to install it: the tests in tests/slurm will be skipped"
-        return
-    fi
-    log=$(mktemp)
-    if ! [ -e "$policy" ]; then # the packages must not start their services
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && ! [ -e "$policy" ]; then # the packages must not start their services
         printf '#!/bin/sh\nexit 101\n' >"$policy"
         chmod 755 "$policy"
         # shellcheck disable=SC2064
         trap "rm -f $policy" EXIT
     fi
-    export DEBIAN_FRONTEND=noninteractive
-    local install=(apt-get install -y -q --no-install-recommends "${packages[@]}")
-    if ! "${install[@]}" >"$log" 2>&1 && ! { apt-get update -q && "${install[@]}"; } >"$log" 2>&1; then
-        cat "$log" >&2
-        echo "install: could not install ${packages[*]} (apt-get's messages are above): the tests in tests/slurm will be skipped"
-        return
-    fi
-    rm -f "$log"
-    echo "install: Slurm, $((SECONDS - start)) s"
+    install_packages Slurm "the tests in tests/slurm" slurmctld slurmd slurm-client munge iproute2
+}
+
+# A test opens a report in a browser. Playwright would download one of its own; the distribution's serves.
+install_chromium() {
+    ! command -v chromium >/dev/null || return 0
+    install_packages Chromium "the tests that open a report in a browser" chromium fonts-dejavu-core
 }
 
 base=$(fingerprint launch/install.sh launch/requirements-cpu.txt)
@@ -158,4 +170,5 @@ if $dev; then
         echo "$tools" >"$venv/.dev.stamp"
     fi
     install_slurm
+    install_chromium
 fi

@@ -41,13 +41,14 @@ def step_advantages(
     estimator: Estimator,
     zero_variance: ZeroVariance,
     correct: Sequence[Sequence[bool]],
+    length_projection: float = 0.0,
     ddof: Literal[0, 1] = 1,
 ) -> list[list[float]]:
     """Return the advantages of all responses of a step, by group; all tokens of a response share one.
 
     ``rewards``: with length and KL terms, by group; these are normalised. ``token_counts``: trained
     tokens n of each response. ``varied``: which groups have variance. ``correct``: which responses
-    are right. Advantages that are 0 but for rounding are exactly 0.
+    are right. ``length_projection``: s of ``without_length``. Advantages that are 0 but for rounding are exactly 0.
     With mu, sigma (``ddof``) of the group and G its size::
 
         group_norm             (r - mu) / (sigma + eps)                       GRPO 2402.03300   (A1)
@@ -102,7 +103,30 @@ def step_advantages(
         elif not varied[i] and estimator not in WITHOUT_GROUP_BASELINE:
             values[i] = [0.0] * len(group)
     bound = ROUNDING * max((abs(a) for group in values for a in group), default=0.0)
+    if length_projection:
+        values = [
+            without_length(group, counts, length_projection)
+            for group, counts in zip(values, token_counts, strict=True)
+        ]
     return [[a if abs(a) > bound else 0.0 for a in group] for group in values]
+
+
+def without_length(advantages: Sequence[float], counts: Sequence[int], share: float) -> list[float]:
+    """Return the advantages of a group without what they owe to length alone, where that is a reward of length::
+
+        A' = A - s max(0, sum(d A) / sum(d^2)) d,    d = n - mean(n)                                     (G4)
+
+    The slope is that of the regression of A on n in the group; a negative one, short answers being the better ones, is
+    left alone. A' still adds up to what A did, and at s = 1 its covariance with length is 0 where it was positive.
+    This project's own. ``share``: s; ``counts``: trained tokens n.
+    """
+    mean = math.fsum(counts) / len(counts)
+    off = [n - mean for n in counts]
+    square = math.fsum(d * d for d in off)
+    slope = (
+        math.fsum(d * a for d, a in zip(off, advantages, strict=True)) / square if square else 0.0
+    )
+    return [a - share * max(0.0, slope) * d for a, d in zip(advantages, off, strict=True)]
 
 
 def length_advantage_covariance(lengths: Sequence[int], advantages: Sequence[float]) -> float:

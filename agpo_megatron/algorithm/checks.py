@@ -45,7 +45,19 @@ def without_effect(loss: LossSettings, updates: int) -> str:
 
 def _contradictions(algorithm: AlgorithmSettings, limit: int) -> list[tuple[bool, str]]:
     loss, correction, length = algorithm.loss, algorithm.loss.correction, algorithm.length_reward
+    clip = loss.clip
+    gate = f"kind {clip.kind}" + (" with tau null" if clip.tau is None else "")
     return [
+        (
+            clip.has_level and (clip.scope != "batch" or clip.on != "policy"),
+            f"algorithm.loss.clip: {gate} is decided by the controller on the policy loss of the whole step; use scope "
+            "batch and on policy",
+        ),
+        (
+            clip.kind == "max0_se" and clip.min >= 0,
+            f"algorithm.loss.clip: min {clip.min:g} with kind max0_se closes steps that chance put there; it counts "
+            "standard errors below 0: set -2",
+        ),
         (
             loss.policy == "nll",
             "algorithm.loss: policy nll imitates whatever was sampled, right or wrong; it is what "
@@ -113,7 +125,7 @@ def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]
             f"{advantage.estimator} says of zero-variance groups anyway",
         ),
         (
-            constant and loss.clip.kind == "max0",
+            constant and loss.clip.kind in ("max0", "max0_se"),
             "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
             "on most steps",
         ),
@@ -149,7 +161,7 @@ def _doubts_about_staleness(loss: LossSettings, cause: str) -> list[tuple[bool, 
 
 def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:
     loss, length = algorithm.loss, algorithm.length_reward
-    bound = loss.clip.kind == "max0"
+    bound = loss.clip.kind in ("max0", "max0_se")
     return [
         (
             bound
@@ -165,6 +177,15 @@ def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str
             "advantage: training on mistakes only",
         ),
         (
+            loss.clip.kind == "max0_se" and -2 < loss.clip.min < 0,
+            f"algorithm: loss.clip.min {loss.clip.min:g} with kind max0_se closes many steps by chance; set -2",
+        ),
+        (
+            algorithm.advantage.length_projection > 0 and not has_group_baseline(algorithm),
+            f"algorithm: advantage.estimator {algorithm.advantage.estimator} compares with the whole step, "
+            "advantage.length_projection within a group only",
+        ),
+        (
             loss.clip.kind != "none" and loss.clip.scope == "micro_batch",
             "algorithm: with loss.clip.scope micro_batch the result depends on train.micro_batch_tokens and "
             "data_parallel; report them with it",
@@ -175,7 +196,9 @@ def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str
             "group",
         ),
         (
-            bound and loss.clip.on == "policy" and loss.has_other_terms,
+            (bound or loss.clip.kind == "random")
+            and loss.clip.on == "policy"
+            and loss.has_other_terms,
             "algorithm: loss.clip gates the policy loss only; on steps with a closed gate KL and entropy terms still "
             "train",
         ),

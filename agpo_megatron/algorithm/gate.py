@@ -10,7 +10,9 @@ so its only effect on a step is one factor on the gradient, the gain phi'(L)::
     softplus  tau log(1 + exp(L / tau))         gain sigmoid(L / tau)
 
 max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
-named in its limitations, whose form is not published.
+named in its limitations, whose form is not published. A running tau, and the gates max0_se and
+random, which are not the paper's, get a number of the controller's for each step (gate_levels.py):
+tau, the bound c, and the gain itself.
 
 Input of the gate. It is decided on the policy loss at ratio 1, also where ratios and corrections
 are not 1,
@@ -54,7 +56,7 @@ TIE = 1e-6
 class Adaptive:
     """phi and its derivative.
 
-    ``minimum``: c of max0. ``tie``: gain of max0 at L = c: 0, 1/2 (what torch.maximum does, and so
+    ``minimum``: c of max0, the gain of random. ``tie``: gain of max0 at L = c: 0, 1/2 (what torch.maximum does, and so
     the authors' code) or 1 (what clamp does). ``tau``: scale of the others. ``max_exponent``:
     where L / tau exceeds it, exp continues as a straight line, so its gain is at most
     e^max_exponent; downwards it needs no cap.
@@ -73,14 +75,19 @@ class Adaptive:
 
     @staticmethod
     def of(clip: ClipSettings) -> Adaptive:
+        """Return phi of a step. Raises ValueError when the controller's level is missing."""
+        if clip.tau is None or clip.kind == "max0_se":
+            raise ValueError(
+                f"loss.clip.kind {clip.kind} needs the level that the batch record has for this step"
+            )
         return Adaptive(clip.kind, clip.min, clip.tau, tie=clip.tie)
 
     def value(self, loss: float, scale: float = 1.0) -> float:
-        """Return phi(L). Raises ValueError when the loss is not finite: a closed gate would hide it."""
+        """Return phi(L). Raises LossNotFinite: a closed gate would hide it."""
         return float(self.values(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def gain(self, loss: float, scale: float = 1.0) -> float:
-        """Return phi'(L), the factor on the gradient. Raises ValueError like ``value``."""
+        """Return phi'(L), the factor on the gradient. Raises LossNotFinite like ``value``."""
         return float(self.gains(_finite(loss), torch.tensor(scale, dtype=torch.float64)))
 
     def values(self, losses: Tensor, scales: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ class Adaptive:
         match self.kind:
             case "none":
                 return losses
-            case "max0":
+            case "max0" | "max0_se":
                 return losses.where(losses > self.minimum + TIE * scales, self.minimum)
             case "exp":
                 capped = x.clamp(max=self.max_exponent)
@@ -98,6 +105,8 @@ class Adaptive:
                 return torch.where(losses > 0, losses + self.tau, self.tau * x.clamp(max=0).exp())
             case "softplus":
                 return self.tau * torch.logaddexp(x, torch.zeros_like(x))
+            case "random":
+                return self.minimum * losses
 
     def gains(self, losses: Tensor, scales: Tensor) -> Tensor:
         """Return phi' of each entry; any shape, same dtype."""
@@ -105,7 +114,7 @@ class Adaptive:
         match self.kind:
             case "none":
                 return torch.ones_like(losses)
-            case "max0":
+            case "max0" | "max0_se":
                 above, tied = losses - self.minimum, {"zero": 0.0, "half": 0.5, "full": 1.0}
                 gate = (above > TIE * scales).to(losses.dtype)
                 return gate.where(above.abs() > TIE * scales, tied[self.tie])
@@ -115,11 +124,17 @@ class Adaptive:
                 return x.clamp(max=0).exp()
             case "softplus":
                 return x.sigmoid()
+            case "random":
+                return torch.full_like(losses, self.minimum)
+
+
+class LossNotFinite(ValueError):
+    """The policy loss of a step is infinite or not a number."""
 
 
 def _finite(loss: float) -> Tensor:
     if not math.isfinite(loss):
-        raise ValueError(
+        raise LossNotFinite(
             f"policy loss is {loss}; look for non-finite log-probs or advantages in this batch"
         )
     return torch.tensor(loss, dtype=torch.float64)
@@ -138,10 +153,15 @@ def total(parts: Iterable[PartSum]) -> PartSum:
     """Return the sum of ``parts``, exactly rounded, so that their order does not matter."""
     listed = list(parts)
     return PartSum(
-        math.fsum(p.weight for p in listed),
-        math.fsum(p.loss for p in listed),
-        math.fsum(p.scale for p in listed),
+        _sum([p.weight for p in listed]),
+        _sum([p.loss for p in listed]),
+        _sum([p.scale for p in listed]),
     )
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exactly rounded sum; NaN where infinities cancel, on which ``math.fsum`` raises."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def on_policy_parts(sequences: Iterable[TrainSequence]) -> dict[str, PartSum]:
@@ -170,7 +190,7 @@ class Gate:
 
 
 def gate_of(settings: LossSettings, shares: Sequence[Mapping[str, PartSum]]) -> Gate:
-    """Return the gate of a step from the part sums of all replicas. Raises ValueError for a loss that is not finite."""
+    """Return the gate of a step from the part sums of all replicas. Raises LossNotFinite."""
     by_group: dict[str, list[PartSum]] = {}
     for share in shares:
         for group, part in share.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agpo_megatron.algorithm.gate import Adaptive, Gate
 from agpo_megatron.algorithm.kl import LOG_RATIO_LIMIT
+from agpo_megatron.algorithm.limits import FAR
 from agpo_megatron.algorithm.loss_rows import LossRows
 from agpo_megatron.algorithm.settings import LossSettings
 
@@ -31,6 +32,7 @@ SUMS = (
     "corrected_tokens",
     "rollout_diff",
     "rollout_tokens",
+    "rollout_far",
     "token_q",
     "token_q2",
     "sequences",
@@ -72,6 +74,7 @@ def against_rollout(current: Tensor, rows: LossRows) -> dict[str, Tensor]:
         "rollout_diff": diff.sum(),
         "rollout_diff_max": largest(diff),
         "rollout_tokens": known.sum(),
+        "rollout_far": (diff > FAR).double().sum(),
         "token_q": q.sum(),
         "token_q2": q.square().sum(),
         "sequences": present.sum(),
@@ -139,6 +142,7 @@ def _rollout_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     metrics = {
         "rollout/logprob_abs_diff_mean": totals["rollout_diff"] / totals["rollout_tokens"],
         "rollout/logprob_abs_diff_max": totals["rollout_diff_max"],
+        "rollout/logprob_far_frac": totals["rollout_far"] / totals["rollout_tokens"],
         "rollout/ess_token": share("token", totals["rollout_tokens"]),
         "rollout/ess_sequence": share("sequence", totals["sequences"]),
     }

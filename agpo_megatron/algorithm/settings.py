@@ -6,7 +6,7 @@ loads neither torch nor numpy: the supervisor reads configurations too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,7 +18,7 @@ Estimator = Literal[
     "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
 ]
 ZeroVariance = Literal["zero", "constant", "resample"]
-AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus"]
+AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus", "max0_se", "random"]
 Scope = Literal["batch", "micro_batch", "group", "sequence", "token"]
 Tie = Literal["zero", "half", "full"]
 WhenClipped = Literal["step", "skip_step"]
@@ -61,6 +61,9 @@ class AdvantageSettings(Section):
     resample_factor: int = Field(10, ge=1)
     """``resample``: prompts looked at for a batch at most, as a multiple of ``train.prompts_per_batch``; then the
     earliest zero-variance groups fill it."""
+    length_projection: float = Field(0.0, ge=0, le=1)
+    """Share that is removed of what an advantage owes to length alone, where the longer answers of a group have the
+    higher advantages (eq. G4; this project's own); 0: nothing, 1: all of it."""
 
 
 class MaskSettings(Section):
@@ -76,11 +79,13 @@ class MaskSettings(Section):
 
 class ClipSettings(Section):
     kind: AdaptiveKind = "none"
-    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4), the others eq. 1d."""
+    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4); ``exp``, ``elu``, ``softplus``: eq. 1d.
+    This project's own: ``max0_se`` closes only where the loss is below 0 by more than chance (eq. G2); ``random``
+    closes as often as ``max0`` would, on steps drawn at random (eq. G3), as a control for comparisons."""
     min: float = 0.0
-    """The bound of ``max0``."""
-    tau: float = Field(1.0, gt=0)
-    """Scale of ``exp``, ``elu`` and ``softplus``."""
+    """The bound of ``max0``; that of ``max0_se``, in standard errors of the loss (-2, for instance)."""
+    tau: float | None = Field(1.0, gt=0)
+    """Scale of ``exp``, ``elu`` and ``softplus``; null: the running standard deviation of the loss (eq. G1)."""
     scope: Scope = "batch"
     """Argument of the function: the loss of the whole optimizer step, or each part by itself (eq. 1e)."""
     on: Literal["policy", "total"] = "policy"
@@ -89,6 +94,12 @@ class ClipSettings(Section):
     """Gradient of ``max0`` exactly at the bound."""
     when_clipped: WhenClipped = "step"
     """A closed gate gives a zero gradient: let the optimizer step on it (momentum still moves), or skip the step."""
+
+    @property
+    def has_level(self) -> bool:
+        """Return whether the controller decides a number for each step, its level (``gate_levels.py``)."""
+        exponential = self.kind in ("exp", "elu", "softplus")
+        return self.kind in ("max0_se", "random") or (exponential and self.tau is None)
 
 
 class KlSettings(Section):
@@ -186,6 +197,20 @@ class LossSettings(Section):
         """Return the same settings with the entropy ``coefficient`` of one step."""
         entropy = self.entropy.model_copy(update={"coef": coefficient})
         return self.model_copy(update={"entropy": entropy})
+
+    def with_gate_level(self, levels: Sequence[float], update: int) -> LossSettings:
+        """Return the same settings with the gate of optimizer step ``update`` of a batch, whose ``levels`` the
+        controller has decided (``gate_levels.py``); they are empty where the gate has none."""
+        if not self.clip.has_level:
+            return self
+        change: dict[str, Any] = {"tau": levels[update]}
+        if self.clip.kind == "random":
+            change = {"min": levels[update]}
+        elif (
+            self.clip.kind == "max0_se"
+        ):  # at the bound it is open: only what is below it is significant
+            change = {"kind": "max0", "min": levels[update], "tie": "full"}
+        return self.model_copy(update={"clip": self.clip.model_copy(update=change)})
 
 
 class AlgorithmSettings(Section):

@@ -6,6 +6,7 @@ loss weights over each part (design, idea 1).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from agpo_megatron.algorithm.advantage import (
 )
 from agpo_megatron.algorithm.aggregation import sequence_weights
 from agpo_megatron.algorithm.correction import rollout_correction
+from agpo_megatron.algorithm.gate_levels import gate_levels
 from agpo_megatron.algorithm.kl import kl_sum, next_entropy_coefficient
 from agpo_megatron.algorithm.length_reward import (
     agpo_length_bonus,
@@ -55,8 +57,8 @@ class StepRequest:
     """The inputs of ``decide`` beside the groups.
 
     ``first_step``: first optimizer step of the batch, counted from 1; ``updates``: number of its steps.
-    ``entropy_state``: entropy coefficient after the last batch. ``discarded``: number of groups that dynamic sampling
-    replaced.
+    ``entropy_state``, ``gate_state``: entropy coefficient and state of the gate after the last batch. ``discarded``:
+    number of groups that dynamic sampling replaced.
     """
 
     algorithm: AlgorithmSettings
@@ -66,6 +68,7 @@ class StepRequest:
     max_response_tokens: int
     scores: Scores = NO_SCORES
     entropy_state: float = 0.0
+    gate_state: Sequence[float] = ()
     discarded: int = 0
 
 
@@ -74,12 +77,15 @@ class Decision:
     """The decision about S samples, in the order of the groups. ``columns``: those of ``samples.COLUMNS`` with source
     "step", by name: per sequence a list of S numbers, per token a list of S arrays, None where unknown; a column that
     no sample has is left out. ``entropy_coef``: weight of the entropy bonus; ``entropy_state``: adaptive coefficient
-    to start the next batch with. ``metrics``: those known before training."""
+    to start the next batch with. ``gate_levels``: of each optimizer step, ``gate_state`` to start the next batch with
+    (``gate_levels.py``). ``metrics``: those known before training."""
 
     columns: Mapping[str, Sequence[Any]]
     metrics: Mapping[str, float]
     entropy_coef: float
     entropy_state: float
+    gate_levels: Sequence[float] = ()
+    gate_state: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,14 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
     metrics = step_metrics(groups, shaped, varied, known, kept, request)
     if loss.entropy.target is not None:
         metrics["loss/entropy_coef"] = applied
-    return Decision(known, metrics, applied, state)
+    levels, gate_state = gate_levels(
+        loss.clip,
+        _group_sums(groups, columns, request.updates),
+        request.gate_state,
+        seed=request.seed,
+        first_step=request.first_step,
+    )
+    return Decision(known, metrics, applied, state, levels, gate_state)
 
 
 def parts(train: Sequence[bool], request: StepRequest) -> list[int]:
@@ -250,6 +263,22 @@ def _weights(
     return weights
 
 
+def _group_sums(
+    groups: Sequence[Group], columns: Mapping[str, Sequence[Any]], updates: int
+) -> list[dict[str, float]]:
+    """Return, for each optimizer step, S = -sum w n A of each group that trains in it (eq. 1c): what the trainers' gate
+    adds up too (``gate.on_policy_parts``)."""
+    sums: list[dict[str, float]] = [{} for _ in range(updates)]
+    rows = zip(
+        *(columns[n] for n in ("loss_weight", "trained", "advantage", "update")), strict=True
+    )
+    for group, mine in zip(groups, _by_group(list(rows), groups), strict=True):
+        terms = [-w * n * a for w, n, a, _ in mine if w and n]
+        if terms:
+            sums[mine[0][3]][group.group_id] = math.fsum(terms)
+    return sums
+
+
 def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:
     """Return (entropy coefficient to start the next batch with, coefficient of this batch)."""
     settings, entropy = request.algorithm.loss.entropy, request.scores.entropy
@@ -280,6 +309,7 @@ def _advantages(
         varied,
         estimator=settings.estimator,
         zero_variance=settings.zero_variance,
+        length_projection=settings.length_projection,
         correct=[[sample.correct for sample in group.samples] for group in groups],
     )
     return [a for group in values for a in group]

@@ -22,8 +22,10 @@ from agpo_megatron.wait import waiting
 FREE = (
     "run.",
     "journal.",
+    "observe.",
     "cluster.",
     "prepare.",
+    "guards.",  # what they have decided is in the journal
     "model.path",  # paths: their content is compared
     "data.path",
     "data.difficulty",
@@ -41,8 +43,7 @@ FREE = (
     "rollout.tensor_parallel",
     "rollout.port",
     "rollout.max_in_flight",
-    "rollout.mem_fraction",
-    "rollout.max_total_tokens",
+    "rollout.server_args",
     "rollout.start_timeout",
     "rollout.request_timeout",
     "rollout.attempts",
@@ -116,10 +117,12 @@ def refuse_another_run(config: Config, folder: RunFolder, mode: str) -> None:
         return
     before = leaves(resolve_config(folder.config).config)
     began_with = json.loads(folder.inputs.read_text())
+    now = leaves(config)
     changed = [
-        f"{key}: {before.get(key)!r} in the run folder, {value!r} now"
-        for key, value in leaves(config).items()
-        if is_identity(key, config, mode) and without_paths(before.get(key)) != without_paths(value)
+        f"{key}: {before.get(key)!r} in the run folder, {now.get(key)!r} now"
+        for key in {**now, **before}
+        if is_identity(key, config, mode)
+        and comparable(before.get(key)) != comparable(now.get(key))
     ]
     changed += [
         f"{key}: its content has changed since the run began"
@@ -152,8 +155,11 @@ def place(config: Config, mode: str) -> tuple[Config, RunFolder]:
     return config.model_copy(update=changes), inner
 
 
-def without_paths(value: object) -> object:
-    """The value of a key, sources in a list without their paths: these may move, their content is compared."""
+def comparable(value: object) -> object:
+    """The value of a key, sources in a list without their paths: these may move, their content is compared. An empty
+    section of any keys is None, as a key that is not in it."""
+    if value == {}:
+        return None
     if not isinstance(value, list):
         return value
     return [

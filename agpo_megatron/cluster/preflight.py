@@ -25,6 +25,7 @@ from agpo_megatron.cluster.environments import (
     inspect,
     interpreter,
 )
+from agpo_megatron.cluster.pass_through import pass_through_problems
 from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.cluster.roles import (
     MODES_WITH_SERVERS,
@@ -36,6 +37,7 @@ from agpo_megatron.cluster.roles import (
 from agpo_megatron.cluster.supervisor import MAX_SKEW
 from agpo_megatron.config import Config, ConfigError
 from agpo_megatron.config.checks import check_inputs
+from agpo_megatron.observe.writers import missing_packages
 from agpo_megatron.rollout.server import device_of, refuse_port_in_use
 from agpo_megatron.rollout.slots import slots_beside
 
@@ -93,11 +95,14 @@ def gather_facts(
         found, wrong = _environment(kind, config, needed=bool(roles.ranks or kind == "rollout"))
         versions[kind] = found
         problems += wrong
+        if roles.ranks or kind == "rollout":
+            problems += _handed_on(kind, config)
     if device_of(config) == "cuda" and (problem := infiniband_problem()):
         problems.append(problem)
     if roles.controller:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         problems += descriptor_problems(config, mode, hard)
+        problems += _observe_problems(config, mode)
     try:
         check_inputs(config, mode)
         _read_weights(Path(config.model.path))
@@ -110,6 +115,17 @@ def gather_facts(
             f"{len(memory)} GPUs are visible, its roles need {needed}; ask Slurm for them (--gpus-per-node)"
         )
     return NodeFacts(address, interface, hello_port, ports, versions, memory, problems)
+
+
+def _observe_problems(config: Config, mode: str) -> list[str]:
+    """List what stands in the way of ``observe`` on the controller's node."""
+    problems, port = missing_packages(config.observe.writers), config.observe.prometheus_port
+    if port and mode in MODES_WITH_TRAINERS:
+        try:
+            refuse_port_in_use("", port, "observe.prometheus_port")
+        except OSError as error:
+            problems.append(str(error.strerror))
+    return problems
 
 
 def descriptor_problems(config: Config, mode: str, hard: int) -> list[str]:
@@ -164,6 +180,14 @@ def _environment(kind: Kind, config: Config, needed: bool) -> tuple[dict[str, st
             f"policy.fp8.recipe {recipe} needs Transformer Engine on a GPU; set it to none, or policy.layers to auto"
         )
     return found.versions, problems
+
+
+def _handed_on(kind: Kind, config: Config) -> list[str]:
+    """List what the package of ``kind`` would not take of ``rollout.server_args`` or ``policy.megatron``."""
+    try:
+        return pass_through_problems(kind, config)
+    except ConfigError as error:
+        return [str(error)]
 
 
 def _read_weights(folder: Path) -> None:

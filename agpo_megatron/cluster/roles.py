@@ -1,8 +1,9 @@
 """Derives the roles of every node from Slurm's environment (or one machine) and the config. Pure.
 
 An allocation is cut in two: trainer nodes first, rollout nodes after them (or component 0 and component 1 of a
-heterogeneous job). The controller runs beside trainer rank 0, whose node is also torch.distributed's master. With
-``cluster.rollout_nodes: 0`` the servers share the trainers' nodes and take the devices behind the ranks'.
+heterogeneous job). Modes without servers (a cold start, a replay) need the trainer nodes alone. The controller runs
+beside trainer rank 0, whose node is also torch.distributed's master. With ``cluster.rollout_nodes: 0`` the servers
+share the trainers' nodes and take the devices behind the ranks'.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def slurm_plan(environment: Mapping[str, str], config: Config, mode: str = "trai
     trainers, rollouts = config.cluster.trainer_nodes, config.cluster.rollout_nodes
     if "SLURM_JOB_ID" not in environment:
         raise LaunchError(
-            "this is no Slurm job (SLURM_JOB_ID is not set); submit with\n  " + submit_line(config)
+            "this is no Slurm job (SLURM_JOB_ID is not set); submit with\n  "
+            + submit_line(config, mode)
         )
     if components := int(environment.get("SLURM_HET_SIZE", "0")):
         groups = [
@@ -107,19 +109,38 @@ def slurm_plan(environment: Mapping[str, str], config: Config, mode: str = "trai
             )
         return cluster_plan(config, groups[0], groups[1], mode)
     hosts = expand_hosts(environment["SLURM_JOB_NODELIST"])
+    needed = nodes_needed(config, mode)
+    if len(hosts) == sum(needed):  # a cold start needs no rollout nodes
+        return cluster_plan(config, hosts[: needed[0]], hosts[needed[0] :], mode)
     if len(hosts) != trainers + rollouts:
         raise LaunchError(
-            f"cluster.trainer_nodes {trainers} + cluster.rollout_nodes {rollouts} = {trainers + rollouts} nodes, "
-            f"but the allocation has {len(hosts)} ({environment['SLURM_JOB_NODELIST']}); submit with\n  "
-            + submit_line(config)
+            f"cluster.trainer_nodes {trainers} + cluster.rollout_nodes {rollouts} = {trainers + rollouts} nodes"
+            + (
+                f", of which {mode} needs {sum(needed)}"
+                if sum(needed) < trainers + rollouts
+                else ""
+            )
+            + f", but the allocation has {len(hosts)} ({environment['SLURM_JOB_NODELIST']}); submit with\n  "
+            + submit_line(config, mode)
         )
     return cluster_plan(config, hosts[:trainers], hosts[trainers:], mode)
 
 
-def submit_line(config: Config) -> str:
-    nodes = config.cluster.trainer_nodes + config.cluster.rollout_nodes
+def nodes_needed(config: Config, mode: str) -> tuple[int, int]:
+    """Count the nodes of trainers and of servers that ``mode`` needs: without servers, or with the controller alone,
+    fewer than the config asks for."""
+    trainers, rollouts = config.cluster.trainer_nodes, config.cluster.rollout_nodes
+    if mode not in MODES_WITH_SERVERS:
+        return trainers, 0
+    return (trainers if mode in MODES_WITH_TRAINERS or not rollouts else 1), rollouts
+
+
+def submit_line(config: Config, mode: str = "train") -> str:
     gpus = f" --gpus-per-node={config.cluster.gpus_per_node}"
-    return f"sbatch --nodes={nodes}{gpus} launch/agpo_70b.sh CONFIG"
+    which = "" if mode == "train" else f"--mode {mode} "
+    return (
+        f"sbatch --nodes={sum(nodes_needed(config, mode))}{gpus} launch/agpo_70b.sh {which}CONFIG"
+    )
 
 
 def cluster_plan(
@@ -128,15 +149,14 @@ def cluster_plan(
     """Deal ranks and servers evenly over their hosts. Raises LaunchError when they do not divide or do not fit."""
     cluster, rollout = config.cluster, config.rollout
     world = config.policy.world_size
-    per_trainer = share("policy", "ranks", world, "trainer_nodes", len(trainer_hosts))
-    if rollout_hosts:
-        per_server = share(
-            "rollout", "servers", rollout.servers, "rollout_nodes", len(rollout_hosts)
-        )
-    else:
-        per_server = share(
-            "rollout", "servers", rollout.servers, "trainer_nodes", len(trainer_hosts)
-        )
+    per_trainer = per_server = 0
+    if mode in MODES_WITH_TRAINERS:
+        per_trainer = share("policy", "ranks", world, "trainer_nodes", len(trainer_hosts))
+    if mode in MODES_WITH_SERVERS:
+        key, where = "rollout_nodes", rollout_hosts
+        if not rollout_hosts:
+            key, where = "trainer_nodes", trainer_hosts
+        per_server = share("rollout", "servers", rollout.servers, key, len(where))
     loads = {
         "a trainer node": gpus_needed(config, per_trainer, 0 if rollout_hosts else per_server),
         "a rollout node": gpus_needed(config, 0, per_server if rollout_hosts else 0),
@@ -149,10 +169,10 @@ def cluster_plan(
             )
     nodes = []
     for index, host in enumerate(trainer_hosts):
-        ranks = _numbers(index, per_trainer) if mode in MODES_WITH_TRAINERS else ()
-        shared = not rollout_hosts and mode in MODES_WITH_SERVERS
-        servers = _numbers(index, per_server) if shared else ()
-        nodes.append(NodeRoles(host, ranks, servers, controller=index == 0))
+        ranks = _numbers(index, per_trainer)
+        servers = () if rollout_hosts else _numbers(index, per_server)
+        if ranks or servers or index == 0:
+            nodes.append(NodeRoles(host, ranks, servers, controller=index == 0))
     if mode in MODES_WITH_SERVERS:
         nodes += [
             NodeRoles(host, servers=_numbers(index, per_server))

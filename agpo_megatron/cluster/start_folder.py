@@ -50,7 +50,7 @@ class StartFolder:
             except FileExistsError:
                 path, number = run.logs / f"{label}.{number}", number + 1
         start = StartFolder(path)
-        for name in ("nodes", "exits", "hung"):
+        for name in ("nodes", "exits", "hung", "memory"):
             (path / name).mkdir()
         write_durably(start.config_file, resolved_yaml(config).encode())
         start.token_file.touch(mode=0o600)
@@ -113,6 +113,17 @@ class StartFolder:
     def processes(self, host: str) -> Path:
         """Role -> pid on ``host``, while they run."""
         return self.path / f"processes-{host}.json"
+
+    def write_memory(self, host: str, roles: Mapping[str, int]) -> None:
+        """Write the host memory of the roles of ``host``, in bytes."""
+        write_json(self.path / "memory" / f"{host}.json", roles)
+
+    def memory(self) -> dict[str, int]:
+        """Read the bytes of every role whose node has written them."""
+        found: dict[str, int] = {}
+        for path in sorted((self.path / "memory").glob("*.json")):
+            found |= json.loads(path.read_text())
+        return found
 
     # What the nodes tell each other
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from agpo_megatron.cluster import keeper
 from agpo_megatron.cluster.processes import (
     Role,
@@ -42,6 +44,7 @@ POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.5
 """Between looks into the start folder, which other nodes of a shared file system write to."""
 STACKS_SECONDS = 0.5
+WEIGH_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Supervisor:
         self._other_servers = other_servers
         self._running: list[RunningRole] = []
         self._gone: set[int] = set()  # indices of roles that ended, as they may
-        self._looked = 0.0
+        self._looked = self._weighed = 0.0
         self._before: set[int] = set()  # children that are not the roles'
 
     def supervise(self, roles: Sequence[Role]) -> Outcome:
@@ -164,7 +167,16 @@ class Supervisor:
             if since > role.started + MAX_SKEW and role.process.poll() is None:
                 log.warning("%s hangs; ending it", role.role.name)
                 role.send_signal(signal.SIGKILL, group=True)
+        self._weigh()
         return None
+
+    def _weigh(self) -> None:
+        """Tell the start folder now and then how much host memory each role has, with its children."""
+        if time.monotonic() - self._weighed >= WEIGH_SECONDS:
+            self._weighed = time.monotonic()
+            sizes = {r.role.name: resident(r.pid) for r in self._running if r.pid}
+            with suppress(OSError):  # a full disk is the journal's to report
+                self._start.write_memory(self._host, sizes)
 
     def _judge(self, index: int, code: int) -> Outcome | None:
         """Decide what the end of a role means; None when the start goes on."""
@@ -248,6 +260,17 @@ class Supervisor:
         """Write the pids by role, for py-spy, kill and curiosity."""
         table = {role.role.name: role.pid for role in self._running}
         write_json(self._start.processes(self._host), {"supervisor": os.getpid(), **table})
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process and its descendants, in bytes; shared pages count for each. 0 if it has ended."""
+    total = 0
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += each.memory_info().rss
+    return total
 
 
 def is_trainer(role: RunningRole) -> bool:

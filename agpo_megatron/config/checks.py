@@ -15,6 +15,7 @@ from typing import Any
 from agpo_megatron.algorithm.checks import check_algorithm, without_effect
 
 from .errors import ConfigError
+from .pass_through import check_pass_through
 from .run_folder import CHECKPOINT_MARKER, is_converted
 from .schema import Config, PolicyConfig
 from .task import DataConfig, SourceConfig
@@ -49,6 +50,7 @@ def check_config(config: Config) -> list[str]:
     found.warnings += warnings
     _check_task(config, found)
     _check_rollout(config, found)
+    found.errors += check_pass_through(config)
     _check_train(config, found)
     _check_running_ahead(config, found)
     if found.errors:
@@ -238,12 +240,6 @@ def _check_rollout(config: Config, found: _Findings) -> None:
         found.errors.append(
             f"rollout: port {rollout.port} + servers {rollout.servers} - 1 = "
             f"{rollout.port + rollout.servers - 1} is beyond 65535"
-        )
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if rollout.max_total_tokens is not None and rollout.max_total_tokens < longest:
-        found.errors.append(
-            f"rollout: max_total_tokens {rollout.max_total_tokens} cannot hold one sample of data.max_prompt_tokens "
-            f"{config.data.max_prompt_tokens} + max_response_tokens {rollout.max_response_tokens} = {longest} tokens"
         )
 
 

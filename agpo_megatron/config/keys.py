@@ -106,16 +106,27 @@ _UNIONS = (types.UnionType, typing.Union)
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
+def _kind_text(kind: Any) -> str:
+    if _section_type(kind)[0]:
+        return "list of parts"
+    held = typing.get_args(kind)
+    if held and typing.get_origin(held[0]) is Literal:
+        return "list of " + ", ".join(f"`{value}`" for value in typing.get_args(held[0]))
+    return _NAMES[kind]
+
+
 def _type_text(field: FieldInfo) -> str:
     annotation = field.annotation
     args = typing.get_args(annotation) if typing.get_origin(annotation) in _UNIONS else ()
     nullable = types.NoneType in args
     if typing.get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        (entry,) = typing.get_args(annotation)
+        if typing.get_origin(entry) is Literal:
+            return "list of " + ", ".join(f"`{value}`" for value in typing.get_args(entry))
     kinds = [arg for arg in args if arg is not types.NoneType] or [annotation]
-    text = " or ".join(
-        "list of parts" if _section_type(kind)[0] else _NAMES[kind] for kind in kinds
-    )
+    text = " or ".join(map(_kind_text, kinds))
     bounds = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

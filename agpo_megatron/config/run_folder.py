@@ -74,6 +74,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
+    def dump(self, step: int) -> Path:
+        """Replayable run folder of a guard's finding in ``step``."""
+        return self.path / "guards" / f"step-{step}"
+
     @property
     def exports(self) -> Path:
         return self.path / "exports"

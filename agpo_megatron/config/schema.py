@@ -91,6 +91,27 @@ class TrainConfig(Section):
     """Packing budget: tokens per micro-batch. A longer sequence is a micro-batch of its own."""
 
 
+class GuardsConfig(Section):
+    actions: list[Literal["warn", "skip", "roll_back", "stop"]] = Field(
+        ["warn", "skip", "roll_back", "stop"], min_length=1
+    )
+    """Done in the first, second, ... step within 50 in which a guard fires; the last entry holds for all further ones.
+    A loss or gradient that is not finite is never stepped on: it begins behind ``warn``."""
+    grad_norm: float | None = Field(50.0, gt=1)
+    """Gradient norm, as a multiple of the median of the last 64 (8 at least), above which it fires; null: never."""
+    logprob_gap: float | None = Field(1.0, ge=0)
+    """Mean of ``|log-prob of server - of trainer|`` over trained tokens, in nats, above which it fires; null: never."""
+    logprob_far: float | None = Field(0.2, ge=0, le=1)
+    """Share of trained tokens where they are more than 1 nat apart, above which it fires; null: never."""
+    entropy: float | None = Field(0.001, gt=0)
+    """Entropy, mean over trained tokens, in nats, below which it fires; null: never."""
+    reward_drop: float | None = Field(0.9, gt=0)
+    """Fall of the mean reward of 8 batches below the best median of 8 batches, as a share of the largest absolute one,
+    above which it fires; null: never."""
+    truncated: float | None = Field(0.95, ge=0, le=1)
+    """Share of truncated responses above which it fires, once a batch had no more; null: never."""
+
+
 class RolloutConfig(Section):
     servers: int = Field(1, ge=1)
     """SGLang servers."""
@@ -116,10 +137,9 @@ class RolloutConfig(Section):
     """Texts that end a response, besides EOS; the token that completes one belongs to the response."""
     max_in_flight: int = Field(64, ge=1)
     """Samples in flight per server."""
-    mem_fraction: float = Field(0.8, gt=0, lt=1)
-    """SGLang's --mem-fraction-static (GPU)."""
-    max_total_tokens: int | None = Field(None, ge=256)
-    """SGLang's KV pool in tokens; null leaves it to SGLang."""
+    server_args: dict[str, Any] = Field({})
+    """Further flags of SGLang by its own names, with underscores (``mem_fraction_static``, 0.8 unless given;
+    ``max_total_tokens``; ``chunked_prefill_size``). Flags that the project sets are refused, with the key to use."""
     start_timeout: float = Field(300.0, gt=0)
     """Seconds for all nodes of a job to pass the preflight, and then for rollout servers to answer a real generate."""
     request_timeout: float = Field(600.0, gt=0)
@@ -165,6 +185,9 @@ class PolicyConfig(Section):
     """Rows of logits held at once: [chunk, V/TP], fp32. More is faster where matmuls outrun memory (a GPU)."""
     logprob_kernels: Literal["auto", "torch", "triton"] = "auto"
     """Kernels for the logits between the matmuls; ``auto``: Triton on CUDA where it is installed."""
+    megatron: dict[str, Any] = Field({})
+    """Further fields of Megatron-Core's TransformerConfig by its own names (``recompute_modules``,
+    ``fp32_residual_connection``). Fields that the project sets are refused, with the key to use."""
 
     @property
     def model_parallel(self) -> int:
@@ -179,6 +202,17 @@ class PolicyConfig(Section):
 class JournalConfig(Section):
     keep: Literal["all", "checkpoints"] = "all"
     """``checkpoints`` prunes what lies behind the retained checkpoints."""
+
+
+class ObserveConfig(Section):
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"])
+    """Writers of metrics beside ``metrics.jsonl``; ``wandb`` and ``mlflow`` need their package and obey its variables
+    (``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI``)."""
+    prometheus_port: int = Field(0, ge=0, le=65535)
+    """Port on the controller's node at which Prometheus finds the run (``/metrics``), readable by all who reach it; 0:
+    none."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of a trainer's device in the precision of the run, TFLOP/s (H100, dense bf16: 989); null: no MFU."""
 
 
 class ClusterConfig(Section):
@@ -235,6 +269,8 @@ class Config(Section):
     """Cold start by supervised fine-tuning; leave the section out to start from ``model.path`` as it is."""
     train: TrainConfig = TrainConfig()
     """Reinforcement learning: steps, batch, optimizer."""
+    guards: GuardsConfig = GuardsConfig()
+    """Limits of a step's numbers that no healthy run meets, and what is done beyond them (docs/troubleshooting.md)."""
     rollout: RolloutConfig = RolloutConfig()
     """SGLang servers and sampling."""
     policy: PolicyConfig = PolicyConfig()
@@ -247,6 +283,8 @@ class Config(Section):
     """Evaluation, before and after training and on schedule."""
     journal: JournalConfig = JournalConfig()
     """Durable record of samples and steps."""
+    observe: ObserveConfig = ObserveConfig()
+    """Writers of metrics, and Prometheus (docs/metrics.md)."""
     cluster: ClusterConfig = ClusterConfig()
     """Nodes, device and deadlines."""
     prepare: PrepareConfig = PrepareConfig()

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,21 @@ import aiohttp
 from rich.console import Console
 
 from agpo_megatron.cluster.start_folder import StartFolder
+from agpo_megatron.config.loading import leaves
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
 from agpo_megatron.config.task import SourceConfig, TrainSourceConfig
 from agpo_megatron.controller.evaluation import EvalSet, Rollouts, measure, rescore
+from agpo_megatron.controller.guard_dump import dumped_step
 from agpo_megatron.controller.live import live, live_recipe
 from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Recipe, Run, StoppedOnRequest
 from agpo_megatron.controller.sources import recorded, supervised_recipe, worked_examples
 from agpo_megatron.controller.status import StatusWriter
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.controller.vitals import Vitals
 from agpo_megatron.conversion.hf_checkpoint import read_config
+from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.data.problems import Duplicates, ProblemSet, load_problems, pass_rates
 from agpo_megatron.data.sft_examples import load_sft_examples
 from agpo_megatron.data.stream import PromptStream
@@ -34,9 +38,11 @@ from agpo_megatron.data.tokenizer import load_tokenizer
 from agpo_megatron.files import write_durably
 from agpo_megatron.journal import Journal, JournalReader
 from agpo_megatron.observe.curves import draw_curves
+from agpo_megatron.observe.exporter import Exporter, served
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.observe.summary import read_summary, summary_path
+from agpo_megatron.observe.writers import Row, StepWriter, open_writers
 from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
@@ -72,9 +78,11 @@ async def execute(
     recipe = supervised_recipe(sft) if sft else live_recipe(config)
     other = JournalReader(RunFolder(replayed).journal) if replayed else None
     async with run_of(mode, config, folder, context, recipe) as (run, status):
-        await run.load(other)
+        dumped = dumped_step(replayed) if replayed else None
+        saved = RunFolder(replayed).complete_checkpoints() if replayed and dumped else []
+        await run.load(other, saved[-1] if saved else (0, None))
         if other:
-            await train(run, recorded(run, other, last=recipe.steps))
+            await train(run, recorded(run, other, last=dumped or recipe.steps))
         elif sft:
             examples = await asyncio.to_thread(
                 load_sft_examples, sft.path, config.data, load_tokenizer(sft.base)
@@ -84,6 +92,7 @@ async def execute(
         else:
             async with rollouts_of(config, context, True, status) as rollouts:
                 await train(run, recorded(run, run.journal.reader), live(run, rollouts))
+        steps = run.version.step
         await run.export(Path(config.model.path) if sft else folder.exported_model)
         await run.trainers.call("stop")
     summary = read_summary(folder.path) if summary_path(folder.path).exists() else None
@@ -93,7 +102,7 @@ async def execute(
         title=f"{folder.path.name}: {title_of(mode, config)}",
         summary=summary,
     )
-    write_durably(folder.done, json.dumps({"mode": mode, "steps": recipe.steps}).encode())
+    write_durably(folder.done, json.dumps({"mode": mode, "steps": steps}).encode())
 
 
 def title_of(mode: str, config: Config) -> str:
@@ -118,24 +127,51 @@ async def run_of(
     )
     address = urlsplit(context.url)
     await trainers.start(address.hostname or "127.0.0.1", address.port or 0)
-    metrics = MetricsWriter(folder.path)
     base = config.sft.base if mode == "sft" and config.sft else config.model.path
-    hidden = int(read_config(base)["hidden_size"])
+    shape = ModelShape.from_hf(read_config(base))
+    vitals = Vitals(context.start, trainers)
+    updates = 1 if mode == "sft" else config.train.updates_per_batch
     try:
-        updates = 1 if mode == "sft" else config.train.updates_per_batch
-        with Progress(recipe.steps, title_of(mode, config), updates=updates) as progress:
-            run = Run(config, folder, journal, trainers, metrics, progress, recipe, hidden)
-            run.stop_requested = context.start.stop_requested.exists
-            run.signal_lead = context.signal_lead
-            async with StatusWriter(context.start, trainers) as status:
-                try:
-                    yield run, status
-                except StoppedOnRequest:
-                    await trainers.call("stop")
-                    raise
+        async with metrics_of(config, folder, vitals) as metrics:
+            with Progress(recipe.steps, title_of(mode, config), updates=updates) as progress:
+                run = Run(
+                    config, folder, journal, trainers, metrics, progress, recipe, shape.hidden
+                )
+                run.vitals, run.shape = vitals, shape
+                run.stop_requested = context.start.stop_requested.exists
+                run.signal_lead = context.signal_lead
+                async with StatusWriter(context.start, trainers) as status:
+                    try:
+                        yield run, status
+                    except StoppedOnRequest:
+                        await trainers.call("stop")
+                        raise
     finally:
-        metrics.close()
         await trainers.close()
+
+
+@asynccontextmanager
+async def metrics_of(
+    config: Config, folder: RunFolder, vitals: Vitals
+) -> AsyncIterator[MetricsWriter]:
+    """Open metrics.jsonl and what ``observe`` asks for beside it. Raises ExporterError for a port that is taken."""
+    observe = config.observe
+    exporter: Exporter | None = None
+
+    def open_others(recorded: Sequence[Row]) -> list[StepWriter]:
+        nonlocal exporter
+        exporter = Exporter(vitals.readings, recorded)
+        others = [name for name in observe.writers if name != "tensorboard"]
+        return [exporter, *open_writers(others, folder.path, leaves(config), recorded)]
+
+    metrics = MetricsWriter(folder.path, "tensorboard" in observe.writers, open_others)
+    try:
+        async with AsyncExitStack() as stack:
+            if observe.prometheus_port and exporter:
+                await stack.enter_async_context(served(exporter, observe.prometheus_port))
+            yield metrics
+    finally:
+        await asyncio.to_thread(metrics.close)
 
 
 @asynccontextmanager

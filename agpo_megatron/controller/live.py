@@ -14,11 +14,13 @@ from collections.abc import AsyncGenerator
 
 from agpo_megatron.algorithm.step import StepRequest, decide, drops_groups, has_variance
 from agpo_megatron.config.schema import Config
+from agpo_megatron.controller.batch import Batch
 from agpo_megatron.controller.evaluation import Rollouts, evaluate, evaluating
 from agpo_megatron.controller.producer import Collected, producing
 from agpo_megatron.controller.publishing import make_publisher
-from agpo_megatron.controller.run import Batch, Recipe, Run, seconds_into
+from agpo_megatron.controller.run import Recipe, Run, seconds_into
 from agpo_megatron.controller.schedule import Window
+from agpo_megatron.journal.records import BatchRecord
 from agpo_megatron.observe.summary import write_summary
 from agpo_megatron.sync.protocol import Publisher
 
@@ -60,8 +62,10 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
     prompts = map(rollouts.stream.prompt_at, itertools.count())
     publisher = make_publisher(config, rollouts.pool, run.trainers, run.backend, prompts)
     last = await asyncio.to_thread(run.journal.last)
-    entropy_state = last.entropy_state if last else config.algorithm.loss.entropy.coef
     window = window_of(config, run.version.step, last.cursor if last else 0)
+    if run.vitals:
+        run.vitals.pool, run.vitals.rewards = rollouts.pool, rollouts.rewards
+        run.vitals.window = window
     with seconds_into(timings, "time/step"):
         await publish(run, publisher, timings)
     before = await evaluate(run, rollouts, step=0)
@@ -75,8 +79,8 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
                 producer.admit()
                 with run.phase(f"generate step {run.version.step + 1}", timings, "time/rollout"):
                     collected = await producer.batch(run.stop_if_asked)
-                batch = await commit(run, collected, entropy_state, timings)
-            entropy_state = batch.record.entropy_state
+                batch = await commit(run, collected, last, timings)
+            last = batch.record
             yield batch
             timings = {}
             with seconds_into(timings, "time/step"):
@@ -88,9 +92,9 @@ async def live(run: Run, rollouts: Rollouts) -> AsyncGenerator[Batch, None]:
 
 
 async def commit(
-    run: Run, collected: Collected, entropy_state: float, timings: dict[str, float]
+    run: Run, collected: Collected, last: BatchRecord | None, timings: dict[str, float]
 ) -> Batch:
-    """Score and decide a batch, and commit it to the journal."""
+    """Score and decide the batch after ``last``, and commit it to the journal."""
     config, groups = run.config, [journaled.group for journaled in collected.groups]
     scored = [
         journaled
@@ -104,7 +108,8 @@ async def commit(
         seed=config.seed,
         max_response_tokens=config.rollout.max_response_tokens,
         scores=await run.score(scored, timings),
-        entropy_state=entropy_state,
+        entropy_state=last.entropy_state if last else config.algorithm.loss.entropy.coef,
+        gate_state=last.gate_state if last else (),
         discarded=collected.discarded,
     )
     decision = await asyncio.to_thread(decide, groups, request)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from agpo_megatron.controller.run import Batch, Run
+from agpo_megatron.controller.batch import Batch
+from agpo_megatron.controller.run import Run
 
 
 async def train(run: Run, *sources: AsyncGenerator[Batch, None]) -> None:

@@ -221,9 +221,11 @@ class _Stats:
         rollouts.pool.slots.take_usage()  # of the evaluation before
         self._before = (0, 0, 0)
         self._generated = self._trained = (0, 0)  # (tokens, samples) since this start
+        self._fresh = 0  # tokens of groups finished since the batch before
 
     def finished(self, group: Group) -> None:
         self._generated = _plus(self._generated, [group])
+        self._fresh += sum(len(sample.response_tokens) for sample in group.samples)
 
     def take(self, groups: Sequence[Group]) -> dict[str, float]:
         self._trained = _plus(self._trained, groups)
@@ -232,7 +234,10 @@ class _Stats:
         fragments, resumed, lost = (a - b for a, b in zip(counts, self._before, strict=True))
         slots, servers = pool.slots.take_usage()
         passed = len(pool.servers) * max(now - self._since, 1e-9)
+        seconds = max(now - self._since, 1e-9)
         self._since, self._before = now, counts
+        fresh, self._fresh = self._fresh, 0
+        scoring = self._rollouts.rewards.pool.take_busy_seconds()
         metrics = {
             "rollout/slots_used_frac": slots / (passed * pool.slots.limit),
             "idle/servers_frac": 1 - servers / passed,
@@ -241,7 +246,9 @@ class _Stats:
             "rollout/tokens_lost": float(lost),
             "window/ready_groups": float(self._window.ready),
             "window/open_groups": float(self._window.open),
-            "time/reward": self._rollouts.rewards.pool.take_busy_seconds(),
+            "time/reward": scoring,
+            "busy/rewards_frac": scoring / seconds,
+            "throughput/servers_tokens_per_s": fresh / seconds,
         }
         if self._generated[1] and self._trained[1]:
             means = (tokens / samples for tokens, samples in (self._trained, self._generated))

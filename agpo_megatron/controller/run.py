@@ -17,19 +17,26 @@ import numpy as np
 from agpo_megatron.algorithm.step import NO_SCORES, Decision, Scores
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.config.schema import Config
+from agpo_megatron.controller.batch import Batch
 from agpo_megatron.controller.checkpoints import remove_leftovers, remove_old, set_aside
+from agpo_megatron.controller.guards import fires
 from agpo_megatron.controller.micro_batches import plan_micro_batches
 from agpo_megatron.controller.trainer_client import TrainerClient
+from agpo_megatron.controller.vitals import Vitals
+from agpo_megatron.controller.watch import GuardStop, Watch, stop_message
+from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.journal import (
     BatchRecord,
     Journal,
     JournaledGroup,
     JournalError,
     JournalReader,
+    StepVerdict,
 )
 from agpo_megatron.journal.reader import read_file
 from agpo_megatron.journal.records import place_on_loss_mask, read_scores, sequence_columns
-from agpo_megatron.observe.metrics import MetricsWriter
+from agpo_megatron.observe.flops import training_flops, utilisation
+from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
 from agpo_megatron.samples import Floats, Sample, WeightVersion
 from agpo_megatron.wait import waiting
@@ -64,26 +71,16 @@ class Recipe:
         return self.min_lr + (self.lr - self.min_lr) * shape
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """A committed batch on its way to the trainer. ``journal``: the folder that holds its file ``name``. ``timings``:
-    seconds spent on it. ``replayed``: it was committed by an earlier start, or by another run."""
-
-    record: BatchRecord
-    journal: Path
-    name: str
-    timings: dict[str, float] = field(default_factory=dict)
-    replayed: bool = False
-
-
 @dataclass
 class Run:
     """One start (attempt) of a run.
 
     ``version``: the trainer's current weight version; ``moved``: a step with a gradient was taken since it was last
     published. ``backend``: backend of its collectives, set by ``load``.
+    ``vitals``: what is known of the roles; ``shape``: of the model, for its FLOPs.
     ``stop_requested``: returns whether to end after the current step. ``signal_lead``: seconds allowed from the
     request to the saved checkpoint; None without a limit.
+    ``begin``: step and checkpoint that the run starts from when it has none of its own.
     """
 
     config: Config
@@ -99,12 +96,17 @@ class Run:
     backend: str = field(init=False)
     stop_requested: Callable[[], bool] = field(init=False, default_factory=lambda: lambda: False)
     signal_lead: float | None = field(init=False, default=None)
+    watch: Watch = field(init=False)
+    begin: tuple[int, Path | None] = field(init=False, default=(0, None))
+    vitals: Vitals | None = field(init=False, default=None)
+    shape: ModelShape | None = field(init=False, default=None)
     _longest: dict[str, float] = field(init=False, default_factory=dict)
     _saving: int | None = field(init=False, default=None)
     _last_save: float = field(init=False, default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.version = WeightVersion(0, self.journal.attempt)
+        self.watch = Watch(self.config, self.folder, self.journal, read_metrics(self.folder.path))
 
     @contextmanager
     def phase(self, name: str, timings: dict[str, float], key: str) -> Iterator[None]:
@@ -114,22 +116,33 @@ class Run:
         with waiting(name), seconds_into(timings, key):
             yield
 
-    async def load(self, recorded: JournalReader | None = None) -> int:
+    @property
+    def checkpoint(self) -> tuple[int, Path | None]:
+        """Step and folder of the newest complete checkpoint; None: the initial weights."""
+        saved = self.folder.complete_checkpoints()
+        return saved[-1] if saved else self.begin
+
+    async def load(
+        self, recorded: JournalReader | None = None, begin: tuple[int, Path | None] = (0, None)
+    ) -> int:
         """Load the newest complete checkpoint, or the initial weights; return the step that the trainer then holds.
 
         Trainers that outlived their last controller may be at a later step, and stay there. A damaged checkpoint is
         set aside, and the one before it taken; JournalError when the journal does not lead from that to the damaged
-        one. ``recorded``: the journal to train on, if it is not this run's.
+        one. ``recorded``: the journal to train on, if it is not this run's. ``begin``: step and checkpoint to start
+        from while there is none here. Raises GuardStop if a guard has stopped the run, under the settings of now.
         """
+        self.begin = begin
+        await asyncio.to_thread(self.watch.read, recorded)
         saved = self.folder.complete_checkpoints()
         with self.phase("load weights", {}, ""):
             while True:
-                step, path = saved.pop() if saved else (0, None)
+                step, path = saved.pop() if saved else begin
                 answers = await self.trainers.call("load", checkpoint=path and str(path), step=step)
                 damaged = answers[0]["damaged"]
                 if not (damaged and path):
                     break
-                older, reader = saved[-1][0] if saved else 0, recorded or self.journal.reader
+                older, reader = saved[-1][0] if saved else begin[0], recorded or self.journal.reader
                 await asyncio.to_thread(set_aside, path, step, damaged, older, reader)
         # Only now: trainers that outlived their controller may still have been saving.
         await asyncio.to_thread(remove_leftovers, self.folder)
@@ -138,8 +151,10 @@ class Run:
         self.version = WeightVersion(held, self.journal.attempt)
         if held > step and not self.metrics.has(held):  # its result reached no controller
             reader = recorded or self.journal.reader
-            record = reader.record(reader.batch_of(held).name)
-            self.report(record, held, answers[0]["last_update"], {})
+            name = reader.batch_of(held).name
+            settled = name != reader.batches()[-1].name
+            batch = Batch(reader.record(name), reader.folder, name, {}, True, settled)
+            await self.conclude(batch, held, answers[0]["last_update"], {})
         return held
 
     async def advance(self, batch: Batch) -> None:
@@ -149,6 +164,7 @@ class Run:
         one for the weights.
         """
         timings, whole, tokens = batch.timings, 0.0, int(batch.record.tokens.sum())
+        trained = timings.get("time/score", 0.0)
         waits = {
             key: timings[name]
             for key, name in (
@@ -164,12 +180,32 @@ class Run:
             with seconds_into(timings, "time/step"), self.phase(name, timings, "time/update"):
                 result = await self.update(batch, step)
             whole += timings["time/step"]
+            trained += timings["time/update"]
+            timings |= self._trainer_metrics(batch, step, result, timings["time/update"])
             if step == batch.record.steps[-1]:
                 timings["throughput/tokens_per_s"] = tokens / whole
+                timings["busy/trainer_frac"] = trained / whole
                 timings |= {key: seconds / whole for key, seconds in waits.items()}
-            self.report(batch.record, step, result, timings)
+            timings |= await asyncio.to_thread(self.vitals.memory) if self.vitals else {}
+            await self.conclude(batch, step, result, timings)
             timings = {}
             await self._save_if_due()
+
+    def _trainer_metrics(
+        self, batch: Batch, step: int, result: Mapping[str, float], seconds: float
+    ) -> dict[str, float]:
+        """Tokens per second of an update, and its MFU if the peak is stated; neither where nothing was computed."""
+        record, peak = batch.record, self.config.observe.peak_tflops
+        rows = record.rows(step)
+        if not rows or not result.get("tokens/trained"):
+            return {}
+        lengths = record.tokens[rows]
+        found = {"throughput/trainer_tokens_per_s": int(lengths.sum()) / seconds}
+        if peak is not None and self.shape is not None:
+            flops = training_flops(self.shape, lengths, record.columns["trained"][rows].sum())
+            devices = self.config.policy.world_size
+            found["throughput/mfu"] = utilisation(flops, seconds, peak, devices)
+        return found
 
     async def commit(
         self,
@@ -182,8 +218,9 @@ class Run:
     ) -> Batch:
         """Commit the decision about ``groups`` as the batch of the next ``updates`` optimizer steps."""
         samples = [sample for journaled in groups for sample in journaled.group.samples]
+        step = self.version.step + 1
         record = BatchRecord(
-            first_step=self.version.step + 1,
+            first_step=step,
             updates=updates,
             attempt=self.journal.attempt,
             cursor=cursor,
@@ -196,6 +233,10 @@ class Run:
             metrics=decision.metrics,
             entropy_coef=decision.entropy_coef,
             entropy_state=decision.entropy_state,
+            limits=self.watch.limits(step, rewarded="reward/mean" in decision.metrics),
+            fired=self.watch.firings(step),
+            gate_levels=decision.gate_levels,
+            gate_state=decision.gate_state,
         )
         record, name = await asyncio.to_thread(self.journal.commit, record, decision.columns)
         return Batch(record, self.folder.journal, name, timings)
@@ -228,7 +269,8 @@ class Run:
         raise StoppedOnRequest(f"asked to end: stopped {done}")
 
     async def update(self, batch: Batch, step: int) -> dict[str, float]:
-        """Take one optimizer step on its part of the batch and advance ``version``.
+        """Take one optimizer step on its part of the batch and advance ``version``; one that a verdict does not take is
+        passed over.
 
         Raises JournalError when ``step`` is not the next one.
         """
@@ -237,6 +279,10 @@ class Run:
                 f"step {self.version.step + 1} is neither in a checkpoint nor in {batch.journal} "
                 f"(next there: {step}); restore a checkpoint, or start in another --run-dir"
             )
+        if step in self.watch.skipped:
+            results = await self.trainers.call("pass_over", step=step)
+            self.version = WeightVersion(step, self.journal.attempt)
+            return results[0]
         rows = batch.record.rows(step)
         plan = await self.plan([int(batch.record.tokens[row]) for row in rows])
         results = await self.trainers.call(
@@ -246,10 +292,46 @@ class Run:
             step=step,
             plan=[[[rows[i] for i in some] for some in rank] for rank in plan],
             lr=self.recipe.lr_at(step),
+            **self.watch.orders(batch, step, self.metrics.has(step)),
         )
         self.version = WeightVersion(step, self.journal.attempt)
-        self.moved |= results[0]["grad_norm"] * self.recipe.lr_at(step) > 0
+        taken = not results[0].get("skipped")
+        self.moved |= taken and results[0]["grad_norm"] * self.recipe.lr_at(step) > 0
         return results[0]
+
+    async def conclude(
+        self, batch: Batch, step: int, result: dict[str, float], timings: dict[str, float]
+    ) -> None:
+        """Judge a step by the result of its update, make the verdict durable, do what it says, and report the step.
+
+        Raises GuardStop.
+        """
+        reported, passed_over = self.metrics.has(step), "passed_over" in result
+        if passed_over:
+            verdict = self.watch.verdicts.get(step)
+            result = dict(verdict.metrics) if verdict else {}
+        else:
+            # A checkpoint that appeared behind the verdict would change what it means.
+            if fires(batch.record, step, result):
+                await self.settle_save(wait=True)
+            verdict = await asyncio.to_thread(
+                self.watch.decide, batch, step, result, reported, self.checkpoint
+            )
+            if verdict and verdict.action == "roll_back":
+                await self._roll_back(verdict)
+        if verdict and not reported:  # once, also when a kill came before it was said
+            self.watch.say(verdict, batch)
+        fired = {"guard/fired": float(len(verdict.findings) if verdict else 0)}
+        self.report(batch.record, step, {**result, **fired}, timings)
+        if verdict and verdict.action == "stop" and not passed_over:
+            raise GuardStop(stop_message(verdict, batch.record))
+
+    async def _roll_back(self, verdict: StepVerdict) -> None:
+        """Give the trainer the weights of before, under the number of the step of now. Done again after a kill."""
+        step, path = self.checkpoint
+        with self.phase(f"roll back to step {step}", {}, ""):
+            await self.trainers.call("roll_back", checkpoint=path and str(path), step=verdict.step)
+        self.moved = False  # how these weights differ from those published last is not known
 
     async def plan(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Plan the micro-batches of sequences of these lengths, by data-parallel rank."""
@@ -362,9 +444,20 @@ class Run:
         self._check_lead(timings)
         if self.metrics.has(step):
             return
-        whole = record.metrics if step == record.first_step else {}
-        metrics = {**whole, **result, "lr": self.recipe.lr_at(step), **timings, "step": step}
+        whole = dict(record.metrics) if step == record.first_step else {}
+        if record.gate_levels:
+            whole["loss/gate_level"] = record.gate_levels[step - record.first_step]
+        left_out = sum(skipped <= step for skipped in self.watch.skipped)
+        metrics = {
+            **whole,
+            **{key: value for key, value in result.items() if key != "skipped"},
+            "guard/skipped_steps": float(left_out),
+            "lr": self.recipe.lr_at(step),
+            **timings,
+            "step": step,
+        }
         self.metrics.write(metrics)
+        self.watch.past.append(metrics)
         self.progress.step(metrics)
 
 

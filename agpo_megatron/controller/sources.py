@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from agpo_megatron.algorithm.step import supervised
 from agpo_megatron.config.schema import SftConfig
-from agpo_megatron.controller.run import Batch, Recipe, Run, seconds_into
+from agpo_megatron.controller.batch import Batch
+from agpo_megatron.controller.run import Recipe, Run, seconds_into
 from agpo_megatron.data.stream import shuffled_position
 from agpo_megatron.journal import JournaledGroup, JournalError, JournalReader
 from agpo_megatron.samples import Group
@@ -22,6 +23,9 @@ async def recorded(
     ``last``: the step up to which every step must be there. Raises JournalError when one is missing.
     """
     names = [name for name in journal.batches() if name.last_step > run.version.step]
+    newest = (
+        names[-1] if names else None
+    )  # all steps before were decided: it was committed after them
     if last is not None:
         held = {step for name in names for step in range(name.first_step, name.last_step + 1)}
         missing = [step for step in range(run.version.step + 1, last + 1) if step not in held]
@@ -34,7 +38,7 @@ async def recorded(
     for name in names:
         if last is None or name.first_step <= last:
             record = await asyncio.to_thread(journal.record, name.name)
-            yield Batch(record, journal.folder, name.name, replayed=True)
+            yield Batch(record, journal.folder, name.name, replayed=True, settled=name != newest)
 
 
 def supervised_recipe(sft: SftConfig) -> Recipe:

@@ -4,7 +4,7 @@ Trainers connect out to this HTTP server (so only the controller's address must 
 
     GET  /command?attempt=A&after=SEQ   rank 0 long-polls the next command   -> {attempt, seq, name, args} or 204
     POST /result              rank 0 delivers the results of all ranks   {attempt, seq, results: [one per rank]}
-    POST /heartbeat           every rank: {rank, phase, since, last}     the death of one hides no other
+    POST /heartbeat           every rank: {rank, phase, since, last, device_bytes}; the death of one hides no other
     POST /failure             any rank: {rank, command, error}           before it exits
 
 Bodies are JSON, never pickle; every request carries the run's bearer token. Commands carry (attempt, seq): rank 0 asks
@@ -33,12 +33,14 @@ class TrainerError(RuntimeError):
 
 @dataclass
 class RankStatus:
-    """Last heartbeat of one rank (``seen``: monotonic seconds of this process). ``last``: its last finished phase."""
+    """Last heartbeat of one rank (``seen``: monotonic seconds of this process). ``last``: its last finished phase.
+    ``device_bytes``: the most device memory that it had allocated so far; 0 without a device."""
 
     phase: str
     since: float
     seen: float
     last: str = ""
+    device_bytes: int = 0
 
 
 class TrainerClient:
@@ -64,6 +66,7 @@ class TrainerClient:
         self._one_at_a_time = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self._closing = False
+        self._busy, self._busy_since = 0.0, 0.0
 
     async def start(self, host: str, port: int) -> None:
         app = web.Application(middlewares=[self._authenticate], client_max_size=2**30)
@@ -102,8 +105,12 @@ class TrainerClient:
                     "args": args,
                 }
                 self._issued.notify_all()
-            with waiting(f"trainer command {name}", seconds):
-                return await self._await_result(name, seconds)
+            self._busy_since = time.monotonic()
+            try:
+                with waiting(f"trainer command {name}", seconds):
+                    return await self._await_result(name, seconds)
+            finally:
+                self._busy, self._busy_since = self.busy_seconds, 0.0
 
     async def _await_result(self, name: str, seconds: float) -> list[dict[str, Any]]:
         assert self._result is not None
@@ -133,6 +140,12 @@ class TrainerClient:
         if self._command is None or self._result is None or self._result.done():
             return ""
         return f"{self._command['name']} ({self._command['seq']})"
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since the start in which a command was under way."""
+        since = self._busy_since
+        return self._busy + (time.monotonic() - since if since else 0.0)
 
     def report(self) -> str:
         """Return one line with the last known phase of every rank."""
@@ -175,7 +188,11 @@ class TrainerClient:
     async def _on_heartbeat(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.ranks[int(body["rank"])] = RankStatus(
-            body["phase"], body["since"], time.monotonic(), body["last"]
+            body["phase"],
+            body["since"],
+            time.monotonic(),
+            body["last"],
+            body["device_bytes"],
         )
         return web.Response()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agpo_megatron.files import digest
@@ -20,11 +20,13 @@ from agpo_megatron.journal.records import (
     score_sequence,
     train_sequence,
 )
+from agpo_megatron.journal.verdicts import StepVerdict, decode_verdict
 from agpo_megatron.samples import Fragment, Sample, TrainSequence
 
 OWNER = re.compile(r"owner-(\d{6})\.json$")
 SEGMENT = re.compile(r"segment-a(\d{6})-(\d{8})-p(\d{9})-(\d{9})-([0-9a-f]{16})\.arrow$")
 FRAGMENTS = re.compile(r"fragments-a(\d{6})-(\d{8})-([0-9a-f]{16})\.arrow$")
+VERDICT = re.compile(r"verdict-(\d{8})-a(\d{6})-([0-9a-f]{16})\.json$")
 BATCH = re.compile(r"batch-(\d{8})-(\d{8})-a(\d{6})-([0-9a-f]{16})\.arrow$")
 
 
@@ -78,6 +80,7 @@ class ValidFiles:
     segments: list[str]
     batches: list[str]
     fragments: list[str]
+    verdicts: list[str] = field(default_factory=list)
 
 
 def valid_files(folder: Path) -> ValidFiles:
@@ -92,12 +95,14 @@ def valid_files(folder: Path) -> ValidFiles:
             "it began with, or start in another --run-dir."
         )
     found = {kind: set(inventory[kind]) for kind in ("segments", "batches", "fragments")}
+    found["verdicts"] = set(inventory.get("verdicts", []))
     for kind, pattern, place, group in (
         ("segments", SEGMENT, "samples", 1),
         ("batches", BATCH, "batches", 3),
         ("fragments", FRAGMENTS, "fragments", 1),
+        ("verdicts", VERDICT, "verdicts", 2),
     ):
-        for path in (folder / place).iterdir():
+        for path in (folder / place).glob("*"):
             if (m := pattern.fullmatch(path.name)) and int(m[group]) == newest:
                 found[kind].add(path.name)
     return ValidFiles(**{kind: sorted(names) for kind, names in found.items()})
@@ -128,6 +133,18 @@ class JournalReader:
                 return batch
         held = f"{batches[0].first_step} to {batches[-1].last_step}" if batches else "none"
         raise JournalError(f"{self.folder} has no committed batch with step {step} (it has {held})")
+
+    def verdicts(self) -> dict[int, StepVerdict]:
+        """Read what the guards have decided, by optimizer step. Raises JournalError."""
+        folder, found = self.folder / "verdicts", {}
+        for name in valid_files(self.folder).verdicts:
+            match = VERDICT.fullmatch(name)
+            assert match is not None
+            path = folder / name
+            found[int(match[1])] = decode_verdict(
+                path, read_file(path, match[3], self.read_patience)
+            )
+        return found
 
     def fragments(self) -> dict[str, list[Fragment]]:
         """Read the fragments of unfinished groups, by the name of their file. Raises JournalError."""

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from agpo_megatron.algorithm.limits import Limit
 from agpo_megatron.files import digest, write_durably
 from agpo_megatron.journal.blocks import RESTORE, Block, JournalError
 from agpo_megatron.samples import (
@@ -107,7 +108,10 @@ class BatchRecord:
     ``sample_ids``; ``tokens`` [S]: lengths of the sequences; ``samples``: their blocks; ``details``: blocks of their
     per-token decisions, where there are any. ``columns``: per sequence, [S] each, every column of source "step".
     ``metrics``: those known before training (rewards, groups, lengths). ``entropy_coef``: weight of the entropy bonus;
-    ``entropy_state``: adaptive coefficient to start the next batch with.
+    ``entropy_state``: adaptive coefficient to start the next batch with. ``limits``: of the metrics of its steps;
+    ``fired``: the steps before in which a guard fired, as far as they count. ``gate_levels``: decided by the
+    controller for the gate of each optimizer step, ``gate_state`` to start the next batch with
+    (``algorithm/gate_levels.py``).
     """
 
     first_step: int
@@ -123,6 +127,10 @@ class BatchRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     entropy_coef: float = 0.0
     entropy_state: float = 0.0
+    limits: Sequence[Limit] = ()
+    fired: Sequence[int] = ()
+    gate_levels: Sequence[float] = ()
+    gate_state: Sequence[float] = ()
 
     @property
     def steps(self) -> range:
@@ -281,8 +289,12 @@ def encode_record(record: BatchRecord) -> bytes:
             "weight_version",
             "entropy_coef",
             "entropy_state",
+            "fired",
+            "gate_levels",
+            "gate_state",
         )
     }
+    header["limits"] = [asdict(limit) for limit in record.limits]
     header["metrics"] = dict(record.metrics)
     table = pa.table(
         [
@@ -301,6 +313,7 @@ def decode_record(path: Path, data: bytes) -> BatchRecord:
     """Invert ``encode_record``. Raises JournalError naming ``path``."""
     table = decode_table(path, data)
     header = json.loads(table.schema.metadata[b"batch"])
+    header["limits"] = [Limit(**limit) for limit in header.get("limits", [])]
     return BatchRecord(
         sample_ids=table.column("sample_id").to_pylist(),
         tokens=table.column("tokens").to_numpy(),

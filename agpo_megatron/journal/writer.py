@@ -7,6 +7,7 @@ Folder::
     samples/segment-a000002-00000007-p000000112-000000115-DIGEST.arrow      attempt, number, prompt positions
     batches/details-00000012-a000002-DIGEST.arrow                           first step, attempt
     batches/batch-00000012-00000015-a000002-DIGEST.arrow                    first and last step, attempt
+    verdicts/verdict-00000012-a000002-DIGEST.json                           step, attempt
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from agpo_megatron.journal.records import (
     encode_record,
     sample_batches,
 )
+from agpo_megatron.journal.verdicts import StepVerdict, encode_verdict
 from agpo_megatron.samples import Fragment, Group, columns
 
 
@@ -48,7 +50,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("samples", "batches", "fragments"):
+        for name in ("samples", "batches", "fragments", "verdicts"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.attempt = self._claim()
         self.reader = JournalReader(folder)
@@ -59,7 +61,7 @@ class Journal:
     def _claim(self) -> int:
         """Claim the next attempt number with an exclusive file that lists the files taken over."""
         valid = valid_files(self.folder)
-        self._inherited = valid.fragments
+        self._inherited, self._verdicts = valid.fragments, valid.verdicts
         attempt = max(owners(self.folder), default=0) + 1
         path = self.folder / owner_name(attempt)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -159,6 +161,12 @@ class Journal:
         write_durably(self.folder / "batches" / name, data)
         return record, name
 
+    def add_verdict(self, verdict: StepVerdict) -> None:
+        """Write durably what the guards have decided about a step. Raises WriteError."""
+        data = encode_verdict(verdict)
+        name = f"verdict-{verdict.step:08d}-a{self.attempt:06d}-{digest(data)[:DIGEST]}.json"
+        write_durably(self.folder / "verdicts" / name, data)
+
     def _write_details(
         self, record: BatchRecord, decided: Mapping[str, Sequence[Any]]
     ) -> list[Any]:
@@ -240,7 +248,7 @@ class Journal:
             )
 
     def _write_inventory(self, segments: list[str], batches: list[str]) -> None:
-        kept = ValidFiles(segments, batches, self._inherited)
+        kept = ValidFiles(segments, batches, self._inherited, self._verdicts)
         write_durably(self.folder / owner_name(self.attempt), inventory(kept))
 
     def _remove_batches(self, old: Sequence[BatchName]) -> None:

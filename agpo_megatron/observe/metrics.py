@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per step, durable, never twice; TensorBoard files from the same numbers."""
+"""metrics.jsonl: one JSON object per step, durable, never twice; other writers (writers.py) get the same numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agpo_megatron.files import WriteError, write_all
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from agpo_megatron.observe.writers import Row, StepWriter, open_writers
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +76,19 @@ METRIC_KEYS = (
     "rollout/logprob_abs_diff_age4",
     "rollout/logprob_abs_diff_age8",
     "rollout/staleness_max",
+    "rollout/logprob_far_frac",
+    "guard/fired",
+    "guard/skipped_steps",
+    "busy/trainer_frac",
+    "busy/rewards_frac",
+    "throughput/trainer_tokens_per_s",
+    "throughput/servers_tokens_per_s",
+    "throughput/mfu",
+    "memory/controller_gb",
+    "memory/trainer_gb",
+    "memory/trainer_device_gb",
+    "memory/servers_gb",
+    "loss/gate_level",
 )
 METRIC_FAMILIES = ("reward_part/", "reward_error/", "source_accuracy/")
 """Beginnings of keys that end in a name of the run's own: a part of a reward, a cause of errors, a data source."""
@@ -100,19 +110,26 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Appends steps to ``run_dir/metrics.jsonl`` and to a TensorBoard event file in ``run_dir/tensorboard``.
+    """Appends steps to ``run_dir/metrics.jsonl``, and hands them to other writers.
 
-    Opening it continues an earlier file: a torn last line is cut, recorded steps are not written again, and the
-    event file is rebuilt from the lines, so that both always hold the same numbers. One process writes.
+    Opening it continues an earlier file: a torn last line is cut and recorded steps are not written again. The others
+    are opened with the recorded steps, so that all hold the same numbers. One process writes. ``tensorboard``: event
+    files in ``run_dir/tensorboard``; ``open_others``: opens further writers.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool = True,
+        open_others: Callable[[Sequence[Row]], Sequence[StepWriter]] = lambda recorded: (),
+    ) -> None:
         self._path = metrics_path(run_dir)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         recorded = self._recover()
         self._steps = {int(row["step"]) for row in recorded}
         self._file = self._path.open("ab", buffering=0)
-        self._board = _open_board(Path(run_dir) / "tensorboard", recorded) if tensorboard else None
+        own = ["tensorboard"] if tensorboard else []
+        self._others = [*open_writers(own, Path(run_dir), {}, recorded), *open_others(recorded)]
 
     def has(self, step: int) -> bool:
         return step in self._steps
@@ -135,20 +152,19 @@ class MetricsWriter:
             os.ftruncate(self._file.fileno(), size)
             raise WriteError(self._path, error) from error
         self._steps.add(row["step"])
-        if self._board:
+        shown = {key: math.nan if value is None else value for key, value in row.items()}
+        for writer in self._others:
             try:
-                _add(self._board, row)
-                self._board.flush()
-            except (
-                OSError
-            ) as error:  # metrics.jsonl has the step, and the next start rebuilds from it
-                _log.warning("TensorBoard file not written for step %s: %s", row["step"], error)
+                writer.write(shown)
+            except Exception as error:  # metrics.jsonl has the step, and the next start reads it
+                name = type(writer).__name__
+                _log.warning("%s did not take step %s: %s", name, row["step"], error)
         return True
 
     def close(self) -> None:
         self._file.close()
-        if self._board:
-            self._board.close()
+        for writer in self._others:
+            writer.close()
 
     def _recover(self) -> list[dict[str, float]]:
         """Cut a torn last line; return the recorded steps."""
@@ -193,22 +209,3 @@ def _checked(metrics: Mapping[str, float]) -> dict[str, Any]:
             # JSON knows no NaN or infinity; null keeps the line readable everywhere.
             row[key] = value if math.isfinite(value) else None
     return row
-
-
-def _open_board(folder: Path, recorded: list[dict[str, float]]) -> SummaryWriter:
-    """Open a TensorBoard event file that holds the recorded steps and no other."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    shutil.rmtree(folder, ignore_errors=True)
-    # A TensorBoard that is watching forgets what it has read: no step shows twice.
-    board = SummaryWriter(folder, purge_step=0)
-    for row in recorded:
-        _add(board, row)
-    board.flush()
-    return board
-
-
-def _add(board: SummaryWriter, row: Mapping[str, Any]) -> None:
-    for key, value in row.items():
-        if key != "step":
-            board.add_scalar(key, math.nan if value is None else value, row["step"])

@@ -124,6 +124,8 @@ class Progress:
         style = {"closed": "yellow", "open": "green"}.get(gate, "dim")
         table.add_row("loss", _number(last.get("loss/policy"), "+.4f"), Text(gate, style=style))
         slowest = Text(bottleneck(self._batch), style="cyan")
+        if fired := _guards(last).strip():
+            table.add_row("guards", "", Text(fired, style="red"))
         table.add_row("tokens/s", _number(last.get("throughput/tokens_per_s"), ".0f"), slowest)
         return table
 
@@ -158,6 +160,7 @@ def plain_line(metrics: Mapping[str, float], total_steps: int, slowest: str = ""
         f"  {_number(get('throughput/tokens_per_s'), '.0f')} tok/s"
         f"  {_number(get('time/step'), '.1f')} s"
         f"{slowest and f' ({slowest})'}"
+        f"{_guards(metrics)}"
     )
 
 
@@ -190,6 +193,16 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _guards(metrics: Mapping[str, float]) -> str:
+    """Say that a guard fired in this step, and how many steps guards have skipped so far; "" where neither."""
+    fired, skipped = metrics.get("guard/fired", 0.0), metrics.get("guard/skipped_steps", 0.0)
+    return (
+        f"  guards {'fired' if fired else 'quiet'}, {skipped:.0f} skipped"
+        if fired or skipped
+        else ""
+    )
 
 
 def _gate(metrics: Mapping[str, float]) -> str:

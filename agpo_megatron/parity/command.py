@@ -159,7 +159,7 @@ def objective_of(config: Config) -> Objective:
         adaptive=adaptive,  # type: ignore[arg-type]
         scope="group" if loss.clip.scope == "group" else "batch",
         minimum=-1e3,
-        tau=loss.clip.tau,
+        tau=loss.clip.tau or 1.0,
         clip=(loss.clip_low, loss.clip_high),
         kl=loss.kl.coef if loss.kl.place == "loss" else 0.0,
         entropy=loss.entropy.coef,

@@ -29,6 +29,7 @@ from agpo_megatron.policy.attention import (
     PackedRotary,
     SequenceParallelRMSNorm,
 )
+from agpo_megatron.policy.megatron_fields import given_fields
 from agpo_megatron.policy.parallel import Layout
 
 
@@ -44,14 +45,20 @@ def transformer_config(shape: ModelShape, policy: PolicyConfig) -> TransformerCo
     """Megatron's configuration for ``shape`` in the layout of ``policy``.
 
     ``calculate_per_token_loss`` makes Megatron sum: no 1/micro-batches, no 1/dp, no x cp (design, idea 1).
-    Raises ModelError for sizes that the layout does not divide, and for FP8 without Transformer Engine, which
-    megatron-core would ignore silently.
+    ``policy.megatron`` adds fields. Raises ModelError for sizes that the layout does not divide, for FP8 without
+    Transformer Engine, which megatron-core would ignore silently, and for fields that there are not.
     """
     _check_divides(shape, policy)
-    device = backend.current()
+    fields = {**own_fields(shape, policy, backend.current()), **given_fields(policy.megatron)}
+    return TransformerConfig(**fields)
+
+
+def own_fields(shape: ModelShape, policy: PolicyConfig, device: backend.Backend) -> dict[str, Any]:
+    """The fields that follow from the model and from keys of this project. ``config/pass_through.py`` lists them, so
+    that ``policy.megatron`` gives others."""
     dtype = parameter_dtype(policy)
     interleaved = policy.virtual_pipeline > 1
-    return TransformerConfig(
+    return dict(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,

@@ -58,7 +58,9 @@ def ungathered(optimizer: Any) -> Iterator[None]:
     alone = [
         part
         for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        if hasattr(part, "get_parameter_state_dp_zero") and part.data_parallel_group.size() == 1
+        if hasattr(part, "get_parameter_state_dp_zero")
+        and not part.is_stub_optimizer  # of a stage without parameters of its kind
+        and part.data_parallel_group.size() == 1
     ]
     for part in alone:
         part.get_parameter_state_dp_zero = partial(_whole_state, part)
@@ -90,6 +92,22 @@ def _whole_state(optimizer: Any, **_: Any) -> dict[Any, Any]:
             offset += bucket.numel_unpadded
         state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
     return state
+
+
+def clear_state(optimizer: Any) -> None:
+    """Set moments and count of steps to 0, as before the first step."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is None:
+            continue
+        for state in part.optimizer.state.values():
+            for name, value in state.items():
+                if (
+                    name != "master_param"
+                ):  # fp32 weights that some fused optimizers keep beside the moments
+                    value.zero_()
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0
 
 
 def set_rates(optimizer: Any, lr: float, weight_decay: float) -> None:

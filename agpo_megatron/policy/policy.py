@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from agpo_megatron.algorithm.gate import Gate, PartSum, gate_of, on_policy_parts
+from agpo_megatron.algorithm.gate import Gate, LossNotFinite, PartSum, gate_of, on_policy_parts
+from agpo_megatron.algorithm.limits import Limit, broken, not_finite
 from agpo_megatron.algorithm.loss import check_rows
 from agpo_megatron.algorithm.loss_metrics import MAXIMA, SUMS, loss_metrics
 from agpo_megatron.algorithm.settings import LossSettings, WhenClipped
@@ -24,7 +25,7 @@ from agpo_megatron.conversion.hf_checkpoint import HfCheckpoint, read_config
 from agpo_megatron.conversion.weight_map import WeightMap
 from agpo_megatron.policy import backend, parallel, step, weights
 from agpo_megatron.policy.model import build_chunks, transformer_config, wrap_chunks
-from agpo_megatron.policy.optimizer import build_optimizer, set_rates
+from agpo_megatron.policy.optimizer import build_optimizer, clear_state, set_rates
 from agpo_megatron.policy.packing import PackedBatch, pack_all, pack_multiple, sequence_multiple
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.stored_reader import StoredCheckpoint, StoredModel
@@ -88,18 +89,17 @@ class Policy:
             weight_map.shape.vocab_size, temperature, policy.logprob_chunk, policy.logprob_kernels
         )
         built = Policy(policy, train, weight_map, head, layout)
-        with built.backend.scope():
-            if isinstance(source, StoredModel):
-                # The ranks share the work; the controller waits for all, so one that finds damage ends the run.
-                source.source.check_files(1, slice(layout.rank, None, layout.world))
-                weights.load_stored(built.chunks, source, layout)
-            else:
-                weights.load_hf(built.chunks, weight_map, source, layout)
-            built.optimizer.reload_model_params()  # its own fp32 copies
+        built.load_initial(model)
         return built
 
     def update(
-        self, micro_batches: MicroBatches, *, loss: LossSettings, lr: float
+        self,
+        micro_batches: MicroBatches,
+        *,
+        loss: LossSettings,
+        lr: float,
+        limits: Sequence[Limit] = (),
+        hold: bool = False,
     ) -> dict[str, float]:
         """Take one optimizer step on this DP replica's ``micro_batches`` (the same on its TP and PP ranks).
 
@@ -112,8 +112,8 @@ class Policy:
         still move) or not (``skip_step``).
 
         Returns global statistics, the same on every rank: those of ``algorithm.loss.loss_metrics``, and grad_norm.
-        Raises ValueError for a loss, FloatingPointError for a gradient norm that is not finite: the weights of this
-        process are then unusable.
+        The optimizer step is not taken, and ``skipped`` is 1, if loss or gradient norm are not finite, if they break
+        one of ``limits``, or with ``hold``: weights, moments and the optimizer's count of steps are then as they were.
         """
         batches = self._pack(micro_batches, every_token=False)
         for batch in batches:
@@ -122,26 +122,32 @@ class Policy:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            gate = self._gate(micro_batches, loss)
-            if gate is not None:
-                if not any(gate.gains.values()) and not loss.has_other_terms:
-                    return self._skip(gate, lr, loss.clip.when_clipped)
-                batches = [_with_gains(batch, gate) for batch in batches]
-            results = step.run_training(self.chunks, self.layout, batches, self.head, loss)
-            totals = self._reduce(results)
-            metrics, gain = loss_metrics(loss, totals, gate)
-            metrics["grad_norm"] = self._step(gain, lr, loss.clip.when_clipped)
-        return metrics
+            try:
+                metrics, gain = self._pass(batches, micro_batches, loss)
+            except LossNotFinite:  # on every rank: each has the same sums
+                return {"loss/policy": math.nan, "loss/unclipped": math.nan, "skipped": 1.0}
+            return self._step(metrics, gain, lr, loss.clip.when_clipped, limits, hold)
 
-    def _skip(self, gate: Gate, lr: float, when_clipped: WhenClipped) -> dict[str, float]:
-        """Take a step whose gradient is known to be 0, without forward and backward."""
-        return {
-            "loss/policy": gate.value,
-            "loss/unclipped": gate.loss,
-            **({"loss/clip_gate": 0.0} if gate.gains else {}),
-            "grad_norm": self._step(0.0, lr, when_clipped),
-            "tokens/trained": 0.0,
-        }
+    def _pass(
+        self, batches: list[PackedBatch], micro_batches: MicroBatches, loss: LossSettings
+    ) -> tuple[dict[str, float], float]:
+        """Compute the gradient of the step. Returns its statistics and the gain still to be applied.
+
+        Raises LossNotFinite where a gate cannot be decided.
+        """
+        gate = self._gate(micro_batches, loss)
+        if gate is not None:
+            if not any(gate.gains.values()) and not loss.has_other_terms:  # the gradient is 0
+                metrics = {
+                    "loss/policy": gate.value,
+                    "loss/unclipped": gate.loss,
+                    **({"loss/clip_gate": 0.0} if gate.gains else {}),
+                    "tokens/trained": 0.0,
+                }
+                return metrics, 0.0
+            batches = [_with_gains(batch, gate) for batch in batches]
+        results = step.run_training(self.chunks, self.layout, batches, self.head, loss)
+        return loss_metrics(loss, self._reduce(results), gate)
 
     def _gate(self, micro_batches: MicroBatches, loss: LossSettings) -> Gate | None:
         """Return the gate of the step, the same on every rank; None if it acts within packs, later, or not at all."""
@@ -262,21 +268,56 @@ class Policy:
         values = [*sums.tolist(), *maxima.tolist()]
         return dict(zip(names, values, strict=True))
 
-    def _step(self, gate: float, lr: float, when_clipped: WhenClipped) -> float:
-        """Scale gradients by the gate, clip, step. Returns the gradient norm after the gate."""
-        if gate == 0.0 and when_clipped == "skip_step":
-            return 0.0
-        if gate != 1.0:
-            for chunk in self.chunks:
-                chunk.scale_gradients(gate)
-        set_rates(self.optimizer, lr, self.train.weight_decay)
-        _, grad_norm, _ = self.optimizer.step()
-        norm = float(grad_norm or 0.0)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm is {norm}; the weights of this process are unusable, resume from the last checkpoint"
-            )
-        return norm
+    def _step(
+        self,
+        metrics: dict[str, float],
+        gain: float,
+        lr: float,
+        when_clipped: WhenClipped,
+        limits: Sequence[Limit],
+        hold: bool,
+    ) -> dict[str, float]:
+        """Scale gradients by the gain, clip, step, unless something forbids it. Returns ``metrics`` with the gradient
+        norm after the gain."""
+        metrics["grad_norm"] = 0.0
+        closed = gain == 0.0 and when_clipped == "skip_step"
+        if not closed:
+            if gain != 1.0:
+                for chunk in self.chunks:
+                    chunk.scale_gradients(gain)
+            metrics["grad_norm"] = self._gradient_norm()
+        if hold or not_finite(metrics) or broken(limits, metrics):
+            metrics["skipped"] = 1.0
+        elif not closed:
+            set_rates(self.optimizer, lr, self.train.weight_decay)
+            self.optimizer.step()
+        return metrics
+
+    def _gradient_norm(self) -> float:
+        """Return the global gradient norm, before the optimizer has touched anything: Megatron's, which is infinite
+        from about 2e19 on (fp32 squares). Not finite on every rank if it is on any."""
+        self.optimizer.prepare_grads()  # no loss scaler, so it finds no infinities itself
+        mine = torch.tensor([float(self.optimizer.get_grad_norm() or 0.0)], dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(self.layout.world)]
+        dist.all_gather(every, mine, group=self.layout.control_group)
+        norms = torch.cat(every)
+        return float(norms[0]) if norms.isfinite().all() else float(norms.sum())
+
+    def load_initial(self, model: str | os.PathLike[str]) -> None:
+        """Take the weights of ``model``, a folder of either kind, and begin the optimizer anew.
+
+        Raises ConversionError, CheckpointError.
+        """
+        source = opened(Path(model))
+        with self.backend.scope():
+            if isinstance(source, StoredModel):
+                # The ranks share the work; the controller waits for all, so one that finds damage ends the run.
+                source.source.check_files(1, slice(self.layout.rank, None, self.layout.world))
+                weights.load_stored(self.chunks, source, self.layout)
+            else:
+                weights.load_hf(self.chunks, self.weight_map, source, self.layout)
+            self.optimizer.reload_model_params()  # its own fp32 copies
+            clear_state(self.optimizer)
 
 
 def opened(model: Path) -> HfCheckpoint | StoredModel:

@@ -57,7 +57,7 @@ class RewardPool:
         self._serving: list[asyncio.Task[None]] = []
         self._remote: dict[str, RemoteReward] = {}
         self._recent: deque[str] = deque(maxlen=WINDOW)
-        self._scoring, self._since, self._busy = 0, 0.0, 0.0
+        self._scoring, self._since, self._busy, self._taken = 0, 0.0, 0.0, 0.0
 
     async def __aenter__(self) -> Self:
         self._serving = [asyncio.create_task(self._serve(worker)) for worker in self._workers]
@@ -99,7 +99,14 @@ class RewardPool:
     def take_busy_seconds(self) -> float:
         """Wall seconds since the last call in which at least one group was being scored."""
         busy, self._busy = self._busy, 0.0
+        self._taken += busy
         return busy
+
+    @property
+    def busy_seconds(self) -> float:
+        """Wall seconds since the start in which at least one group was being scored."""
+        now = time.monotonic() - self._since if self._scoring else 0.0
+        return self._taken + self._busy + now
 
     @contextmanager
     def _busy_while(self) -> Iterator[None]:

@@ -159,6 +159,10 @@ class RolloutPool:
 
     # Dispatch, which a publish closes
 
+    @property
+    def dispatch_open(self) -> bool:
+        return self._open
+
     async def close_dispatch(self) -> None:
         """Hold all new requests until ``open_dispatch``; those in flight go on."""
         await self._set_open(False)

@@ -7,6 +7,7 @@ short list of models to import.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -72,7 +73,7 @@ def server_command(
         "tp-size": rollout.tensor_parallel,
         "random-seed": config.seed + index,
         "max-running-requests": rollout.max_in_flight,
-        "mem-fraction-static": rollout.mem_fraction,
+        "mem-fraction-static": 0.8,
         "weight-version": "initial",
         "grammar-backend": "none",
         "log-level-http": "warning",
@@ -82,7 +83,6 @@ def server_command(
         flags["load-format"] = "dummy"
     switches = ["skip-server-warmup"]  # ready() is a real generation
     env = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    pool = rollout.max_total_tokens
     if device == "cpu":
         flags |= {
             "attention-backend": "torch_native",
@@ -94,17 +94,28 @@ def server_command(
         switches.append("sleep-on-idle")
         # SGLang would size the pool to the machine's memory and fill it.
         per_sample = rollout.max_response_tokens + PROMPT_ALLOWANCE
-        pool = pool or max(MIN_CPU_POOL, rollout.max_in_flight * per_sample)
+        flags["max-total-tokens"] = max(MIN_CPU_POOL, rollout.max_in_flight * per_sample)
         env |= cpu_environment()
     elif server_dtype(config) == "bfloat16":
         # SGLang rounds logits to bf16 otherwise; the policy that trains has them in fp32.
         switches.append("enable-fp32-lm-head")
-    if pool:
-        flags["max-total-tokens"] = pool
+    further = {name.replace("_", "-"): value for name, value in rollout.server_args.items()}
     argv = [python, "-m", "sglang.launch_server"]
-    for name, value in flags.items():
-        argv += [f"--{name}", str(value)]
-    return ServerLaunch(argv + [f"--{name}" for name in switches], env)
+    for name, value in (flags | dict.fromkeys(switches, True) | further).items():
+        argv += words(name, value)
+    return ServerLaunch(argv, env)
+
+
+def words(flag: str, value: object) -> list[str]:
+    """A flag as words of a command line. True is the flag alone, false and null are left out, a list is several words,
+    a mapping is JSON."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{flag}"]
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def cpu_environment() -> dict[str, str]:
@@ -119,8 +130,8 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
-def refuse_port_in_use(host: str, port: int) -> None:
-    """Raise OSError with cause and fix when something listens on, or has bound, ``host:port``."""
+def refuse_port_in_use(host: str, port: int, key: str = "rollout.port") -> None:
+    """Raise OSError with cause and fix when something listens on, or has bound, ``host:port``, which ``key`` sets."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -128,6 +139,6 @@ def refuse_port_in_use(host: str, port: int) -> None:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"rollout server port {port} on {host} is in use; stop what listens there, "
-                "or set rollout.port to a free one (0 picks free ports)",
+                f"{key} {port} on {host or 'this node'} is in use; stop what listens there, or set {key} to a free one "
+                f"(0: {'picks free ports' if key == 'rollout.port' else 'none'})",
             ) from error

@@ -56,7 +56,7 @@ class Slots:
         self._numbers = itertools.count()
         self._offering = False
         self._since = time.monotonic()
-        self._slot_seconds = self._server_seconds = 0.0
+        self._slot_seconds = self._server_seconds = self._taken = 0.0
 
     async def acquire(
         self,
@@ -130,12 +130,19 @@ class Slots:
     def take_usage(self) -> tuple[float, float]:
         """Return seconds since the last call, summed: of samples in flight, and of servers with any in flight."""
         self._integrate()
+        self._taken += self._server_seconds
         usage, self._slot_seconds, self._server_seconds = (
             (self._slot_seconds, self._server_seconds),
             0.0,
             0.0,
         )
         return usage
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since the start, summed, of servers with any samples in flight."""
+        self._integrate()
+        return self._taken + self._server_seconds
 
     def _choose(self, waiter: _Waiter, ready: Collection[Server]) -> Server | None:
         def fits(server: Server) -> bool:

@@ -43,7 +43,7 @@ def main() -> int:
         rank,
         patience=config.cluster.heartbeat_timeout,
     )
-    channel.start_heartbeat()
+    channel.start_heartbeat(device_bytes)
     try:
         serve(config, arguments.mode, channel)
     except ControllerLost as error:
@@ -54,6 +54,12 @@ def main() -> int:
         log.exception("rank %d ends", rank)
         return 1
     return 0
+
+
+def device_bytes() -> int:
+    """The most device memory that tensors of this process had; 0 before CUDA is in use."""
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.max_memory_allocated() if in_use else 0
 
 
 def serve(config: Config, mode: str, channel: Channel) -> None:

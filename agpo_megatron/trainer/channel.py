@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +66,9 @@ class Channel:
 
     def deliver(self, command: Command, results: list[dict[str, Any]]) -> None:
         body = {"attempt": command.attempt, "seq": command.seq, "results": results}
-        self._request("POST", "/result", timeout=60, json=body)
+        # Not as json=body: requests refuses a loss that is not a number, which the controller is to hear of.
+        kind = {"Content-Type": "application/json"}
+        self._request("POST", "/result", timeout=60, data=json.dumps(body), headers=kind)
 
     def report_failure(self, command: str, error: str) -> None:
         """Report an error to the controller if it can be reached: the exit code tells the supervisor in any case."""
@@ -74,11 +78,14 @@ class Channel:
         except requests.RequestException as failure:
             log.warning("could not report the failure to the controller: %s", failure)
 
-    def start_heartbeat(self) -> None:
-        """Tell the controller this rank's phase from a thread; end the process when the controller is lost."""
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+    def start_heartbeat(self, device_bytes: Callable[[], int] = lambda: 0) -> None:
+        """Tell the controller this rank's phase from a thread; end the process when the controller is lost.
 
-    def _beat(self) -> None:
+        ``device_bytes``: returns the most device memory that was allocated so far."""
+        arguments = (device_bytes,)
+        threading.Thread(target=self._beat, args=arguments, name="heartbeat", daemon=True).start()
+
+    def _beat(self, device_bytes: Callable[[], int]) -> None:
         session = requests.Session()
         session.headers.update(self._session.headers)
         session.trust_env = False
@@ -90,6 +97,7 @@ class Channel:
                 "phase": phase.name,
                 "since": phase.since,
                 "last": last_finished(),
+                "device_bytes": device_bytes(),
             }
             try:
                 session.post(self._url + "/heartbeat", json=body, timeout=5).raise_for_status()

@@ -59,6 +59,8 @@ class TrainerService:
             "update": self.update,
             "score": self.score,
             "score_samples": self.score_samples,
+            "pass_over": self.pass_over,
+            "roll_back": self.roll_back,
             "save": self.save,
             "save_done": self.save_done,
             "export": self.export,
@@ -130,27 +132,56 @@ class TrainerService:
         step: int,
         plan: list[list[list[int]]],
         lr: float,
+        limited: bool = False,
+        hold: bool = False,
     ) -> dict[str, Any]:
         """Take one optimizer step on its part of the committed batch ``record``; ``plan[dp_rank][micro_batch]``: rows.
+        ``limited``: not if it breaks a limit of the record; ``hold``: compute everything, but do not step.
 
         Raises ValueError when the policy is not at the step before.
         """
-        if step != self._step + 1:
-            raise ValueError(
-                f"step {step} was asked for, the weights are those of step {self._step}"
-            )
+        self._follows(step)
         reader = JournalReader(Path(journal))
         if self._record is None or self._record[0] != record:
             self._record = record, reader.record(record)
         batch = self._record[1]
         mine = plan[self._policy.layout.dp_rank]
         sequences = iter(reader.sequences(batch, [row for rows in mine for row in rows]))
-        loss = self._loss.with_entropy(batch.entropy_coef)
+        loss = self._loss.with_entropy(batch.entropy_coef).with_gate_level(
+            batch.gate_levels, step - batch.first_step
+        )
         metrics: dict[str, Any] = self._policy.update(
-            [[next(sequences) for _ in rows] for rows in mine], loss=loss, lr=lr
+            [[next(sequences) for _ in rows] for rows in mine],
+            loss=loss,
+            lr=lr,
+            limits=batch.limits if limited else (),
+            hold=hold,
         )
         self._step, self._last_update = step, metrics
         return metrics
+
+    def _follows(self, step: int) -> None:
+        if step != self._step + 1:
+            raise ValueError(
+                f"step {step} was asked for, the weights are those of step {self._step}"
+            )
+
+    def pass_over(self, step: int) -> dict[str, Any]:
+        """Count a step that a verdict does not take; nothing is computed. Raises ValueError like ``update``."""
+        self._follows(step)
+        self._step, self._last_update = step, {"passed_over": 1.0}
+        return self._last_update
+
+    def roll_back(self, checkpoint: str | None, step: int) -> dict[str, Any]:
+        """Take weights, optimizer and random state of ``checkpoint`` (None: the initial weights), as those of the later
+        ``step``."""
+        self._finish_save("roll_back")
+        if checkpoint is None:
+            self._policy.load_initial(self._initial_weights)
+        else:
+            policy_checkpoint.load(Path(checkpoint), self._policy)
+        self._step = step
+        return {}
 
     def score_samples(
         self,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from urllib.request import urlopen
 
 import pytest
 import torch
 from tiny_run import write_run
 from transformers import AutoModelForCausalLM
 
+from agpo_megatron.cluster.processes import free_port
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.controller.evaluation import samples_path
 from agpo_megatron.data.rows import read_arrow
@@ -31,7 +38,9 @@ EXPECTED = {  # every key that applies to on-policy AGPO without KL
     "mask/kept_tokens mask/kept_groups loss/policy loss/unclipped loss/clip_gate policy/entropy",
     "policy/ratio_mean policy/clip_frac grad_norm lr rollout/logprob_abs_diff_mean",
     "rollout/logprob_abs_diff_max rollout/staleness_mean tokens/trained tokens/skipped time/rollout",
-    "time/reward time/update time/publish time/step throughput/tokens_per_s",
+    "time/reward time/update time/publish time/step throughput/tokens_per_s busy/trainer_frac",
+    "busy/rewards_frac throughput/trainer_tokens_per_s throughput/servers_tokens_per_s",
+    "memory/controller_gb memory/trainer_gb memory/servers_gb",
 }
 
 
@@ -88,11 +97,38 @@ def check_run(run_dir: Path) -> None:
     assert not any(math.isnan(row["loss/policy"]) for row in metrics)
 
 
+def scraped_until(ended: threading.Event, port: int) -> dict[str, float]:
+    """All samples that Prometheus would have found during a run, the last value of each."""
+    found: dict[str, float] = {}
+    while not ended.wait(0.3):
+        with contextlib.suppress(OSError):
+            text = urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
+            lines = (line for line in text.splitlines() if not line.startswith("#"))
+            found |= {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines)}
+    return found
+
+
 def test_agpo_with_two_tensor_parallel_ranks(tmp_path: Path) -> None:
-    config = write_run(tmp_path, **PLUS_MINUS_ONE)
+    port = free_port("127.0.0.1")
+    config = write_run(tmp_path, **PLUS_MINUS_ONE, **{"observe.prometheus_port": port})
     run_dir = tmp_path / "run"
-    agpo("train", str(config), "--run-dir", str(run_dir))
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        scrapes = pool.submit(scraped_until, ended, port)
+        try:
+            agpo("train", str(config), "--run-dir", str(run_dir))
+        finally:
+            ended.set()
+        found = scrapes.result()
     check_run(run_dir)
+    rows = {row["step"]: row for row in read_metrics(run_dir)}
+    assert rows[found["agpo_step"]]["grad_norm"] == found["agpo_grad_norm"]
+    assert found['agpo_live_server_state{server="0",state="ready"}'] == 1
+    for role in ("trainer", "servers", "rewards"):
+        assert found[f'agpo_live_busy_seconds_total{{role="{role}"}}'] > 0
+    assert any(name.startswith("agpo_live_phase_seconds") and "rank 1" in name for name in found)
+    assert found['agpo_live_memory_bytes{role="servers"}'] > 1e8
+    assert {"agpo_live_window_open_groups", "agpo_live_dispatch_open"} <= set(found)
     # The same command on a finished run has nothing to do, and says so.
     assert "nothing to do" in agpo("train", str(config), "--run-dir", str(run_dir))
 
@@ -116,6 +152,36 @@ def test_replicas_and_an_evaluation_of_what_they_learnt(tmp_path: Path) -> None:
     assert again["scores"] == pytest.approx(read_summary(run_dir)["after"])
 
 
+def stopped_in_the_middle_it_continues_to_the_same_weights(config: Path, tmp_path: Path) -> None:
+    """SIGUSR1 after a few steps ends a cold start with a checkpoint; the same command goes on to the same bytes."""
+    other = tmp_path / "stopped"
+    command = [sys.executable, "-m", "agpo_megatron", "sft", str(config)]
+    command += ["--run-dir", str(other), "--set", f"model.path={tmp_path / 'again'}"]
+    folder = RunFolder(other / "sft")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as p:
+        deadline = time.monotonic() + 200
+        while len(read_metrics(folder.path)) < 3 and p.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        p.send_signal(signal.SIGUSR1)
+        said = p.communicate(timeout=200)[0]
+        assert p.returncode == 130, said
+    assert "stopped after a checkpoint; the same command continues the run" in said
+    saved = folder.complete_checkpoints()[-1][0]
+    assert 3 <= saved == read_metrics(folder.path)[-1]["step"] < 30
+    assert not (tmp_path / "again").exists()
+    agpo(*command[3:])
+    assert [row["step"] for row in read_metrics(folder.path)] == list(range(1, 31))
+    whole, continued = (
+        {f.name: f.read_bytes() for f in (tmp_path / name).glob("*.safetensors")}
+        for name in ("cold_start", "again")
+    )
+    assert whole == continued != {}
+
+
+@pytest.mark.timeout(600)
 def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
     changes = {
         "sft.base": str(tmp_path / "model"),
@@ -125,12 +191,21 @@ def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -
         "sft.lr": 5.0e-3,
         "run.checkpoint_every": 10,
         "model.path": str(tmp_path / "cold_start"),
+        "observe.peak_tflops": 0.01,
     }
     config = write_run(tmp_path, **changes)
     arguments = ("sft", str(config), "--run-dir", str(tmp_path / "run"))
-    agpo(*arguments)
-    losses = [m["loss/policy"] for m in read_metrics(tmp_path / "run" / "sft")]
+    said = agpo(*arguments)
+    run_dir = tmp_path / "run" / "sft"
+    rows = read_metrics(run_dir)
+    losses = [m["loss/policy"] for m in rows]
     assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    assert f"sft: 30 steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; the model is in" in said
+    assert RunFolder(run_dir).curves.stat().st_size > 10_000
+    assert all(0 < row["throughput/mfu"] < 10 for row in rows), "of a CPU said to have 10 GFLOP/s"
+    assert all(row["throughput/trainer_tokens_per_s"] > 0 for row in rows)
+    assert rows[-1]["memory/trainer_gb"] > 0.1 and rows[-1]["memory/controller_gb"] > 0.05
+    stopped_in_the_middle_it_continues_to_the_same_weights(config, tmp_path)
     assert (tmp_path / "cold_start" / "tokenizer.json").exists()
     content = json.loads((tmp_path / "cold_start" / "config.json").read_text())
     assert content["vocab_size"] == 18

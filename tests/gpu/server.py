@@ -51,7 +51,7 @@ def settings(model: Path, gpus: int, device: str = "cuda") -> Any:
                 "group_size": 4,
                 "max_in_flight": 16,
                 "max_response_tokens": 64,
-                "mem_fraction": 0.8 if gpus > 1 else 0.3,
+                "server_args": {"mem_fraction_static": 0.8 if gpus > 1 else 0.3},
             },
         }
     )

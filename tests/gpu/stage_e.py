@@ -62,7 +62,7 @@ def one_gpu_settings() -> tuple[str, ...]:
         "policy.pipeline_parallel=1",
         "policy.dtype=bf16",
         f"policy.layers={'auto' if engine else 'local'}",
-        "rollout.mem_fraction=0.3",
+        "rollout.server_args.mem_fraction_static=0.3",
         "algorithm.loss.correction.kind=tis",
     )
 

@@ -112,17 +112,18 @@ def wait_for(
     run: subprocess.Popen[str], folder: RunFolder, moment: str, before: set[Path], timeout: float
 ) -> None:
     """Wait for a moment of a run: a new file in a folder of its journal ("journal/samples"), a checkpoint that is
-    being written ("saving 2"), or a phase that a log of its controller, other than those of ``before``, shows."""
+    being written ("saving 2"), or a phase (a pattern) that a log of its controller, other than those of ``before``,
+    shows."""
     saving = re.fullmatch(r"saving (\d+)", moment)
     watched = folder.path / moment if "/" in moment else None
-    old = set(watched.glob("*.arrow")) if watched else set()
-    pattern = re.compile(rf"phase {re.escape(moment)}$", re.MULTILINE)
+    old = set(watched.glob("[!.]*")) if watched else set()
+    pattern = re.compile(rf"phase {moment}$", re.MULTILINE)
 
     def reached() -> bool:
         if saving:
             return partial_checkpoint(folder, int(saving[1])).is_dir()
         if watched:
-            return bool(set(watched.glob("*.arrow")) - old)
+            return bool(set(watched.glob("[!.]*")) - old)
         return any(pattern.search(p.read_text()) for p in controller_logs(folder) - before)
 
     deadline = time.monotonic() + timeout

@@ -40,6 +40,7 @@ def test_controller_trainer_and_server_killed_in_one_run(tmp_path: Path) -> None
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("role", ["trainer rank 1", "supervisor"])
 def test_a_role_killed_at_every_phase(tmp_path: Path, role: str) -> None:
     phases = ["generate step 1", "update step 2", "publish weights 3", "save step 4"]

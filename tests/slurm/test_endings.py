@@ -1,4 +1,5 @@
-"""Endings that Slurm itself brings about, on the production script: SIGTERM, a lost trainer node, the time limit."""
+"""Endings that Slurm itself brings about, on the production script: SIGTERM, a lost trainer node, a killed rank, the
+time limit."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job import Job
+from job import TRAINER, Job
 from slurm_cluster import SlurmCluster, wait_for
 from tiny_run import write_run
 
@@ -60,23 +61,31 @@ class TestOneRun:
         replayed = [p for p in job.phases(1) if p.startswith("replay")]
         assert replayed[:2] == ["replay step 1", "replay step 2"]
 
-    def test_sigterm_saves_and_requeues(self, job: Job) -> None:
-        job.wait_phase(1, "generate step 5")
-        job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
+    def test_a_killed_rank_ends_the_start_which_names_it_and_requeues(self, job: Job) -> None:
+        job.kill_at(1, "update step 6", TRAINER, RANK="1")
         next_start(job, 2)
-        job.wait_phase(2, f"generate step {saved_step(job, 1) + 1}")
-        assert not [p for p in job.phases(2) if p.startswith("replay")]
+        assert "trainer rank 1 on n3 was killed by signal 9" in job.output
+        job.wait_phase(2, "generate step 7")
+        replayed = [p for p in job.phases(2) if p.startswith("replay")]
+        assert replayed == [f"replay step {s}" for s in range(1, 7)]
 
-    def test_the_time_limit_ahead_saves_and_requeues(self, job: Job) -> None:
+    def test_sigterm_saves_and_requeues(self, job: Job) -> None:
+        job.wait_phase(2, "generate step 8")
+        job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
         next_start(job, 3)
-        assert job.output.count("USR1, asking for a checkpoint") == 1
         job.wait_phase(3, f"generate step {saved_step(job, 2) + 1}")
         assert not [p for p in job.phases(3) if p.startswith("replay")]
+
+    def test_the_time_limit_ahead_saves_and_requeues(self, job: Job) -> None:
+        next_start(job, 4)
+        assert job.output.count("USR1, asking for a checkpoint") == 1
+        job.wait_phase(4, f"generate step {saved_step(job, 3) + 1}")
+        assert not [p for p in job.phases(4) if p.startswith("replay")]
 
     def test_scancel_ends_it_for_good_and_no_step_was_lost(self, job: Job) -> None:
         job.cluster.command("scancel", job.id)
         job.wait_state("CANCELLED", seconds=120)
         job.check_nothing_left()
-        assert not (job.start(4) / "plan.json").exists()
+        assert not (job.start(5) / "plan.json").exists()
         steps = [metrics["step"] for metrics in read_metrics(Path(job.folder.path))]
         assert steps == list(range(1, len(steps) + 1))

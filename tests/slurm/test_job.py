@@ -1,4 +1,4 @@
-"""The production script on a real Slurm, through everything that a long run meets: one run, killed five times."""
+"""The production script on a real Slurm, through everything that a long run meets: one run, killed four times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_run import write_run
 from agpo_megatron.cluster.start_folder import StartFolder, latest_start
 from agpo_megatron.observe.metrics import read_metrics
 
-STEPS, PROMPTS, GROUP = 30, 4, 4
+STEPS, PROMPTS, GROUP = 24, 4, 4
 SGLANG = "sglang.launch_server"
 
 
@@ -73,22 +73,17 @@ class TestOneRun:
         assert not [p for p in job.phases(1) if p.startswith("replay")]
         assert latest_start(job.folder) == StartFolder(job.start(1).resolve())
 
-    def test_a_killed_rank_ends_the_start_which_names_it_and_requeues(self, job: Job) -> None:
-        last = self.saved + 4
-        job.kill_at(1, f"update step {last}", TRAINER, RANK="1")
-        wait_for(lambda: (job.start(2) / "plan.json").exists(), "the requeued start", 300)
-        assert "trainer rank 1 on n2 was killed by signal 9" in job.output
-        job.wait_phase(2, f"generate step {last + 1}")
-        replayed = [p for p in job.phases(2) if p.startswith("replay")]
-        assert replayed == [f"replay step {s}" for s in range(self.saved + 1, last + 1)]
-
     def test_the_loss_of_the_first_node_requeues_elsewhere_and_the_run_ends_well(
         self, job: Job
     ) -> None:
+        last = self.saved + 2
+        job.wait_phase(1, f"update step {last}")
         job.cluster.crash("n1")
-        job.wait_phase(3, f"generate step {STEPS}")
-        plan = StartFolder(job.start(3)).plan()
+        job.wait_phase(2, f"generate step {STEPS}")
+        plan = StartFolder(job.start(2)).plan()
         assert [node.host for node in plan.nodes] == ["n2", "n3", "n4"]
+        replayed = [p for p in job.phases(2) if p.startswith("replay")]
+        assert replayed[:2] == [f"replay step {s}" for s in (last - 1, last)]
         job.wait_state("COMPLETED")
         job.check_nothing_left()
 

@@ -127,6 +127,7 @@ def test_the_scripts_agree_with_their_configs() -> None:
     assert "\nsignal_lead=3600 " in SCRIPT.read_text()
 
 
+@pytest.mark.full  # the default tier has test_job.py
 @pytest.mark.timeout(1800)
 def test_a_heterogeneous_job_on_separate_networks_survives_the_loss_of_a_servers_node(
     where: Path,

@@ -1,18 +1,31 @@
-"""What tools/ablate.py makes of the metrics of runs."""
+"""tools/ablate.py without a run: its file, what it makes of finished runs, how it compares them and what it writes."""
 
 from __future__ import annotations
 
+import json
 import math
-import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from agpo_megatron.config import Config, load_config
 
 REPO = Path(__file__).parents[2]
-ABLATE = runpy.run_path(str(REPO / "tools" / "ablate.py"), run_name="ablate")
+sys.path.insert(0, str(REPO / "tools"))
+
+import ablate  # noqa: E402
+from ablation.comparison import compare, decide, paired_interval  # noqa: E402
+from ablation.measures import HeldOut, Measured, curves_of, held_out  # noqa: E402
+from ablation.plan import Cell, Plan, read_plan  # noqa: E402
+from ablation.report import write_report  # noqa: E402
+from ablation.running import Job, locked, note, run_cells, startable  # noqa: E402
+from ablation.slurm_array import script  # noqa: E402
+
 STEP = {
     "reward/accuracy": 0.5,
     "response/tokens_mean": 30.0,
@@ -20,38 +33,323 @@ STEP = {
     "group/zero_variance_frac": 0.25,
     "policy/entropy": 0.3,
     "tokens/trained": 100,
+    "grad_norm": 1.0,
 }
+FILE = {
+    "config": str(REPO / "configs" / "tiny_cpu.yaml"),
+    "base": "grpo",
+    "seeds": [1, 2],
+    "tasks": {
+        "sums": {"prepare.recipe": "tiny_sums"},
+        "needed": {"prepare": {"recipe": "tiny_sums_needed"}},
+    },
+    "arms": {"grpo": {"algorithm.preset": "grpo"}, "v3": {"algorithm": {"preset": "agpo_v3"}}},
+    "settings": {"train.steps": 3},
+}
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    path = folder / "plan.yaml"
+    path.write_text(json.dumps({**FILE, **changes}))
+    return read_plan(path, folder / "out")
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    overrides = ["train.prompts_per_batch=8"]
-    return load_config(REPO / "configs" / "tiny_cpu.yaml", overrides, str(tmp_path))
+    return load_config(FILE["config"], ["train.prompts_per_batch=8"], str(tmp_path))
+
+
+def test_the_ablation_of_this_project_is_a_plan(tmp_path: Path) -> None:
+    plan = read_plan(REPO / "configs" / "ablation.yaml", tmp_path)
+    assert len(plan.cells()) == len(plan.arms) * 4 * 5
+    config = plan.config(Cell("clip_significant", "tiny_sums_needed", 4))
+    assert (config.algorithm.loss.clip.kind, config.algorithm.loss.clip.min) == ("max0_se", -2)
+    assert (config.prepare.recipe, config.seed, config.eval.sets[0].n) == ("tiny_sums_needed", 4, 4)
+    assert config.algorithm.length_reward.kind == "agpo"
+
+
+def test_arms_of_a_task_and_seed_share_data_and_cold_start(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    start, grpo, v3, other = (
+        plan.config(Cell(*cell))
+        for cell in (
+            ("start", "needed", 2),
+            ("grpo", "needed", 2),
+            ("v3", "needed", 2),
+            ("v3", "sums", 2),
+        )
+    )
+    assert start.model.path == str(tmp_path / "out" / "needed" / "seed-2" / "start" / "cold_start")
+    for arm in (grpo, v3):
+        assert (arm.model.path, arm.data.path, arm.eval.sets[0].path) == (
+            start.model.path,
+            start.data.path,
+            start.eval.sets[0].path,
+        )
+        assert (arm.seed, arm.prepare.recipe, arm.train.steps) == (2, "tiny_sums_needed", 3)
+    assert (grpo.algorithm.preset, v3.algorithm.preset) == ("grpo", "agpo_v3")
+    assert grpo.run.dir != v3.run.dir and other.model.path != v3.model.path
+    assert plan.command(Cell("v3", "sums", 2)).endswith("plan.yaml --only v3,sums,2 --out DIR")
+
+
+def test_learning_rates_are_further_arms_each_with_a_base_of_its_own(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, learning_rates=[1e-4, 3e-4])
+    assert list(plan.arms) == ["grpo@0.0001", "v3@0.0001", "grpo@0.0003", "v3@0.0003"]
+    assert plan.config(Cell("v3@0.0003", "sums", 1)).train.lr == 3e-4
+    assert plan.base_of("v3@0.0003") == "grpo@0.0003"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "dapo"}, "base and decision.controls name no arm: ['dapo']"),
+        ({"arm": {}}, "arm: Extra inputs"),
+        ({"seeds": [1, 1]}, "seeds: each once"),
+        ({"arms": {"grpo": {}, "a/b": {}}}, "letters, digits"),
+        ({"arms": {"grpo": {"algorithm.presets": "grpo"}}}, "algorithm.presets"),
+        ({"arms": {"grpo": {"algorithm.loss.clip": {"kind": "max0_se"}}}}, "set -2"),
+        ({"settings": {"eval.sets": []}}, "eval.sets is not set"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps({**FILE, **changes}))
+    assert ablate.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_is_not_in_the_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_of(tmp_path)
+    assert (
+        ablate.main(
+            [str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "o"), "--only", "v4,sums,1"]
+        )
+        == 2
+    )
+    assert "an arm of grpo, v3, start" in capsys.readouterr().err
+
+
+def test_one_key_of_a_config_in_several_values_needs_no_file(tmp_path: Path) -> None:
+    arguments, _ = ablate.parse_arguments(
+        [
+            FILE["config"],
+            "--vary",
+            "train.max_staleness=0,2",
+            "--seeds",
+            "4",
+            "--out",
+            str(tmp_path),
+            "--set",
+            "seed=9",
+        ]
+    )
+    plan = ablate.plan_of(arguments)
+    assert [str(cell) for cell in plan.cells()] == ["0,task,4", "2,task,4"]
+    config = plan.config(Cell("2", "task", 4))
+    assert (config.train.max_staleness, config.seed) == (2, 4)
 
 
 def test_curves_count_what_was_wasted_and_leave_out_what_was_not_measured(config: Config) -> None:
     rows = [
         {"step": 1, **STEP},
         {"step": 2, **STEP, "loss/unclipped": 3.0, "sampling/discarded_groups": 8},
-        {"step": 3, **STEP, "loss/clip_gate": 0.0, "tokens/trained": 0},
+        {"step": 3, **STEP, "loss/clip_gate": 0.0, "tokens/trained": 0, "grad_norm": 0.0},
     ]
-    curves = ABLATE["curves_of"](rows, config)
+    curves = curves_of(rows, config)
     assert list(curves.index) == [1, 2, 3]
-    assert list(curves["share of wasted samples"]) == [0.25, (0.25 + 1) / 2, 1.0]
-    assert list(curves["gate closed"]) == [0.0, 0.0, 1.0]
-    assert list(curves["policy entropy (nats)"].isna()) == [False, False, True]
-    fluctuation = curves.filter(like="fluctuation").squeeze()
-    assert list(fluctuation) == pytest.approx([0.0, math.sqrt(2), math.sqrt(4 / 3)])
+    assert list(curves["wasted samples"]) == [0.25, (0.25 + 1) / 2, 1.0]
+    assert list(curves["closed"]) == [0.0, 0.0, 1.0]
+    assert list(curves["entropy"].isna()) == [False, False, True]
+    assert list(curves["loss fluctuation"]) == pytest.approx([0.0, math.sqrt(2), math.sqrt(4 / 3)])
+    assert list(curves["generated tokens"]) == [30 * 8 * 8, 30 * 8 * 8 * 2, 30 * 8 * 8]
 
 
-def test_the_table_has_a_line_per_value_with_the_spread_over_seeds(config: Config) -> None:
-    def run(accuracy: float) -> object:
-        curves = ABLATE["curves_of"]([{"step": s, **STEP} for s in (1, 2)], config)
-        scores = {"accuracy": [0.1, accuracy], "tokens_mean": [40.0, 20.0]}
-        return ABLATE["Finished"](curves, pd.DataFrame(scores, index=[0, 2]))
+def test_with_several_updates_a_batch_is_generated_once(config: Config) -> None:
+    two = config.model_copy(
+        update={"train": config.train.model_copy(update={"updates_per_batch": 2})}
+    )
+    batch = {k: v for k, v in STEP.items() if not k.startswith(("reward", "response", "group"))}
+    curves = curves_of([{"step": 1, **STEP}, {"step": 2, **batch}], two)
+    assert list(curves["generated tokens"]) == [30 * 8 * 8, 0.0]
+    assert list(curves["training accuracy"]) == [0.5, 0.5]
 
-    text = ABLATE["table"]({"grpo": [run(0.5), run(0.7)], "agpo": [run(0.9), run(0.9)]}, "preset")
-    head, _, grpo, agpo, *_ = text.splitlines()
-    assert head.startswith("| preset | held-out accuracy | before | held-out tokens | training")
-    assert grpo.startswith("| `grpo` | 0.600 ± 0.141 | 0.100 ± 0.000 | 20.000 ± 0.000 | 0.500")
-    assert agpo.startswith("| `agpo` | 0.900 ± 0.000 |")
+
+def test_held_out_samples_by_problem() -> None:
+    rows = [
+        (0, True, 10),
+        (0, False, 30),
+        (1, True, 20),
+        (1, True, 22),
+        (2, False, 40),
+        (2, False, 80),
+    ]
+    samples = pd.DataFrame(rows, columns=["problem", "correct", "tokens"])
+    samples["finish_reason"] = ["stop"] * 5 + ["length"]
+    found = held_out(samples)
+    assert list(found.accuracy) == [0.5, 1.0, 0.0]
+    assert list(found.tokens) == [20, 21, 60]
+    assert list(found.right_tokens[:2]) == [10, 21] and np.isnan(found.right_tokens[2])
+    assert found.gap[0] == -20 and np.isnan(found.gap[1:]).all()
+    assert found.truncated == pytest.approx(1 / 6)
+
+
+def test_the_interval_knows_seeds_and_problems() -> None:
+    rng = np.random.default_rng(0)
+    one = paired_interval([rng.normal(0.5, 1.0, 400)])
+    assert one.high - one.low == pytest.approx(2 * 1.96 / 20, rel=0.1)
+    assert one.low < 0.5 < one.high
+    seeds = paired_interval([np.full(50, 0.1), np.full(50, -0.1), np.full(50, 0.3)])
+    assert (seeds.mean, seeds.low, seeds.high) == pytest.approx((0.1, -0.1, 0.3)), (
+        "no problem differs, seeds do"
+    )
+    gaps = paired_interval([np.array([1.0, np.nan, 1.0]), np.array([np.nan, np.nan, np.nan])])
+    assert (gaps.mean, gaps.low, gaps.high) == (1.0, 1.0, 1.0)
+    assert math.isnan(paired_interval([]).mean)
+
+
+def cell(
+    config: Config, accuracy: list[float], right: list[float], tokens: float = 30.0
+) -> Measured:
+    """A run of three steps, each with twice the accuracy of the one before."""
+    held = HeldOut(
+        np.array(accuracy), np.array(right), np.array(right), np.full(len(right), 2.0), 0.0
+    )
+    rows = [
+        {"step": s, **STEP, "reward/accuracy": 0.2 * s, "response/tokens_mean": tokens}
+        for s in (1, 2, 3)
+    ]
+    return Measured(held, held, curves_of(rows, config))
+
+
+@pytest.fixture
+def results(config: Config) -> dict[Cell, Measured]:
+    nan = float("nan")
+    found = {}
+    for seed in (1, 2):
+        for task in ("sums", "needed"):
+            found[Cell("grpo", task, seed)] = cell(config, [0.5, 1.0, 0.25], [20, 30, nan])
+        found[Cell("v3", "sums", seed)] = cell(config, [0.75, 1.0, 0.25], [10, 30, 50], tokens=20.0)
+    found[Cell("v3", "needed", 1)] = cell(config, [0.25, 1.0, 0.25], [20, 30, nan])
+    return found
+
+
+def test_arms_are_compared_on_the_same_problems(
+    tmp_path: Path, results: dict[Cell, Measured]
+) -> None:
+    compared = {(c.arm, c.task): c for c in compare(plan_of(tmp_path), results)}
+    v3 = compared["v3", "sums"]
+    assert v3.accuracy.mean == pytest.approx(0.25 / 3)
+    assert (v3.tokens.mean, v3.solved) == (-5.0, 4), (
+        "of the problems that both solve; the third only v3 does"
+    )
+    assert v3.saved == pytest.approx(10 / 50)
+    assert (v3.seeds, v3.deviations["accuracy"]) == ([1, 2], 0.0)
+    assert v3.means["generated tokens"] == 20 * 64 * 3
+    # when v3 has ended, grpo has generated two thirds: step 2
+    assert v3.at_tokens == pytest.approx(0.4)
+    assert compared["grpo", "sums"].at_tokens == pytest.approx(0.3)
+    assert compared["grpo", "sums"].accuracy.mean == 0.0
+
+
+def test_the_decision_follows_the_rule_of_the_file(
+    tmp_path: Path, results: dict[Cell, Measured], config: Config
+) -> None:
+    plan = plan_of(tmp_path)
+    grpo, v3 = decide(plan, compare(plan, results))
+    assert (grpo["arm"], grpo["passes"]) == ("grpo", True)
+    assert (v3["passes"], v3["task"], v3["complete"]) == (False, "needed", False)
+    assert v3["worst"] == pytest.approx(-0.25 / 3)
+    for seed in (1, 2):
+        results[Cell("v3", "needed", seed)] = cell(config, [0.49, 1.0, 0.25], [20, 30, 40])
+    best = decide(plan, compare(plan, results))[0]
+    assert (best["arm"], best["passes"], best["complete"]) == ("v3", True, True)
+    assert best["saved"] == pytest.approx(0.1), "mean over tasks"
+    control = plan_of(tmp_path, decision={"controls": ["v3"]})
+    assert decide(control, compare(control, results))[0]["arm"] == "grpo"
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(
+    tmp_path: Path, results: dict[Cell, Measured]
+) -> None:
+    plan = plan_of(tmp_path)
+    plan.out.mkdir()
+    text = write_report(plan, results, {"v3,sums,1": 61.0})
+    assert "7 of 8 cells" in text
+    assert (
+        "| `v3` | 66.7 ± 0.0 | +8.3 [+0.0, +20.8] | 30.0 ± 0.0 | -5.00 [-10.00, +0.00] | +20.0 % | 4 | 2 |"
+        in text
+    )
+    page = (plan.out / "results.html").read_text()
+    assert 'src="data:image/png;base64,' in page and "http" not in page
+    assert "<code>python tools/ablate.py" in page and "--only v3,sums,1 --out DIR" in page
+    numbers = json.loads((plan.out / "results.json").read_text())
+    assert numbers["decision"][0]["arm"] == "grpo"
+    (mine,) = [c for c in numbers["cells"] if c["cell"] == "v3,sums,1"]
+    assert (mine["seconds"], mine["KL"]) == (61.0, None)
+    assert (plan.out / "frontier.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_cells_wait_for_their_own_start_only() -> None:
+    starts = [Cell("start", "sums", s) for s in (1, 2)]
+    cells = [Cell("grpo", "sums", s) for s in (1, 2)]
+    assert startable([*starts, *cells], [], []) == starts[0]
+    assert startable([starts[1], *cells], [Job(starts[0], [])], []) == starts[1]
+    assert startable(cells, [Job(starts[0], [])], []) == cells[1]
+    assert startable(cells, [], [starts[0]]) == cells[1], "a start that failed"
+    assert startable(cells[:1], [], [starts[0]]) is None
+
+
+def test_a_start_that_fails_is_named_with_its_last_line_and_the_others_are_tried(
+    tmp_path: Path,
+) -> None:
+    plan = plan_of(
+        tmp_path, tasks={"sums": {"prepare": {"recipe": "tiny_sums", "train_problems": 10**6}}}
+    )
+    failed = run_cells(plan, plan.cells(), jobs=2)
+    assert len(failed) == 2 + 4
+    assert "start,sums,1: ended with 2: " in failed[0] + failed[1] and "lower them" in failed[0]
+    assert {line for line in failed if "grpo" in line} == {
+        f"grpo,sums,{s}: its start failed" for s in (1, 2)
+    }
+
+
+def test_a_cell_that_another_call_runs_is_left_to_it(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, seeds=[1], tasks={"sums": {}})
+    (start,) = plan.starts()
+    held = locked(plan, start)
+    assert held is not None and locked(plan, start) is None
+    failed = run_cells(plan, plan.starts(), jobs=1)
+    assert failed == ["start,sums,1: another call of this tool runs it"]
+    assert not (plan.run_dir(start) / "cell.json").exists()
+    held.close()
+
+
+def test_a_folder_of_other_settings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tmp_path)
+    for start in plan.starts():
+        note(plan, start, True, 1.0)
+    plan_of(tmp_path, settings={"train.steps": 4})
+    assert ablate.main([str(tmp_path / "plan.yaml"), "--out", str(plan.out)]) == 2
+    assert "train.steps=3, train.steps=4); use another --out" in capsys.readouterr().err
+
+
+def test_an_element_of_the_array_runs_its_cell(tmp_path: Path) -> None:
+    cells = plan_of(tmp_path).cells()
+    path = tmp_path / "array.sh"
+    path.write_text(script("cells", cells, 4, tmp_path, ["echo", "run it"]))
+    assert f"#SBATCH --array=0-{len(cells) - 1}%4" in path.read_text()
+    for i in (0, 5):
+        done = subprocess.run(
+            ["bash", str(path)],
+            capture_output=True,
+            text=True,
+            env={"SLURM_ARRAY_TASK_ID": str(i), "PATH": "/bin:/usr/bin"},
+        )
+        assert done.stdout == f"run it --only {cells[i]}\n"

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).parents[2]
 ROWS = "parse scores decide append append raw commit read read pack memory resume prune"  # in order
 
 
+@pytest.mark.full
 def test_every_row_is_reported(tmp_path: Path) -> None:
     small = ["--samples", "128", "--tokens", "16", "--batches", "3", "--rounds", "1"]
     found = tmp_path / "rows.json"

@@ -93,6 +93,16 @@ def test_how_far_generation_runs_ahead_may_change(folder: RunFolder) -> None:
     assert refusal(folder, before, ["train.max_staleness=1"]) == ""
 
 
+def test_flags_of_servers_may_change_and_fields_of_megatron_may_not(folder: RunFolder) -> None:
+    args = "rollout.server_args={mem_fraction_static: 0.5}"
+    assert refusal(folder, [args], ["rollout.server_args.mem_fraction_static=0.6"]) == ""
+    folder.config.unlink()
+    both = "policy.megatron={fp32_residual_connection: true, fp8_margin: 1}"
+    said = refusal(folder, [both], ["policy.megatron.fp32_residual_connection=true"])
+    assert "policy.megatron.fp8_margin: 1 in the run folder, None now" in said
+    assert said.count("policy.megatron") == 1
+
+
 def test_the_correction_that_comes_with_running_ahead_may_not(folder: RunFolder) -> None:
     said = refusal(folder, [], ["train.max_staleness=1"])
     assert "algorithm.loss.correction.kind: 'none' in the run folder, 'tis' now" in said

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -157,3 +159,24 @@ def test_there_is_no_fallback_to_localhost(monkeypatch: pytest.MonkeyPatch) -> N
         own_address("a", ["b"])
     with pytest.raises(LaunchError, match="no IPv4 address on interface nosuch0"):
         own_address("a", ["b"], "nosuch0")
+
+
+def test_what_observe_asks_for_must_be_there_on_the_controllers_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        observe = {"prometheus_port": port, "writers": ["tensorboard", "wandb"]}
+        config = load_config(write_run(tmp_path, observe=observe))
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *a: None if name == "wandb" else found(name)
+        )
+        here = gather_facts(NodeRoles("a", controller=True), config, "train", "127.0.0.1", "", 1)
+        elsewhere = gather_facts(NodeRoles("b", servers=(0,)), config, "train", "127.0.0.1", "", 1)
+    assert here.problems == [
+        "observe.writers: wandb is not installed here; pip install wandb, or leave it out",
+        f"observe.prometheus_port {port} on this node is in use; stop what listens there, or set "
+        "observe.prometheus_port to a free one (0: none)",
+    ]
+    assert elsewhere.problems == []

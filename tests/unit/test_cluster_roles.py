@@ -108,6 +108,29 @@ def test_the_wrong_number_of_nodes_is_refused_with_the_arithmetic() -> None:
     assert "sbatch --nodes=24" in text
 
 
+def test_a_cold_start_and_an_evaluation_need_fewer_nodes() -> None:
+    """The trainers' alone, or the controller's and the servers'; all that training has are accepted too."""
+    for nodelist in ("n[01-12]", "n[01-24]"):
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodelist}
+        plan = slurm_plan(job, SEVENTY, "sft")
+        assert [rank for node in plan.nodes for rank in node.ranks] == list(range(96))
+        assert plan.rollout_hosts == [] and plan.trainer_hosts == expand_hosts("n[01-12]")
+    for nodelist, servers in (("n[01-13]", "n[02-13]"), ("n[01-24]", "n[13-24]")):
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": nodelist}
+        plan = slurm_plan(job, SEVENTY, "eval")
+        assert plan.trainer_hosts == ["n01"] and plan.rollout_hosts == expand_hosts(servers)
+        assert [node.servers for node in plan.nodes] == [(), *((i,) for i in range(12))]
+    shared = config(2, 0, servers=4)
+    plan = slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]"}, shared, "eval")
+    assert [node.servers for node in plan.nodes] == [(0, 1), (2, 3)]
+    with pytest.raises(LaunchError) as refusal:
+        slurm_plan({"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-11]"}, SEVENTY, "sft")
+    assert "= 24 nodes, of which sft needs 12, but the allocation has 11" in str(refusal.value)
+    assert "sbatch --nodes=12 --gpus-per-node=8 launch/agpo_70b.sh --mode sft CONFIG" in str(
+        refusal.value
+    )
+
+
 def test_outside_a_job_there_is_no_plan_and_no_localhost() -> None:
     with pytest.raises(LaunchError, match="no Slurm job"):
         slurm_plan({"SLURM_JOB_NODELIST": "n1"}, SEVENTY)

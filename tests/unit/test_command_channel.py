@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,6 +82,25 @@ def test_a_command_is_carried_out_once_and_all_results_come_back() -> None:
     assert seen == [(1, "update", {"step": 3}), (2, "save", {"path": "x"})]
 
 
+def test_numbers_that_are_not_finite_reach_the_controller() -> None:
+    """JSON has none of them, and requests refuses them: the guards want to see them all the same."""
+
+    def rank_zero(url: str) -> None:
+        channel, command = Channel(url, TOKEN, 0, patience=5.0), None
+        while command is None:
+            command = channel.next_command(7, 0)
+        channel.deliver(command, [{"loss/policy": math.nan, "grad_norm": math.inf}])
+
+    async def scenario(client: TrainerClient, url: str) -> None:
+        thread = threading.Thread(target=rank_zero, args=(url,))
+        thread.start()
+        (result,) = await client.call("update", step=3)
+        assert math.isnan(result["loss/policy"]) and result["grad_norm"] == math.inf
+        await asyncio.to_thread(thread.join)
+
+    serve(scenario)
+
+
 def test_requests_without_the_token_are_refused() -> None:
     async def scenario(client: TrainerClient, url: str) -> None:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
@@ -106,9 +126,10 @@ def test_the_first_failing_rank_is_named() -> None:
 
 def test_a_silent_rank_is_named_with_its_last_phase() -> None:
     async def scenario(client: TrainerClient, url: str) -> None:
-        body = {"rank": 1, "phase": "update: backward", "since": 0.0, "last": ""}
+        body = {"rank": 1, "phase": "update: backward", "since": 0.0, "last": "", "device_bytes": 7}
         headers = {"Authorization": f"Bearer {TOKEN}"}
         await asyncio.to_thread(requests.post, url + "/heartbeat", json=body, headers=headers)
+        assert client.ranks[1].device_bytes == 7
         with pytest.raises(TrainerError, match=r"\[1\] sent no heartbeat.*update: backward"):
             await client.call("update")
 

@@ -295,7 +295,7 @@ def test_a_config_cannot_be_changed_after_loading(tmp_path: Path) -> None:
 def test_the_saved_config_reads_back_equal_and_says_what_set_each_value(tmp_path: Path) -> None:
     text = MINIMAL + (
         'seed: 5\ntrain: {lr: 1e-4}\nsft: {base: b, path: "p: #1"}\n'
-        "algorithm: {preset: agpo_v1}\nrollout: {max_total_tokens: 4096}\n"
+        "algorithm: {preset: agpo_v1}\nrollout: {server_args: {max_total_tokens: 4096, lora_paths: [a, b]}}\n"
         'eval: {sets: [{path: "1e5", n: 4, temperature: 0.6}, {path: "ü: #", reward: [{name: math, weight: 0.5}]}]}\n'
         "reward: {function: [{name: numeric, options: {extract: box}}]}\n"
     )

@@ -38,7 +38,8 @@ def test_keys_that_scripts_rely_on_exist() -> None:
 def test_types_and_limits_are_shown() -> None:
     page = configuration_reference()
     assert "| `rollout.group_size` | integer ≥ 2 | `8` | Samples per prompt (G). |" in page
-    assert "| `rollout.max_total_tokens` | integer ≥ 256 or null | `null` |" in page
+    assert "| `rollout.server_args` | section of any keys | `{}` |" in page
+    assert "| `reward.workers` | integer ≥ 1 or null | `null` |" in page
     assert "| `policy.dtype` | `fp32` or `bf16` | `bf16` |" in page
     assert "| `model.path` | text | **required** |" in page
     assert "| `agpo_v1` | `agpo` | `0.1` | `group_norm` | `constant` | `ppo` | `0.2` |" in page

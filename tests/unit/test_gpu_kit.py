@@ -65,6 +65,7 @@ def test_without_a_gpu_every_stage_says_why(tmp_path: Path) -> None:
     assert report["machine"]["train"]["versions"]["torch"] == importlib.metadata.version("torch")
 
 
+@pytest.mark.full
 def test_small_sizes_on_a_cpu(tmp_path: Path) -> None:
     done = run_kit(tmp_path, "--device", "cpu")
     assert done.returncode == 0, done.stdout

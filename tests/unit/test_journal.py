@@ -74,6 +74,8 @@ def make_batch(
         metrics={"reward/mean": 0.5},
         entropy_coef=0.25,
         entropy_state=0.125,
+        gate_levels=[0.5] * updates,
+        gate_state=[2.0, -0.25, 0.75],
     )
     counts = [len(s.response_tokens) for s in samples]
     factors = [np.array([0.0] + [0.5] * (n - 1), np.float32) for n in counts]

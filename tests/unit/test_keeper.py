@@ -111,9 +111,14 @@ class Tree:
             finally:  # this is a copy of pytest, and must not go on as one
                 os._exit(0)
         until(lambda: len(marked(self.mark)) == 6 and start.processes(HOST).exists(), "it starts")
+        until(lambda: all(map(self._adopted, names)), "orphans come to the keeper")
         self.supervisor = psutil.Process(self.pid)
         (self.bystander,) = [p for p in self.supervisor.children() if not p.children()]
         self.by_place = {name: self._places(name) for name in names}
+
+    def _adopted(self, name: str) -> bool:
+        found = marked(self.mark)
+        return found[name, "orphan"].ppid() == found[name, "role"].ppid()
 
     def _places(self, name: str) -> dict[str, psutil.Process]:
         found = marked(self.mark)
@@ -122,7 +127,6 @@ class Tree:
         assert inner is not None
         outer = inner.parent()
         assert outer is not None and outer.ppid() == self.pid
-        assert found[name, "orphan"].ppid() == inner.pid, "orphans come to the keeper"
         assert found[name, "orphan"].environ() == {}
         places = {"supervisor": self.supervisor, "outer keeper": outer, "inner keeper": inner}
         return places | {p: found[name, p] for p in ("role", "child", "orphan")}

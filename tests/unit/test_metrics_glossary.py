@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from agpo_megatron.observe.exporter import LIVE
 from agpo_megatron.observe.metrics import METRIC_KEYS
 
 REPO = Path(__file__).parents[2]
@@ -31,6 +32,11 @@ def test_every_metric_is_explained_once() -> None:
     assert len(explained) == len(set(explained))
     assert set(explained) == set(METRIC_KEYS)
     assert [room for _, _, room, _ in GLOSSARY if not (PACKAGE / room).is_dir()] == []
+
+
+def test_every_live_gauge_is_explained() -> None:
+    text = (REPO / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name, what in LIVE.items() if f"| `{name}` | {what} |\n" not in text] == []
 
 
 def test_every_name_in_the_sources_is_explained() -> None:

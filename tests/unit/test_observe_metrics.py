@@ -25,7 +25,10 @@ rollout/tokens_lost, rollout/length_bias, window/ready_groups, window/open_group
 sampling/discarded_groups, loss/entropy_coef, correction/mean, correction/dropped_frac,
 policy/old_logprob_abs_diff_mean, policy/old_logprob_abs_diff_max, rollout/ess_token, rollout/ess_sequence,
 rollout/logprob_abs_diff_age0, rollout/logprob_abs_diff_age1, rollout/logprob_abs_diff_age2,
-rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max"""
+rollout/logprob_abs_diff_age4, rollout/logprob_abs_diff_age8, rollout/staleness_max,
+rollout/logprob_far_frac, guard/fired, guard/skipped_steps, busy/trainer_frac,
+busy/rewards_frac, throughput/trainer_tokens_per_s, throughput/servers_tokens_per_s, throughput/mfu,
+memory/controller_gb, memory/trainer_gb, memory/trainer_device_gb, memory/servers_gb, loss/gate_level"""
 
 
 def board(run_dir: Path) -> EventAccumulator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from made import changed, loss, sequence
 
-from agpo_megatron.config.schema import TrainConfig
+from agpo_megatron.algorithm.limits import Limit
+from agpo_megatron.config.schema import PolicyConfig, TrainConfig
 
 pytestmark = pytest.mark.processes
 
@@ -192,11 +194,100 @@ def test_decay_spares_norms(folder: Path) -> None:
         assert torch.allclose(after[name], expected, rtol=1e-6, atol=0), name
 
 
-def test_a_loss_that_is_not_finite_is_refused(folder: Path) -> None:
-    batch = policy_models.sequences([10])
-    broken = [changed(batch[0], advantage=float("nan"))]
+def state(policy: Any) -> dict[str, torch.Tensor]:
+    """Weights, fp32 copies, moments and counts of steps, by name."""
+    found = weights(policy)
+    for o, part in enumerate(policy.optimizer.chained_optimizers):
+        for g, settings in enumerate(part.optimizer.param_groups):
+            found[f"{o}.{g}.step"] = torch.tensor(settings.get("step", 0))
+            for p, parameter in enumerate(settings["params"]):
+                found[f"{o}.{g}.{p}"] = parameter.detach().clone()
+                for name, value in part.optimizer.state[parameter].items():
+                    found[f"{o}.{g}.{p}.{name}"] = value.clone()
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+NAN = {"advantage": float("nan")}
+INFINITE = {"advantage": float("inf")}
+SPIKE = Limit("grad_norm", "grad_norm", 1e-6)
+GAP = Limit("logprob_far", "rollout/logprob_far_frac", 0.4)
+HELD = [
+    ("nan-gate", NAN, CLIP, {}),
+    ("infinities", INFINITE, CLIP, {}),
+    ("nan", NAN, PPO, {}),
+    ("overflow", {"advantage": 1e30}, PPO, {}),
+    ("spike", {}, PPO, {"limits": [SPIKE]}),
+    ("gap", {}, PPO, {"limits": [GAP]}),
+    ("entropy", {}, PPO, {"limits": [Limit("entropy", "policy/entropy", 99.0, above=False)]}),
+    ("hold", {}, PPO, {"hold": True}),
+    ("closed-gate", {"advantage": 1.0}, CLIP, {"hold": True}),
+]
+
+
+@pytest.mark.parametrize(("what", "wrong", "settings", "rest"), HELD, ids=[h[0] for h in HELD])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
+def test_a_step_that_is_not_taken_leaves_no_trace(
+    folder: Path, dtype: Any, what: str, wrong: dict[str, Any], settings: Any, rest: dict[str, Any]
+) -> None:
+    """Weights, moments and the optimizer's count of steps stay bit for bit, and so does the step after it."""
+    good = [policy_models.sequences([20, 9], seed=i) for i in range(2)]
+    far = [-9.0] * 20
+    bad = [changed(s, **wrong, rollout_logprobs=far[: s.length]) for s in good[0]]
+    with policy_models.one_rank(folder, PolicyConfig(dtype=dtype)) as policy:
+        policy.update([good[0]], loss=PPO, lr=1e-3)
+        before = state(policy)
+        held = policy.update([bad], loss=settings, lr=1e-3, **rest)
+        assert held["skipped"] == 1.0
+        assert same(before, state(policy))
+        taken = policy.update([good[1]], loss=PPO, lr=1e-3, limits=[])
+        assert "skipped" not in taken
+        after = state(policy)
+    with policy_models.one_rank(folder, PolicyConfig(dtype=dtype)) as policy:
+        policy.update([good[0]], loss=PPO, lr=1e-3)
+        policy.update([good[1]], loss=PPO, lr=1e-3)
+        assert same(after, state(policy))
+    assert not same(before, after)
+    finite = math.isfinite(held["loss/policy"]) and math.isfinite(held.get("grad_norm", 0.0))
+    assert finite == (not wrong or what == "closed-gate")
+
+
+def test_a_step_within_its_limits_is_taken(folder: Path) -> None:
+    """The norm that is held against the limit is the one that is reported, and clipped by."""
+    batch = policy_models.sequences([20, 9])
+    norms = {}
+    for clip in (0.0, 1e-3):
+        train = TrainConfig(adam_eps=1e-5, grad_clip=clip)
+        with policy_models.one_rank(folder, train=train) as policy:
+            first = policy.update([batch], loss=PPO, lr=0.0)["grad_norm"]
+            limit = Limit("grad_norm", "grad_norm", first)
+            second = policy.update([batch], loss=PPO, lr=1e-3, limits=[limit])
+        assert "skipped" not in second and second["grad_norm"] == first
+        norms[clip] = first
+    assert norms[0.0] == norms[1e-3] > 1e-3
+
+
+def test_the_initial_weights_come_back_with_a_fresh_optimizer(folder: Path) -> None:
+    batch = policy_models.sequences([20, 9])
     with policy_models.one_rank(folder) as policy:
-        with pytest.raises(ValueError, match="policy loss is nan"):
-            policy.update([broken], loss=CLIP, lr=1e-3)
-        with pytest.raises(FloatingPointError, match="gradient norm is nan"):
-            policy.update([broken], loss=PPO, lr=1e-3)
+        initial = weights(policy)
+        policy.update([batch], loss=PPO, lr=1e-3)
+        once = state(policy)
+        policy.update([batch], loss=PPO, lr=1e-3)
+        policy.load_initial(folder)
+        assert same(initial, weights(policy))
+        policy.update([batch], loss=PPO, lr=1e-3)
+        assert same(once, state(policy))
+
+
+def test_the_share_of_tokens_far_apart(folder: Path) -> None:
+    with policy_models.one_rank(folder) as policy:
+        (first, second) = policy_models.sequences([12, 6])
+        exact = policy.score([[first, second]])["s0"].logprobs
+        moved = [*(exact[:-2] + 0.9), *(exact[-2:] - 1.1)]
+        known = changed(first, rollout_logprobs=moved)
+        stats = policy.update([[known, second]], loss=PPO, lr=0.0)
+    assert stats["rollout/logprob_far_frac"] == pytest.approx(2 / len(known.trained()))

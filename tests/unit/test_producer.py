@@ -417,6 +417,8 @@ def test_a_batch_says_how_busy_the_servers_were_and_whether_short_answers_were_p
             "window/ready_groups": 3,
             "window/open_groups": 0,
             "time/reward": 0.5,
+            "busy/rewards_frac": 0.05,
+            "throughput/servers_tokens_per_s": GROUP * (2 + 3 + 4 + 5 + 6 + 7) / 10,
             "rollout/length_bias": 3.0 / 4.5 - 1,  # 2, 3, 4 are taken, 5, 6, 7 wait
         }
     )

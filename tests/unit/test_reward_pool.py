@@ -233,7 +233,9 @@ def test_samples_of_a_group_are_verified_side_by_side(tmp_path: Path) -> None:
         )  # all workers have started
         rewards.take_busy_seconds()
         await rewards.score(SEVEN, [Response("")] * 4, [PartConfig(name=name)])
-        return rewards.take_busy_seconds()
+        taken = rewards.take_busy_seconds()
+        assert rewards.take_busy_seconds() == 0 < taken < rewards.busy_seconds
+        return taken
 
     assert 0.5 <= pooled(body, workers=4) < 1.5  # one after the other: 2 s
 

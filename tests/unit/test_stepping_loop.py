@@ -21,9 +21,12 @@ from agpo_megatron.controller.live import publish
 from agpo_megatron.controller.loop import train
 from agpo_megatron.controller.run import Batch, Recipe, Run, StoppedOnRequest
 from agpo_megatron.controller.sources import recorded, worked_examples
+from agpo_megatron.conversion.shape import ModelShape
 from agpo_megatron.journal import Journal, JournalError
+from agpo_megatron.observe.flops import training_flops
 from agpo_megatron.observe.metrics import MetricsWriter, read_metrics
 from agpo_megatron.observe.progress import Progress
+from agpo_megatron.parity.models import MIXTRAL
 from agpo_megatron.samples import Group, WeightVersion
 from agpo_megatron.sync.protocol import Publication
 
@@ -40,6 +43,7 @@ class CountingTrainer:
         self.asked = 0
         self.damaged: set[Path] = set()
         self.exports: list[str] = []
+        self.answer: list[dict[str, float]] = []  # what the next updates say besides
 
     async def call(self, name: str, **args: Any) -> list[dict[str, Any]]:
         if name == "load":
@@ -59,7 +63,9 @@ class CountingTrainer:
             rows = sorted(row for rank in args["plan"] for some in rank for row in some)
             self.updates.append((args["step"], args["record"], rows, args["lr"]))
             loss = self.losses.pop(0) if self.losses else 0.5
-            return [{"loss/policy": loss, "grad_norm": self.norms.pop(0) if self.norms else 1.0}]
+            norm = self.norms.pop(0) if self.norms else 1.0
+            said = self.answer.pop(0) if self.answer else {}
+            return [{"loss/policy": loss, "grad_norm": norm, **said}]
         if name == "save":
             assert self.saving is None
             self.saves.append(args["step"])
@@ -137,6 +143,38 @@ def test_every_update_of_a_batch_is_a_step_on_its_own_part(tmp_path: Path) -> No
     assert ["throughput/tokens_per_s" in row for row in rows] == [False, False, False, True] * 2
     whole = sum(row["time/step"] for row in rows[:4])
     assert rows[3]["throughput/tokens_per_s"] == pytest.approx(4 * (5 + 6) / whole)
+
+
+def test_tokens_and_flops_are_those_of_the_sequences_that_are_packed(tmp_path: Path) -> None:
+    """Of two groups one has no variance, so no weight; the last update computes nothing."""
+    trainer = CountingTrainer()
+    trainer.answer = [{"tokens/trained": 7.0}, {"tokens/trained": 0.0}]
+    run = run_in(tmp_path, trainer, 2, "observe.peak_tflops=2e-6", "policy.data_parallel=2")
+    run.shape = ModelShape.from_hf(MIXTRAL)
+
+    async def source() -> AsyncGenerator[Batch, None]:
+        for first in (0, 2):
+            groups = [group(first, [1, 0], [3, 4]), group(first + 1, [1, 1], [50, 60])]
+            decision = step(groups, "grpo", first_step=run.version.step + 1)
+            timings = {"time/step": 1.0, "time/score": 0.25}
+            yield await run.commit(
+                run.journal.append(groups), decision, updates=1, cursor=first + 2, timings=timings
+            )
+
+    async def body() -> None:
+        await run.load()
+        await train(run, source())
+
+    asyncio.run(body())
+    first, second = read_metrics(tmp_path)
+    packed = [5, 6]  # prompts of two tokens
+    assert first["throughput/trainer_tokens_per_s"] == sum(packed) / first["time/update"]
+    flops = training_flops(run.shape, packed, 3 + 4)
+    peak = 2 * 2e6 * first["time/update"]  # two devices
+    assert first["throughput/mfu"] == pytest.approx(flops / peak)
+    busy = (0.25 + first["time/update"]) / first["time/step"]
+    assert first["busy/trainer_frac"] == pytest.approx(busy)
+    assert not {"throughput/mfu", "throughput/trainer_tokens_per_s"} & set(second)
 
 
 @pytest.mark.parametrize("survives", [False, True], ids=["trainer-lost", "trainer-survived"])

@@ -71,6 +71,20 @@ def test_the_run_ends_well_with_the_controller_and_leaves_nobody(start: StartFol
     assert not start.processes(HOST).exists()
 
 
+def test_host_memory_of_roles_is_that_of_all_their_processes(
+    start: StartFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "WEIGH_SECONDS", 0.1)
+    controller = "import time; time.sleep(3)"
+    assert (
+        supervise([role("trainer rank 0", CHILDREN), role("controller", controller)], start) is None
+    )
+    memory = start.memory()
+    assert memory.keys() == {"trainer rank 0", "controller"}
+    assert 4e6 < memory["controller"] < 1e9
+    assert memory["trainer rank 0"] > 1.5 * memory["controller"], "it has a child of its size"
+
+
 def test_a_dead_trainer_ends_the_run_and_is_named_with_its_log(start: StartFolder) -> None:
     log = start.log("trainer rank 1")
     roles = [

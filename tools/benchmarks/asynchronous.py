@@ -34,7 +34,8 @@ ARMS = (
 )
 HEADER = (
     f"{'arm':28s} {'step s':>7s} {'speed':>6s} {'trainer idle':>12s} {'decoding':>8s} {'prefill':>8s} "
-    f"{'slots':>6s} {'lost':>5s} {'aborted':>7s} {'replaced':>8s} {'bias':>7s} {'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
+    f"{'slots':>6s} {'lost':>5s} {'aborted':>7s} {'replaced':>8s} {'bias':>7s} "
+    f"{'staleness':>9s} {'max':>3s} {'CPU s':>6s}"
 )
 
 
