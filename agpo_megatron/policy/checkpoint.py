@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from agpo_megatron.policy import backend
 from agpo_megatron.policy.marker import CheckpointError
 from agpo_megatron.policy.model import unwrap
-from agpo_megatron.policy.optimizer import begin_state
+from agpo_megatron.policy.optimizer import begin_state, ungathered
 from agpo_megatron.policy.parallel import Layout
 from agpo_megatron.policy.policy import Policy
 from agpo_megatron.policy.saving import PendingSave
@@ -238,9 +239,10 @@ def _state(policy: Policy, *, loading: bool, rng: bool = True) -> dict[str, Any]
     models = dict(state)
     if len(policy.chunks) == 1:
         models = models["model"]
-    state["optimizer"] = policy.optimizer.sharded_state_dict(
-        models, is_loading=loading, metadata=metadata
-    )
+    with nullcontext() if loading else ungathered(policy.optimizer):
+        state["optimizer"] = policy.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=metadata
+        )
     if rng:
         state["rng"] = _rng(policy.layout)
     return state

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from agpo_megatron.config.schema import PolicyConfig, TrainConfig
@@ -46,6 +49,49 @@ def begin_state(optimizer: Any) -> None:
         part.init_state_fn(part.optimizer, part.config)
         for group in part.optimizer.param_groups:
             group.setdefault("step", 0)
+
+
+@contextmanager
+def ungathered(optimizer: Any) -> Iterator[None]:
+    """Within: a distributed optimizer of one replica gives its state for a save without the gather over replicas, in
+    which megatron-core (``distrib_optimizer.py``: ``get_parameter_state_dp_zero``) allocates it four times over."""
+    alone = [
+        part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if hasattr(part, "get_parameter_state_dp_zero")
+        and not part.is_stub_optimizer  # of a stage without parameters of its kind
+        and part.data_parallel_group.size() == 1
+    ]
+    for part in alone:
+        part.get_parameter_state_dp_zero = partial(_whole_state, part)
+    try:
+        yield
+    finally:
+        for part in alone:
+            del part.get_parameter_state_dp_zero
+
+
+def _whole_state(optimizer: Any, **_: Any) -> dict[Any, Any]:
+    """Return what ``get_parameter_state_dp_zero`` does, of one replica: per buffer, fp32 [elements] on the host of main
+    parameters and moments."""
+    keys = ("param", *optimizer.optimizer_state_keys)
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, by_dtype in enumerate(optimizer.gbuf_ranges):
+        buffer = optimizer.buffers[number]
+        whole = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32) for key in keys}
+        ((dtype, buckets),) = by_dtype.items()
+        offset = 0
+        for ranges, bucket in zip(buckets, buffer.buckets, strict=True):
+            for parameter, where in ranges["param_map"].items():
+                place = where["gbuf_local"]
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                for key in keys:
+                    whole[key][offset + place.start : offset + place.end].copy_(
+                        tensors[key].detach()
+                    )
+            offset += bucket.numel_unpadded
+        state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
+    return state
 
 
 def clear_state(optimizer: Any) -> None:

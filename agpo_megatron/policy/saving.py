@@ -18,7 +18,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -74,6 +76,7 @@ class PendingSave:
         filesystem_async._results_queue = queue.Queue()
         with backend.current().scope():
             state = state_of()
+            taken = _storages(state)
             self._request = self._together(
                 "planning",
                 lambda: dist_checkpointing.save(
@@ -95,7 +98,7 @@ class PendingSave:
         except CheckpointError:
             self._remove_partial()
             raise
-        self._together("copying", lambda: _take(buckets, copy=copy))
+        self._together("copying", lambda: _take(buckets, taken if copy else []))
         for number, bucket in enumerate(buckets):
             thread = Thread(
                 target=self._write, args=(number, bucket), name=f"save-{number}", daemon=True
@@ -201,11 +204,22 @@ def _bytes_of(bucket: Any) -> int:
     return int(held) + ITEM_OVERHEAD * (len(data) + len(tensors))
 
 
-def _take(buckets: list[Any], *, copy: bool) -> None:
-    """Bring the tensors of every file to host memory, in place of those that are there."""
+def _storages(state: dict[str, Any]) -> list[torch.UntypedStorage]:
+    """Storages of the tensors that training may go on to change (and of some that it does not know)."""
+    tensors = [getattr(part, "data", None) for part in nested_values(state)]
+    return [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+def _take(buckets: list[Any], shared: list[torch.UntypedStorage]) -> None:
+    """Bring the tensors of every file to host memory, in place of those that are there; copy what lies in a ``shared``
+    storage. Megatron's plan has cloned views of larger storages already."""
+    places = {storage.data_ptr() for storage in shared}
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("cpu", copy=tensor.untyped_storage().data_ptr() in places)
+
     for number, (path, name, (data, tensors)) in enumerate(buckets):
-        taken = [(item, tensor.to("cpu", copy=copy)) for item, tensor in tensors]
-        buckets[number] = (path, name, (data, taken))
+        buckets[number] = (path, name, (data, [(item, take(tensor)) for item, tensor in tensors]))
 
 
 def _check_room(target: Path, need: int) -> None:

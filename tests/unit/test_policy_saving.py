@@ -7,7 +7,7 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +89,36 @@ def test_what_is_saved_is_the_state_at_the_begin_whatever_is_trained_meanwhile(
     with policy_models.one_rank(model, config, seed=99) as policy:
         assert checkpoint.load(run.checkpoint(2), policy) == (2, {"cursor": 5})
         assert [step(policy), step(policy)] == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_a_gather_the_same_is_saved(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    from agpo_megatron.policy import checkpoint
+    from agpo_megatron.policy.marker import read_marker
+
+    config = PolicyConfig(dtype=dtype)  # type: ignore[arg-type]
+    with policy_models.one_rank(model, config) as policy:
+        step(policy)
+        (part,) = policy.optimizer.chained_optimizers
+        gathered: list[bool] = []
+        megatrons = part.get_parameter_state_dp_zero
+        checkpoint.save(tmp_path / "mine", policy, 1, {})
+        assert part.get_parameter_state_dp_zero == megatrons
+
+        def gather(**more: Any) -> Any:
+            gathered.append(True)
+            return megatrons(**more)
+
+        monkeypatch.setattr(checkpoint, "ungathered", lambda optimizer: nullcontext())
+        part.get_parameter_state_dp_zero = gather
+        checkpoint.save(tmp_path / "theirs", policy, 1, {})
+        assert gathered
+    mine, theirs = (read_marker(tmp_path / name)["files"] for name in ("mine", "theirs"))
+    data = [name for name in mine if name.endswith(".distcp")]
+    assert len(data) == 4 and mine.keys() == theirs.keys()
+    assert {name: mine[name] for name in data} == {name: theirs[name] for name in data}
 
 
 def test_a_killed_save_is_no_checkpoint_and_is_removed(
