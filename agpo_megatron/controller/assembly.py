@@ -46,7 +46,7 @@ from agpo_megatron.observe.writers import Row, StepWriter, open_writers
 from agpo_megatron.reward.rewards import Rewards, reference_check
 from agpo_megatron.rollout.client import ServerClient, server_connector
 from agpo_megatron.rollout.pool import RolloutPool
-from agpo_megatron.rollout.server import device_of
+from agpo_megatron.rollout.server import device_of, sampling_seed
 from agpo_megatron.samples import Ints
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ async def rollouts_of(
             ServerClient(url, session, config.rollout.request_timeout) for url in context.servers
         ]
         async with (
-            RolloutPool(clients, config.rollout, decode) as pool,
+            RolloutPool(clients, config.rollout, decode, sampling_seed(config)) as pool,
             Rewards(config.reward, [*sources, *config.eval.sets]) as rewards,
         ):
             if status:

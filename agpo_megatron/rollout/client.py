@@ -177,20 +177,27 @@ class ServerClient:
         sampling: Sampling,
         n: int = 1,
         cache: str = "",
+        seeds: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Generate ``n`` samples of one prompt, which is prefilled once. ``cache``: requests use cached prefixes of
-        requests with the same name only."""
-        body = {
-            "input_ids": np.asarray(prompt_tokens).tolist(),
-            "sampling_params": {
-                "n": n,
-                "max_new_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "ignore_eos": sampling.ignore_eos,
-                "skip_special_tokens": False,
-                "stop": list(sampling.stop),
-            },
+        requests with the same name only. ``seeds`` [n]: a server that infers deterministically draws each token of a
+        sample from its seed and the token's place in the sequence, and from nothing else; it prefills each by itself.
+        """
+        tokens = np.asarray(prompt_tokens).tolist()
+        params: dict[str, object] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "ignore_eos": sampling.ignore_eos,
+            "skip_special_tokens": False,
+            "stop": list(sampling.stop),
+        }
+        body: dict[str, object] = {
+            # Samples that SGLang makes of one request share its seed.
+            "input_ids": tokens if seeds is None else [tokens] * n,
+            "sampling_params": params | {"n": n}
+            if seeds is None
+            else [params | {"sampling_seed": seed} for seed in seeds],
             "return_logprob": True,
             **({"extra_key": cache} if cache else {}),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,7 +43,8 @@ class Counts:
 @dataclass(frozen=True)
 class Terms:
     """The way in which groups of one kind are generated. ``sampling.max_new_tokens``: of a whole response.
-    ``decode(tokens, special)``: text of tokens, with or without special tokens. ``mark_dead(server, reason)``."""
+    ``decode(tokens, special)``: text of tokens, with or without special tokens. ``mark_dead(server, reason)``.
+    ``seed``: what samples are drawn from, on servers that infer deterministically; None: whatever they draw."""
 
     sampling: Sampling
     fragment_tokens: int
@@ -51,6 +53,7 @@ class Terms:
     decode: Callable[[Ints, bool], str]
     mark_dead: Callable[[Server, str], Coroutine[Any, Any, None]]
     counts: Counts
+    seed: int | None = None
     keep: Callable[[Fragment], None] = lambda fragment: None
 
 
@@ -151,6 +154,7 @@ class _Rollout:
                 replace(terms.sampling, max_new_tokens=asked),
                 count,
                 self.cache,
+                self._seeds(responses),
             )
         except ServerError as error:
             if not error.retryable:
@@ -171,6 +175,14 @@ class _Rollout:
         if not server.draining and all(o.finish_reason == "abort" for o in outputs):
             text = "aborted by the server itself"
             failures.append((server, ServerError(server.url, "/generate", 200, text)))
+
+    def _seeds(self, responses: Sequence[Member]) -> list[int] | None:
+        """A seed for each sample of the run. A continued response keeps its own, so that it goes on as if it had not
+        been interrupted."""
+        if self.terms.seed is None:
+            return None
+        names = (f"{self.terms.seed} {self.prompt.position} {r.index}" for r in responses)
+        return [zlib.crc32(name.encode()) for name in names]
 
     def _lose(self, responses: Sequence[Member], asked: int) -> None:
         self.terms.counts.tokens_lost += asked * len(responses)

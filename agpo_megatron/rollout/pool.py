@@ -30,6 +30,7 @@ class RolloutPool:
     """Dispatcher of groups to the servers; ``async with`` starts and ends its probing of servers.
 
     ``decode(tokens, special)`` turns response tokens into text ("" without it), with or without special tokens.
+    ``seed``: of all sampling, where servers infer deterministically.
     ``refresh`` (set by the publisher) brings a quarantined server up to date between publishes, e.g. after its
     restart. ``end_hung`` has the process of the server of that number killed and started again, for one that would
     never come back by itself.
@@ -40,6 +41,7 @@ class RolloutPool:
         clients: Sequence[ServerClient],
         config: RolloutConfig,
         decode: Callable[[Ints, bool], str] | None = None,
+        seed: int | None = None,
     ) -> None:
         self.servers = [Server(client) for client in clients]
         self.refresh: Callable[[Server], Awaitable[None]] | None = None
@@ -62,6 +64,7 @@ class RolloutPool:
             decode or (lambda tokens, special: ""),
             self.mark_dead,
             self.counts,
+            seed,
         )
 
     async def __aenter__(self) -> Self:

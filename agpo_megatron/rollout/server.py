@@ -19,6 +19,7 @@ from agpo_megatron.config.run_folder import is_converted
 from agpo_megatron.config.schema import Config
 
 DRIVER = Path("/dev/nvidiactl")
+DETERMINISTIC = "enable_deterministic_inference"
 STAND_INS = Path(__file__).parent / "stand_ins"
 PROMPT_ALLOWANCE = 128
 """Tokens of KV pool per sample on a CPU beside its response: prompts are short there, and G samples share one."""
@@ -47,6 +48,13 @@ def server_dtype(config: Config) -> str:
     if config.rollout.dtype != "auto":
         return config.rollout.dtype
     return {"fp32": "float32", "bf16": "bfloat16"}[config.policy.dtype]
+
+
+def sampling_seed(config: Config) -> int | None:
+    """Seed of all sampling where the servers infer deterministically (``rollout.server_args:
+    {enable_deterministic_inference: true}``), so that a sample depends on weights, prompt and seed alone; else None.
+    """
+    return config.seed if config.rollout.server_args.get(DETERMINISTIC) else None
 
 
 def server_command(
@@ -96,6 +104,9 @@ def server_command(
         per_sample = rollout.max_response_tokens + PROMPT_ALLOWANCE
         flags["max-total-tokens"] = max(MIN_CPU_POOL, rollout.max_in_flight * per_sample)
         env |= cpu_environment()
+        if sampling_seed(config) is not None:
+            # For the stand-ins; SGLang sets it itself, but after they are loaded.
+            env["SGLANG_ENABLE_DETERMINISTIC_INFERENCE"] = "1"
     elif server_dtype(config) == "bfloat16":
         # SGLang rounds logits to bf16 otherwise; the policy that trains has them in fp32.
         switches.append("enable-fp32-lm-head")

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with SlurmCluster(nodes=4) as cluster:
+    with SlurmCluster(nodes=5) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Two trainer nodes with a rank each, one node with a server, one spare; USR1 comes 2 to 3 minutes into a start."""
+    """Two trainer nodes with a rank each, one node with a server, two spare; USR1 comes 2 to 3 minutes into a start."""
     settings = {
         "train.steps": 5000,
         "train.prompts_per_batch": 4,
@@ -69,23 +69,29 @@ class TestOneRun:
         replayed = [p for p in job.phases(2) if p.startswith("replay")]
         assert replayed == [f"replay step {s}" for s in range(1, 7)]
 
-    def test_sigterm_saves_and_requeues(self, job: Job) -> None:
-        job.wait_phase(2, "generate step 8")
-        job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
+    def test_the_loss_of_the_first_node_requeues_elsewhere(self, job: Job) -> None:
+        job.cluster.crash("n1")
         next_start(job, 3)
-        job.wait_phase(3, f"generate step {saved_step(job, 2) + 1}")
-        assert not [p for p in job.phases(3) if p.startswith("replay")]
+        plan = StartFolder(job.start(3)).plan()
+        assert [node.host for node in plan.nodes] == ["n3", "n4", "n5"]
 
-    def test_the_time_limit_ahead_saves_and_requeues(self, job: Job) -> None:
+    def test_sigterm_saves_and_requeues(self, job: Job) -> None:
+        job.wait_phase(3, "generate step 8")
+        job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
         next_start(job, 4)
-        assert job.output.count("USR1, asking for a checkpoint") == 1
         job.wait_phase(4, f"generate step {saved_step(job, 3) + 1}")
         assert not [p for p in job.phases(4) if p.startswith("replay")]
+
+    def test_the_time_limit_ahead_saves_and_requeues(self, job: Job) -> None:
+        next_start(job, 5)
+        assert job.output.count("USR1, asking for a checkpoint") == 1
+        job.wait_phase(5, f"generate step {saved_step(job, 4) + 1}")
+        assert not [p for p in job.phases(5) if p.startswith("replay")]
 
     def test_scancel_ends_it_for_good_and_no_step_was_lost(self, job: Job) -> None:
         job.cluster.command("scancel", job.id)
         job.wait_state("CANCELLED", seconds=120)
         job.check_nothing_left()
-        assert not (job.start(5) / "plan.json").exists()
+        assert not (job.start(6) / "plan.json").exists()
         steps = [metrics["step"] for metrics in read_metrics(Path(job.folder.path))]
         assert steps == list(range(1, len(steps) + 1))

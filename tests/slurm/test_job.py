@@ -1,4 +1,4 @@
-"""The production script on a real Slurm, through everything that a long run meets: one run, killed four times."""
+"""The production script on a real Slurm: one run, disturbed three times. Lost nodes: test_endings.py."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tiny_run import write_run
 from agpo_megatron.cluster.start_folder import StartFolder, latest_start
 from agpo_megatron.observe.metrics import read_metrics
 
-STEPS, PROMPTS, GROUP = 24, 4, 4
+STEPS, PROMPTS, GROUP = 16, 4, 4
 SGLANG = "sglang.launch_server"
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with SlurmCluster(nodes=4) as cluster:
+    with SlurmCluster(nodes=3) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Two trainer nodes with a rank each (TP 2 across them), one node with a server; a fourth is spare."""
+    """Two trainer nodes with a rank each (TP 2 across them), one node with a server."""
     settings = {
         "train.steps": STEPS,
         "train.prompts_per_batch": PROMPTS,
@@ -43,8 +43,6 @@ def job(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.mark.timeout(1800)
 class TestOneRun:
     """The tests build on one another: each finds the job as the one before left it."""
-
-    saved = 0
 
     def test_a_server_killed_in_mid_generation_comes_back(self, job: Job) -> None:
         job.wait_phase(0, "generate step 2")
@@ -64,26 +62,13 @@ class TestOneRun:
         # Its last update reached the trainers or did not: at most that one is trained again from the journal.
         assert [p for p in job.phases(0) if p.startswith("replay")] in ([], ["replay step 7"])
 
-    def test_usr1_saves_and_requeues_and_the_next_start_continues(self, job: Job) -> None:
+    def test_usr1_saves_and_requeues_and_the_next_start_ends_the_run(self, job: Job) -> None:
         job.cluster.command("scancel", "--batch", "--signal=USR1", job.id)
         wait_for(lambda: (job.start(1) / "plan.json").exists(), "the requeued start", 300)
         stopped_after = int(job.phases(0)[-1].removeprefix("save step "))
-        TestOneRun.saved = stopped_after
         job.wait_phase(1, f"generate step {stopped_after + 1}")
         assert not [p for p in job.phases(1) if p.startswith("replay")]
         assert latest_start(job.folder) == StartFolder(job.start(1).resolve())
-
-    def test_the_loss_of_the_first_node_requeues_elsewhere_and_the_run_ends_well(
-        self, job: Job
-    ) -> None:
-        last = self.saved + 2
-        job.wait_phase(1, f"update step {last}")
-        job.cluster.crash("n1")
-        job.wait_phase(2, f"generate step {STEPS}")
-        plan = StartFolder(job.start(2)).plan()
-        assert [node.host for node in plan.nodes] == ["n2", "n3", "n4"]
-        replayed = [p for p in job.phases(2) if p.startswith("replay")]
-        assert replayed[:2] == [f"replay step {s}" for s in (last - 1, last)]
         job.wait_state("COMPLETED")
         job.check_nothing_left()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from agpo_batch_invariance import wanted as batch_invariance_wanted
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.functional import scaled_dot_product_attention
@@ -152,5 +153,7 @@ def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def activate() -> None:
-    """Put ``BatchedAttention`` in the place of ``torch_native`` (SGLang treats that name specially elsewhere)."""
-    register_attention_backend("torch_native")(BatchedAttention)
+    """Put ``BatchedAttention`` in the place of ``torch_native`` (SGLang treats that name specially elsewhere), unless
+    one sequence's numbers must not depend on how far another makes it padded."""
+    if not batch_invariance_wanted():
+        register_attention_backend("torch_native")(BatchedAttention)
