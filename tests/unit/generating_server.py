@@ -83,22 +83,27 @@ class GeneratingServer(FakeServer):
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
-        sampling = body["sampling_params"]
-        if "return_logprob" not in body or not sampling["max_new_tokens"]:
+        sampling, prefix = body["sampling_params"], body["input_ids"]
+        if isinstance(sampling, list):  # of samples with a seed each
+            asked = list(zip(prefix, sampling, strict=True))
+        else:
+            asked = [(prefix, sampling)] * sampling.get("n", 1)
+        if "return_logprob" not in body or not asked[0][1]["max_new_tokens"]:
             return await super()._generate(request)
         self.requests.append(body)
         if self.behave and (answer := await self.behave(body)) is not None:
             return answer
-        n = sampling["n"]
+        n = len(asked)
         self.busy += n
         self.most_busy = max(self.busy, self.most_busy)
         try:
             outputs = await asyncio.gather(
-                *(self._respond(body["input_ids"], i, sampling) for i in range(n))
+                *(self._respond(ids, i, of_one) for i, (ids, of_one) in enumerate(asked))
             )
         finally:
             self.busy -= n
-        return web.json_response(outputs if n > 1 else outputs[0], dumps=compact)
+        alone = isinstance(sampling, dict) and n == 1
+        return web.json_response(outputs[0] if alone else outputs, dumps=compact)
 
     async def _respond(
         self, prefix: list[int], sample: int, sampling: dict[str, Any]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.processes
 
 @asynccontextmanager
 async def fleet(
-    count: int, **config: Any
+    count: int, seed: int | None = None, **config: Any
 ) -> AsyncIterator[tuple[RolloutPool, list[GeneratingServer]]]:
     """A pool with ``count`` READY servers; requests of 4 tokens, groups of 2 samples."""
     fakes = [GeneratingServer() for _ in range(count)]
@@ -36,7 +36,7 @@ async def fleet(
     settings = {"group_size": 2, "fragment_tokens": 4, "start_timeout": 5.0, **config}
     async with aiohttp.ClientSession() as session:
         clients = [ServerClient(fake.url, session, timeout=5) for fake in fakes]
-        pool = RolloutPool(clients, RolloutConfig.model_validate(settings), decode)
+        pool = RolloutPool(clients, RolloutConfig.model_validate(settings), decode, seed)
         for server in pool.servers:
             await pool.mark_ready(server, "1.1.a")
         try:
@@ -108,6 +108,38 @@ def test_the_group_shares_its_first_request_only() -> None:
             assert {s.finish_reason for s in group.samples} == {"length"}
             assert asked(fake)[0] == (2, 0, 4)
             assert sorted(asked(fake)[1:]) == [(1, 4, 4), (1, 4, 4), (1, 8, 2), (1, 8, 2)]
+
+    asyncio.run(run())
+
+
+def test_each_sample_keeps_a_seed_of_its_own() -> None:
+    async def seeds(run: int | None, position: int) -> list[list[int]]:
+        """Of each sample of a group, in the order of its requests."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        async with fleet(1, seed=run, group_size=3) as (pool, (fake,)):
+            group = await pool.generate_group(prompt(position, 12))
+            assert_uninterrupted(group)
+            first, *rest = fake.requests
+            if run is None:
+                assert first["sampling_params"]["n"] == 3
+                assert not [r for r in fake.requests if "sampling_seed" in r["sampling_params"]]
+                return []
+            for sample, params in zip(group.samples, first["sampling_params"], strict=True):
+                found[tuple(sample.response_tokens[:4])] = [params["sampling_seed"]]
+            for body in rest:
+                ((ids,), (params,)) = body["input_ids"], body["sampling_params"]
+                found[tuple(ids[3:7])].append(params["sampling_seed"])
+        return list(found.values())
+
+    async def run() -> None:
+        of_first, again, other = [await seeds(*which) for which in ((1, 0), (1, 0), (2, 0))]
+        of_next = await seeds(1, 1)
+        assert [len(of_one) for of_one in of_first] == [3, 3, 3]
+        assert of_first == again
+        every = [of_one for group in (of_first, other, of_next) for of_one in group]
+        assert all(len(set(of_one)) == 1 for of_one in every)
+        assert len({of_one[0] for of_one in every}) == 9
+        assert await seeds(None, 0) == []
 
     asyncio.run(run())
 
