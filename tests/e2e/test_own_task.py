@@ -17,6 +17,7 @@ from agpo_megatron.journal import JournalReader
 from agpo_megatron.observe.metrics import read_metrics
 
 
+@pytest.mark.full
 def test_two_sources_with_rewards_of_their_own_train_and_are_evaluated(tmp_path: Path) -> None:
     config = write_run(tmp_path, **write_task(tmp_path / "task"), **{"algorithm.preset": "grpo"})
     run_dir = tmp_path / "run"

@@ -157,8 +157,46 @@ def test_replicas_and_an_evaluation_of_what_they_learnt(tmp_path: Path) -> None:
     assert again["scores"] == pytest.approx(read_summary(run_dir)["after"])
 
 
-def stopped_in_the_middle_it_continues_to_the_same_weights(config: Path, tmp_path: Path) -> None:
-    """SIGUSR1 after a few steps ends a cold start with a checkpoint; the same command goes on to the same bytes."""
+def write_cold_start(folder: Path) -> Path:
+    changes = {
+        "sft.base": str(folder / "model"),
+        "sft.path": str(folder / "sft.jsonl"),
+        "sft.steps": 30,
+        "sft.batch_size": 16,
+        "sft.lr": 5.0e-3,
+        "run.checkpoint_every": 10,
+        "model.path": str(folder / "cold_start"),
+        "observe.peak_tflops": 0.01,
+    }
+    return write_run(folder, **changes)
+
+
+@pytest.mark.timeout(600)
+def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
+    config = write_cold_start(tmp_path)
+    arguments = ("sft", str(config), "--run-dir", str(tmp_path / "run"))
+    said = agpo(*arguments)
+    run_dir = tmp_path / "run" / "sft"
+    rows = read_metrics(run_dir)
+    losses = [m["loss/policy"] for m in rows]
+    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    assert f"sft: 30 steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; the model is in" in said
+    assert RunFolder(run_dir).curves.stat().st_size > 10_000
+    assert all(0 < row["throughput/mfu"] < 10 for row in rows), "of a CPU said to have 10 GFLOP/s"
+    assert all(row["throughput/trainer_tokens_per_s"] > 0 for row in rows)
+    assert rows[-1]["memory/trainer_gb"] > 0.1 and rows[-1]["memory/controller_gb"] > 0.05
+    assert (tmp_path / "cold_start" / "tokenizer.json").exists()
+    content = json.loads((tmp_path / "cold_start" / "config.json").read_text())
+    assert content["vocab_size"] == 18
+    assert "nothing to do" in agpo(*arguments)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_cold_start_stopped_in_the_middle_continues_to_the_same_weights(tmp_path: Path) -> None:
+    """SIGUSR1 after a few steps ends it with a checkpoint; the same command goes on to the same bytes."""
+    config = write_cold_start(tmp_path)
+    agpo("sft", str(config), "--run-dir", str(tmp_path / "run"))
     other = tmp_path / "stopped"
     command = [sys.executable, "-m", "agpo_megatron", "sft", str(config)]
     command += ["--run-dir", str(other), "--set", f"model.path={tmp_path / 'again'}"]
@@ -184,34 +222,3 @@ def stopped_in_the_middle_it_continues_to_the_same_weights(config: Path, tmp_pat
         for name in ("cold_start", "again")
     )
     assert whole == continued != {}
-
-
-@pytest.mark.timeout(600)
-def test_the_cold_start_learns_and_a_second_call_finds_it_done(tmp_path: Path) -> None:
-    changes = {
-        "sft.base": str(tmp_path / "model"),
-        "sft.path": str(tmp_path / "sft.jsonl"),
-        "sft.steps": 30,
-        "sft.batch_size": 16,
-        "sft.lr": 5.0e-3,
-        "run.checkpoint_every": 10,
-        "model.path": str(tmp_path / "cold_start"),
-        "observe.peak_tflops": 0.01,
-    }
-    config = write_run(tmp_path, **changes)
-    arguments = ("sft", str(config), "--run-dir", str(tmp_path / "run"))
-    said = agpo(*arguments)
-    run_dir = tmp_path / "run" / "sft"
-    rows = read_metrics(run_dir)
-    losses = [m["loss/policy"] for m in rows]
-    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
-    assert f"sft: 30 steps, loss {losses[0]:.4f} to {losses[-1]:.4f}; the model is in" in said
-    assert RunFolder(run_dir).curves.stat().st_size > 10_000
-    assert all(0 < row["throughput/mfu"] < 10 for row in rows), "of a CPU said to have 10 GFLOP/s"
-    assert all(row["throughput/trainer_tokens_per_s"] > 0 for row in rows)
-    assert rows[-1]["memory/trainer_gb"] > 0.1 and rows[-1]["memory/controller_gb"] > 0.05
-    stopped_in_the_middle_it_continues_to_the_same_weights(config, tmp_path)
-    assert (tmp_path / "cold_start" / "tokenizer.json").exists()
-    content = json.loads((tmp_path / "cold_start" / "config.json").read_text())
-    assert content["vocab_size"] == 18
-    assert "nothing to do" in agpo(*arguments)

@@ -103,6 +103,7 @@ def test_a_python_that_does_not_run(
     assert f"{python}, cannot be run" in problem and "set ROLLOUT_PYTHON" in problem
 
 
+@pytest.mark.full
 def test_transformer_engine_is_imported_where_it_will_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import policy_models
 import pytest
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.full]
 
 WORKER = Path(__file__).parent / "te_worker.py"
 
@@ -27,7 +27,7 @@ class Found:
     local: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=["llama3", pytest.param("qwen2", marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=["llama3", "qwen2"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Both write a checkpoint and read the other's."""
     folder = tmp_path_factory.mktemp("m") / request.param

@@ -114,7 +114,7 @@ def test_math_verify_reads_real_references(references: list[str]) -> None:
 
 def test_wrong_wrappings_of_real_integers_are_wrong(references: list[str]) -> None:
     integers = [r for r in references if r.isdigit() and int(r) > 1 and r != "12"]
-    wrong = [(r, shape.replace("%s", r)) for r in integers for shape in WRONG]
+    wrong = [(r, shape.replace("%s", r)) for r in integers[::4] for shape in WRONG]
     accepted = [pair for pair in wrong if equal(*pair)]
     assert len(accepted) <= 0.005 * len(wrong), accepted
     misread = [p for p in wrong if numeric(Problem([], p[0]), Response(f"\\boxed{{{p[1]}}}"))]
