@@ -139,7 +139,8 @@ class RolloutConfig(Section):
     """Samples in flight per server."""
     server_args: dict[str, Any] = Field({})
     """Further flags of SGLang by its own names, with underscores (``mem_fraction_static``, 0.8 unless given;
-    ``max_total_tokens``; ``chunked_prefill_size``). Flags that the project sets are refused, with the key to use."""
+    ``max_total_tokens``; ``chunked_prefill_size``). Flags that the project sets are refused, with the key to use.
+    ``enable_deterministic_inference: true``: samples depend on weights, prompt and seed alone (docs/design.md)."""
     start_timeout: float = Field(300.0, gt=0)
     """Seconds for all nodes of a job to pass the preflight, and then for rollout servers to answer a real generate."""
     request_timeout: float = Field(600.0, gt=0)
