@@ -72,13 +72,6 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     return read_plan(arguments.file, arguments.out, arguments.settings)
 
 
-def repeated(arguments: argparse.Namespace) -> list[str]:
-    """Return the arguments that name the same plan, from any folder."""
-    line = [str(arguments.file.absolute()), "--out", str(arguments.out.absolute())]
-    line += ["--vary", arguments.vary, "--seeds", arguments.seeds] if arguments.vary else []
-    return [*line, *(part for text in arguments.settings for part in ("--set", text))]
-
-
 def finished(plan: Plan) -> tuple[dict[Cell, Measured], dict[str, float]]:
     """Read the cells that have ended: their measures, and seconds by name."""
     results, seconds = {}, {}
@@ -97,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = plan_of(arguments)
         plan.out.mkdir(parents=True, exist_ok=True)
         if arguments.slurm:
-            print("submitted", *submit(plan, arguments.jobs, options, repeated(arguments)))
+            print("submitted", *submit(plan, arguments.jobs, options))
             return 0
         cells = [plan.cell(arguments.only)] if arguments.only else plan.cells()
         failed = [] if arguments.report else run_cells(plan, cells, arguments.jobs)

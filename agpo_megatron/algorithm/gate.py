@@ -45,11 +45,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agpo_megatron.algorithm.settings import AdaptiveKind, ClipSettings, LossSettings, Tie
+from agpo_megatron.algorithm.settings import TIE, AdaptiveKind, ClipSettings, LossSettings, Tie
 from agpo_megatron.samples import TrainSequence
-
-TIE = 1e-6
-"""Losses that differ by at most this fraction of their ``scale`` are equal: about ten roundings of float32."""
 
 
 @dataclass(frozen=True)

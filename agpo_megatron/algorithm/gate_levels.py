@@ -18,7 +18,7 @@ errors, -2 or lower. With S_g the sum of group g, K groups that train, L = sum S
 A single group has no standard error and closes nothing.
 
 ``random``, a control for comparisons: the level is the gain, 0 or 1. A step is closed with the share of the steps
-before on which max0 would have been (L <= 0), drawn without a look at its own L::
+before on which max0 would have been (L <= 0, or 0 but for rounding), drawn without a look at its own L::
 
     P(closed) = #{earlier steps with L <= 0} / #{earlier steps};    the first step is open                   (G3)
 
@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from agpo_megatron.algorithm.settings import ClipSettings
+from agpo_megatron.algorithm.settings import TIE, ClipSettings
 
 MEMORY = 0.95
 """Weight of a loss in the running deviation relative to that of the step after: a memory of about 20 steps."""
@@ -44,6 +44,7 @@ SMALLEST_TAU = 1e-6
 def gate_levels(
     clip: ClipSettings,
     group_sums: Sequence[Mapping[str, float]],
+    scales: Sequence[float],
     state: Sequence[float],
     *,
     seed: int,
@@ -51,14 +52,15 @@ def gate_levels(
 ) -> tuple[list[float], list[float]]:
     """Return (levels, state after the batch); both empty for a gate that needs no level.
 
-    ``group_sums``: for each optimizer step of the batch, the sum -sum w n A of each group that trains in it.
+    ``group_sums``: for each optimizer step of the batch, the sum -sum w n A of each group that trains in it;
+    ``scales``: sum |w n A|, which rounding is measured by.
     ``state``: after the batch before; empty at the start of a run.
     """
     if not clip.has_level:
         return [], []
     levels: list[float] = []
     state = list(state)
-    for update, sums in enumerate(group_sums):
+    for update, (sums, scale) in enumerate(zip(group_sums, scales, strict=True)):
         loss = math.fsum(sums.values())
         if clip.kind == "max0_se":
             levels.append(clip.min * standard_error(list(sums.values())))
@@ -66,7 +68,7 @@ def gate_levels(
             steps, closed = state or [0.0, 0.0]
             draw = np.random.Generator(np.random.PCG64([seed, first_step + update, 1])).random()
             levels.append(0.0 if steps and draw < closed / steps else 1.0)
-            state = [steps + 1, closed + (loss <= 0)] if sums else state
+            state = [steps + 1, closed + (loss <= TIE * scale)] if sums else state
         else:
             weight, mean, squares = state or [0.0, 0.0, 0.0]
             known = weight > 1

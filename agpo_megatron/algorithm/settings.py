@@ -25,6 +25,8 @@ WhenClipped = Literal["step", "skip_step"]
 KlEstimator = Literal["k1", "k2", "k3"]
 CorrectionKind = Literal["none", "tis", "mis", "icepop"]
 CorrectionLevel = Literal["token", "sequence", "sequence_mean"]
+TIE = 1e-6
+"""Losses that differ by at most this fraction of sum |w n A| are equal: about ten roundings of float32."""
 PolicyLossName = Literal["ppo", "gspo", "gspo_token", "cispo", "gmpo", "sapo", "nll"]
 AggregationMode = Literal[
     "token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"

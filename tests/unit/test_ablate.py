@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from ablation.comparison import compare, decide, paired_interval  # noqa: E402
 from ablation.measures import HeldOut, Measured, curves_of, held_out  # noqa: E402
 from ablation.plan import Cell, Plan, read_plan  # noqa: E402
 from ablation.report import write_report  # noqa: E402
-from ablation.running import Job, locked, note, run_cells, startable  # noqa: E402
+from ablation.running import Job, is_finished, locked, note, run_cells, startable  # noqa: E402
 from ablation.slurm_array import script  # noqa: E402
 
 STEP = {
@@ -207,6 +208,10 @@ def test_the_interval_knows_seeds_and_problems() -> None:
     assert (seeds.mean, seeds.low, seeds.high) == pytest.approx((0.1, -0.1, 0.3)), (
         "no problem differs, seeds do"
     )
+    # Seeds that do not differ: a seed drawn twice draws its problems twice (else 1.6 times as wide).
+    noise = [paired_interval(list(rng.normal(0, 1, (5, 200)))) for _ in range(40)]
+    nominal = 2 * 1.96 / math.sqrt(5 * 200)
+    assert 1.2 < np.mean([i.high - i.low for i in noise]) / nominal < 1.42
     gaps = paired_interval([np.array([1.0, np.nan, 1.0]), np.array([np.nan, np.nan, np.nan])])
     assert (gaps.mean, gaps.low, gaps.high) == (1.0, 1.0, 1.0)
     assert math.isnan(paired_interval([]).mean)
@@ -281,7 +286,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     text = write_report(plan, results, {"v3,sums,1": 61.0})
     assert "7 of 8 cells" in text
     assert (
-        "| `v3` | 66.7 ± 0.0 | +8.3 [+0.0, +20.8] | 30.0 ± 0.0 | -5.00 [-10.00, +0.00] | +20.0 % | 4 | 2 |"
+        "| `v3` | 66.7 ± 0.0 | +8.3 [+0.0, +16.7] | 30.0 ± 0.0 | -5.00 [-10.00, +0.00] | +20.0 % | 4 | 2 |"
         in text
     )
     page = (plan.out / "results.html").read_text()
@@ -338,6 +343,53 @@ def test_a_folder_of_other_settings_is_refused(
     plan_of(tmp_path, settings={"train.steps": 4})
     assert ablate.main([str(tmp_path / "plan.yaml"), "--out", str(plan.out)]) == 2
     assert "train.steps=3, train.steps=4); use another --out" in capsys.readouterr().err
+
+
+def test_a_folder_from_another_run_configuration_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text((REPO / "configs" / "tiny_cpu.yaml").read_text())
+    plan = plan_of(tmp_path, config=str(config))
+    note(plan, plan.cells()[0], True, 1.0)
+    assert is_finished(plan, plan.cells()[0])
+    config.write_text(config.read_text().replace("group_size: 8", "group_size: 4"))
+    assert ablate.main([str(plan.path), "--out", str(plan.out), "--report"]) == 2
+    assert f"was made from another {config}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "arms", "repeats"),
+    [
+        (
+            ["--vary", "train.lr=1e-4,2e-4", "--seeds", "1,2", "--set", "train.steps=3"],
+            {"1e-4": {"train.lr": 1e-4}, "2e-4": {"train.lr": 2e-4}},
+            "--vary train.lr=1e-4,2e-4 --seeds 1,2 --set train.steps=3 --only 2e-4,task,1 --out DIR",
+        ),
+        (["--set", "data.prefix=a b"], None, "--set 'data.prefix=a b' --only v3,sums,1 --out DIR"),
+    ],
+)
+def test_a_printed_command_is_the_same_plan(
+    tmp_path: Path, line: list[str], arms: dict[str, Any] | None, repeats: str
+) -> None:
+    path = plan_of(tmp_path).path if arms is None else Path(FILE["config"])
+    arguments, _ = ablate.parse_arguments([str(path), *line])
+    plan = ablate.plan_of(arguments)
+    if arms:
+        assert plan.arms == arms
+    command = plan.command(plan.cell(repeats.split()[-3]))
+    assert command == f"python tools/ablate.py {path} {repeats}"
+    again, _ = ablate.parse_arguments(shlex.split(command)[2:])
+    assert ablate.plan_of(again).settings(plan.cells()[0])[:3] == plan.settings(plan.cells()[0])[:3]
+
+
+@pytest.mark.parametrize("line", [["--seeds", "x"], ["--seeds", "1,1"], ["--vary", "seed=a/b"]])
+def test_what_cannot_be_varied_is_said(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vary = [] if "--vary" in line else ["--vary", "preset=grpo,agpo"]
+    assert ablate.main([FILE["config"], *vary, *line, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("ablate.py: --vary ")
 
 
 def test_an_element_of_the_array_runs_its_cell(tmp_path: Path) -> None:

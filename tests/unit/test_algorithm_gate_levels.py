@@ -169,6 +169,9 @@ def test_the_random_gate_closes_as_often_as_the_clip_would_and_does_not_look() -
     assert list(state) == [600, would.sum()]
     assert closed.mean() == pytest.approx(would.mean(), abs=0.06)
     assert abs(np.corrcoef(closed[20:], would[20:])[0, 1]) < 0.12
+    of_one_length = [pair(i, 23, 23) for i in range(7)]
+    tied = step(of_one_length, how, gate_state=(0, 0))
+    assert list(tied.gate_state) == [1, 1], "a loss that is 0 but for rounding closes max0"
     twelve = [pair(i, 9, 8) for i in range(12)]
     assert len(set(step(twelve, how, updates=12, gate_state=(10, 5)).gate_levels)) == 2, (
         "each draws"

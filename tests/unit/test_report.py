@@ -178,6 +178,9 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     failed = report(run)
     assert (failed["facts"]["state"], failed["facts"]["because"]) == ("failed", "r: code 1")
     assert failed["events"][-1]["what"] == "failed: r: code 1"
+    write_json(run.done, {"mode": "train", "steps": 2})  # before train.steps was raised
+    extended = report(run)["facts"]
+    assert (extended["state"], extended["steps"]) == ("failed", 4)
     write_json(run.done, {"mode": "train", "steps": 4})
     assert report(run)["facts"]["state"] == "done"
 

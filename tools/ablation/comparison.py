@@ -46,19 +46,20 @@ def paired_interval(differences: Sequence[np.ndarray], seed: int = 0) -> Estimat
     """Estimate the mean of paired differences, an array [P] for each seed of the runs, NaN where there is no pair.
 
     The 95 % interval is that of a bootstrap in two stages: seeds with replacement, then problems within each; so it
-    holds for other seeds and other problems. With a single seed it says nothing of other seeds.
+    holds for other seeds and other problems. With a single seed it says nothing of other seeds. It errs on the wide
+    side: noise of problems is in the seeds' means too, so where seeds do not differ it is up to 1.4 times too wide.
     """
     known = [d[~np.isnan(d)] for d in differences]
     known = [d for d in known if len(d)]
     if not known:
         return Estimate(float("nan"), float("nan"), float("nan"))
     rng = np.random.Generator(np.random.PCG64(seed))
-    means = np.array(
-        [[d[rng.integers(0, len(d), len(d))].mean() for d in known] for _ in range(RESAMPLES)]
-    )
     sizes = np.array([len(d) for d in known], dtype=float)
     drawn = rng.integers(0, len(known), (RESAMPLES, len(known)))
-    values = np.take_along_axis(means, drawn, axis=1)
+    values = np.empty(drawn.shape)
+    for number, d in enumerate(known):  # a seed drawn twice has its problems drawn twice
+        mine = drawn == number
+        values[mine] = d[rng.integers(0, len(d), (int(mine.sum()), len(d)))].mean(1)
     totals = (values * sizes[drawn]).sum(1) / sizes[drawn].sum(1)
     low, high = np.percentile(totals, [2.5, 97.5])
     return Estimate(float(np.concatenate(known).mean()), float(low), float(high))

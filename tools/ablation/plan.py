@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +59,11 @@ class File(BaseModel):
         odd = [
             n
             for n in [*self.arms, *self.tasks]
-            if not n.replace("_", "").replace(".", "").isalnum()
+            if not n.translate(dict.fromkeys(map(ord, "_.+-"))).isalnum()
         ]
         if odd or START in self.arms:
             raise ValueError(
-                f"names of arms and tasks are letters, digits, _ and ., and not {START!r}: {odd}"
+                f"names of arms and tasks are letters, digits and _ . + -, and not {START!r}: {odd}"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: each once")
@@ -82,11 +84,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells and their settings; ``path``: the file. ``out``: the folder of all runs, absolute."""
+    """Cells and their settings; ``path``: the file. ``out``: the folder of all runs, absolute. ``further``: arguments
+    of the tool beside the file that say which plan it is."""
 
     path: Path
     out: Path
     file: File
+    further: tuple[str, ...] = ()
 
     @property
     def arms(self) -> dict[str, Settings]:
@@ -156,7 +160,14 @@ class Plan:
 
     def command(self, cell: Cell) -> str:
         """Return the command that repeats one cell, for somebody else."""
-        return f"python tools/ablate.py {self.path} --only {cell} --out DIR"
+        line = ["python", "tools/ablate.py", str(self.path), *self.further]
+        return shlex.join([*line, "--only", str(cell), "--out", "DIR"])
+
+    def base_settings(self) -> str:
+        """Return a digest of the configuration that all cells change, as its file has it. Raises OSError."""
+        path = self.run_config()
+        content, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def assignments(keys: Mapping[str, Any]) -> list[str]:
@@ -181,11 +192,8 @@ def read_plan(path: Path, out: Path, more: Sequence[str] = ()) -> Plan:
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror}") from error
     except ValidationError as error:
-        each = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
-        )
-        raise PlanError(f"{path}: {each}") from error
-    return checked(Plan(path, out.absolute(), with_settings(file, more)))
+        raise PlanError(f"{path}: {reason(error)}") from error
+    return checked(Plan(path, out.absolute(), with_settings(file, more), sets(more)))
 
 
 def varied(config: Path, vary: str, seeds: str, out: Path, more: Sequence[str]) -> Plan:
@@ -196,14 +204,30 @@ def varied(config: Path, vary: str, seeds: str, out: Path, more: Sequence[str]) 
     if not key or not values:
         raise PlanError(f"--vary {vary}: give KEY=value,value")
     arms = {value: {key: value_of(value)} for value in values}
-    file = File(
-        config=str(config.absolute()),
-        base=values[0],
-        seeds=[int(seed) for seed in seeds.split(",")],
-        tasks={"task": {}},
-        arms=arms,
+    try:
+        file = File(
+            config=str(config.absolute()),
+            base=values[0],
+            seeds=[int(seed) for seed in seeds.split(",")],
+            tasks={"task": {}},
+            arms=arms,
+        )
+    except ValueError as error:  # pydantic's are too
+        raise PlanError(f"--vary {vary} --seeds {seeds}: {reason(error)}") from error
+    further = ("--vary", vary, "--seeds", seeds, *sets(more))
+    return checked(Plan(config, out.absolute(), with_settings(file, more), further))
+
+
+def sets(more: Sequence[str]) -> tuple[str, ...]:
+    return tuple(part for text in more for part in ("--set", text))
+
+
+def reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
     )
-    return checked(Plan(config, out.absolute(), with_settings(file, more)))
 
 
 def with_settings(file: File, more: Sequence[str]) -> File:

@@ -45,6 +45,10 @@ def is_finished(plan: Plan, cell: Cell) -> bool:
     if not note.exists():
         return False
     made = json.loads(note.read_text())
+    if made["config"] != plan.base_settings():
+        raise PlanError(
+            f"{folder.path} was made from another {plan.run_config()}; use another --out, or put back what changed"
+        )
     if made["settings"] != plan.chosen(cell):
         differ = sorted(set(made["settings"]) ^ set(plan.chosen(cell)))
         raise PlanError(
@@ -57,7 +61,12 @@ def note(plan: Plan, cell: Cell, finished: bool, seconds: float) -> None:
     """Write ``cell.json``: what the run is, whether it has ended, and how long its last start took."""
     folder = plan.run_dir(cell)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"settings": plan.chosen(cell), "finished": finished, "seconds": round(seconds, 1)}
+    content = {
+        "config": plan.base_settings(),
+        "settings": plan.chosen(cell),
+        "finished": finished,
+        "seconds": round(seconds, 1),
+    }
     write_durably(folder / "cell.json", json.dumps(content, indent=1).encode())
 
 

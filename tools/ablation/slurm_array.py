@@ -1,4 +1,7 @@
-"""Submits an ablation to Slurm: an array of the starts, then one of the cells, each element a tools/ablate.py."""
+"""Submits an ablation to Slurm: an array of the starts, then one of the cells, each element a tools/ablate.py.
+
+Cells wait until all starts have ended, well or not: a cell whose start failed tries it once more, and the others run.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,10 @@ def script(name: str, cells: Sequence[Cell], jobs: int, logs: Path, command: Seq
     )
 
 
-def submit(plan: Plan, jobs: int, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Write and submit the arrays of what has not ended; return the ids of the jobs. ``options``: for sbatch;
-    ``arguments``: those of tools/ablate.py that say which plan. Raises PlanError where sbatch refuses."""
+def submit(plan: Plan, jobs: int, options: Sequence[str]) -> list[str]:
+    """Write and submit the arrays of what has not ended; return the ids of the jobs. ``options``: for sbatch. Raises
+    PlanError where sbatch refuses."""
+    this_plan = [str(plan.path.absolute()), "--out", str(plan.out), *plan.further]
     ids: list[str] = []
     logs = plan.out / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
@@ -52,9 +56,9 @@ def submit(plan: Plan, jobs: int, options: Sequence[str], arguments: Sequence[st
         if not cells:
             continue
         path = logs / f"{name}.sh"
-        command = [sys.executable, str(TOOL), *arguments]
+        command = [sys.executable, str(TOOL), *this_plan]
         write_durably(path, script(name, cells, jobs, logs, command).encode())
-        after = [f"--dependency=afterok:{ids[-1]}"] if ids else []
+        after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
         line = ["sbatch", "--parsable", *after, *options, str(path)]
         try:
             done = subprocess.run(line, capture_output=True, text=True, timeout=SUBMIT_SECONDS)

@@ -47,6 +47,9 @@ def facts(run: RunFolder, launches: Sequence[Launch], steps_done: int) -> Facts:
         )
     config = _config(run)
     done = _json(run.done)
+    asked = _at(config, "sft" if done.get("mode") == "sft" else "train", "steps")
+    if isinstance(asked, int) and done.get("steps", asked) < asked:
+        done = {}  # of before train.steps was raised
     modes = [done.get("mode"), _json(run.inputs).get("mode"), *(one.mode for one in launches[-1:])]
     mode = next((mode for mode in modes if mode), "train")
     state, because = _state(done, launches)
