@@ -107,7 +107,7 @@ class GuardsConfig(Section):
     """Entropy, mean over trained tokens, in nats, below which it fires; null: never."""
     reward_drop: float | None = Field(0.9, gt=0)
     """Fall of the mean reward of 8 batches below the best median of 8 batches, as a share of the largest absolute one,
-    above which it fires; null: never."""
+    above which it fires if it is also more than chance (4 standard errors); null: never."""
     truncated: float | None = Field(0.95, ge=0, le=1)
     """Share of truncated responses above which it fires, once a batch had no more; null: never."""
 

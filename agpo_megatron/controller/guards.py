@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import median
+from statistics import median, stdev
 
 import numpy as np
 
@@ -25,6 +25,8 @@ NORMS, FEWEST_NORMS = 64, 8
 """Gradient norms that the median is taken of, at most and at least."""
 BATCHES = 8
 """Batches over which the reward is averaged: a single small batch of a hard task may have none that is right."""
+ERRORS = 4.0
+"""Standard errors, of the difference of two such averages, that a fall must exceed."""
 NON_FINITE = "non_finite"
 StepMetrics = Mapping[str, float]
 
@@ -74,15 +76,19 @@ def reward_floor(
     settings: GuardsConfig, past: Sequence[StepMetrics], rolled_back: int
 ) -> float | None:
     """Return the mean reward of the next batch below which the mean of the last ``BATCHES``, it included, is too far
-    below the best median of as many; None while too little is known."""
+    below the best median of as many, and by more than chance; None while too little is known."""
     rows = [(row["step"], row["reward/mean"]) for row in past if "reward/mean" in row]
     # Medians: one batch with an absurd reward must not be the best for good.
-    best = [median(r for _, r in rows[i - BATCHES : i]) for i in range(BATCHES, len(rows) + 1)]
+    windows = [[r for _, r in rows[i - BATCHES : i]] for i in range(BATCHES, len(rows) + 1)]
+    best = [median(window) for window in windows]
     recent = [reward for step, reward in rows if step > rolled_back][1 - BATCHES :]
     if settings.reward_drop is None or not best or len(recent) < BATCHES - 1:
         return None
-    lowest = max(best) - settings.reward_drop * max(map(abs, best))
-    return BATCHES * lowest - sum(recent)
+    highest, largest = max(best), max(map(abs, best))
+    first = windows[best.index(highest)]  # later ones may have some of the fall
+    spread = stdev([min(max(r, highest - largest), highest + largest) for r in first])
+    fall = max(settings.reward_drop * largest, ERRORS * spread * math.sqrt(2 / BATCHES))
+    return BATCHES * (highest - fall) - sum(recent)
 
 
 def firings(verdicts: Iterable[StepVerdict], step: int) -> list[int]:

@@ -35,7 +35,8 @@ def adopting() -> Iterator[None]:
 
 def kind(process: psutil.Process) -> str:
     """What a process is, whatever its run: its command or title, without the folders in it."""
-    return " ".join(Path(part).name for part in process.cmdline()[:5] if part)
+    parts = [Path(part).name for part in process.cmdline()[:5] if part]
+    return " ".join(part for part in parts if not part.isdigit())  # numbers of pipes differ
 
 
 def tree(run: subprocess.Popen[str]) -> dict[str, psutil.Process]:

@@ -80,6 +80,22 @@ def test_the_reward_is_averaged_and_held_against_its_best() -> None:
     )
 
 
+def test_rare_rewards_that_stay_away_by_chance_are_no_collapse() -> None:
+    """16 samples a batch, one of 50 right: for eight batches none, now and then."""
+    rng = np.random.default_rng(3)
+    rewards = list(rng.binomial(16, 1 / 50, 400) / 16)
+    assert any(not sum(rewards[i - 8 : i]) and i > 20 for i in range(8, 401)), "the case occurs"
+    for step in range(20, 400):
+        floor = limits_of(rows(reward=rewards[:step]), reward_drop=0.9)["reward_drop"]
+        assert not floor.broken_by({"reward/mean": rewards[step]}), step
+    # The same in batches of 512, and then it really collapses.
+    many = list(rng.binomial(512, 1 / 50, 100) / 512)
+    fallen = limits_of(rows(reward=[*many, *[0.0] * 7]), reward_drop=0.9)["reward_drop"]
+    assert fallen.broken_by({"reward/mean": 0.0})
+    absurd = limits_of(rows(reward=[0.5] * 7 + [1e30] + [0.0] * 7), reward_drop=0.9)
+    assert absurd["reward_drop"].broken_by({"reward/mean": 0.0}), "one batch does not mute it"
+
+
 def test_after_a_roll_back_the_reward_is_averaged_anew_and_old_responses_are_not_judged() -> None:
     past = rows(reward=[0.8] * 8 + [0.0] * 6, truncated=[0.0] * 14)
     assert "reward_drop" not in limits_of(past, reward_drop=0.5, rolled_back=14)
