@@ -118,7 +118,8 @@ def kill_and_look(
 def test_nothing_is_left_whichever_processes_are_killed(
     tmp_path: Path, adopting: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = write_run(tmp_path, **{"train.steps": 100, "run.checkpoint_every": 100})
+    changes = {"train.steps": 100, "run.checkpoint_every": 100, "guards.reward_drop": None}
+    config = write_run(tmp_path, **changes)
     before = children_of_this()
     run, found = start_run(config, tmp_path / "look", list(TITLES))
     names = list(found)
