@@ -25,7 +25,7 @@ def remove_old(folder: RunFolder, journal: Journal, config: Config) -> None:
     newest needs, if so configured. The best is for evaluation and export: nothing is kept behind it."""
     checkpoints = folder.complete_checkpoints()
     newest = checkpoints[-config.run.keep_checkpoints :]
-    best = best_checkpoint(folder, config.run.keep_best)
+    best = best_checkpoint(folder, config.run.keep_best, config.train.updates_per_batch)
     for step, old in checkpoints[: -len(newest)]:
         if step != best:
             (old / CHECKPOINT_MARKER).unlink()  # first: a half-removed folder is no checkpoint

@@ -42,9 +42,9 @@ def limits(
 ) -> list[Limit]:
     """Return the limits of a batch after the steps ``past``.
 
-    ``rewarded``: it has responses with rewards, as supervised batches have not. ``rolled_back``: the last step that was
-    rolled back: rewards up to there say nothing of the weights of now. ``quiet``: its responses may still be of weights
-    that were rolled back, so they are not judged.
+    ``rewarded``: it has responses with rewards, as supervised batches have not. ``rolled_back``: the last step whose
+    responses may be of weights that were rolled back: rewards up to there say nothing of the weights of now.
+    ``quiet``: so may those of this batch, and they are not judged.
     """
     found: list[Limit] = []
     norms = [n for row in past if 0 < (n := row.get("grad_norm", 0.0)) < math.inf][-NORMS:]

@@ -129,8 +129,9 @@ class Run:
 
         Trainers that outlived their last controller may be at a later step, and stay there. A damaged checkpoint is
         set aside, and the one before it taken; JournalError when the journal does not lead from that to the damaged
-        one. ``recorded``: the journal to train on, if it is not this run's. ``begin``: step and checkpoint to start
-        from while there is none here. Raises GuardStop if a guard has stopped the run, under the settings of now.
+        one, or when it is that of ``begin``. ``recorded``: the journal to train on, if it is not this run's. ``begin``:
+        step and checkpoint to start from while there is none here. Raises GuardStop if a guard has stopped the run,
+        under the settings of now.
         """
         self.begin = begin
         await asyncio.to_thread(self.watch.read, recorded)
@@ -142,6 +143,10 @@ class Run:
                 damaged = answers[0]["damaged"]
                 if not (damaged and path):
                     break
+                if path == begin[1]:
+                    raise JournalError(
+                        f"{damaged}; {path} is the checkpoint that this replay begins from: restore it from a copy"
+                    )
                 older, reader = saved[-1][0] if saved else begin[0], recorded or self.journal.reader
                 await asyncio.to_thread(set_aside, path, step, damaged, older, reader)
         # Only now: trainers that outlived their controller may still have been saving.
@@ -155,6 +160,8 @@ class Run:
             settled = name != reader.batches()[-1].name
             batch = Batch(reader.record(name), reader.folder, name, {}, True, settled)
             await self.conclude(batch, held, answers[0]["last_update"], {})
+        if held > step:  # and perhaps nobody has saved it yet
+            await self._save_what_is_due()
         return held
 
     async def advance(self, batch: Batch) -> None:
@@ -183,13 +190,16 @@ class Run:
             trained += timings["time/update"]
             timings |= self._trainer_metrics(batch, step, result, timings["time/update"])
             if step == batch.record.steps[-1]:
-                timings["throughput/tokens_per_s"] = tokens / whole
-                timings["busy/trainer_frac"] = trained / whole
+                if not batch.replayed:  # of the others nobody knows what their generation took
+                    timings["throughput/tokens_per_s"] = tokens / whole
+                    timings["busy/trainer_frac"] = trained / whole
                 timings |= {key: seconds / whole for key, seconds in waits.items()}
             timings |= await asyncio.to_thread(self.vitals.memory) if self.vitals else {}
             await self.conclude(batch, step, result, timings)
             timings = {}
-            await self._save_if_due()
+            await self._save_what_is_due()
+            if self.version.step < self.recipe.steps:
+                await self.stop_if_asked()
 
     def _trainer_metrics(
         self, batch: Batch, step: int, result: Mapping[str, float], seconds: float
@@ -241,8 +251,8 @@ class Run:
         record, name = await asyncio.to_thread(self.journal.commit, record, decision.columns)
         return Batch(record, self.folder.journal, name, timings)
 
-    async def _save_if_due(self) -> None:
-        """After a step: export and save if due, and at the last; before that, end if asked to."""
+    async def _save_what_is_due(self) -> None:
+        """After a step: export and save if due, and at the last."""
         run, step, last = self.config.run, self.version.step, self.recipe.steps
         path = self.folder.export(step)
         # Before the save: behind a complete checkpoint no export is missing.
@@ -254,8 +264,6 @@ class Run:
             await self.save(wait=step == last)
         else:
             await self.settle_save()
-        if step < last:
-            await self.stop_if_asked()
 
     async def stop_if_asked(self) -> None:
         """Between two steps: if the run is asked to end, save what is not saved yet, and raise StoppedOnRequest."""

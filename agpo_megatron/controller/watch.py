@@ -50,12 +50,14 @@ class Watch:
     def read(self, recorded: JournalReader | None) -> None:
         """Read the verdicts of earlier starts, and of ``recorded``, the journal to train on if it is not this run's.
 
-        Raises GuardStop if one of them has stopped this run and the settings that decided it are those of now.
+        Raises GuardStop if one of them has stopped this run and the settings that decided it are those of now, unless
+        others have let it go on since.
         """
         own = self.journal.reader.verdicts()
         self.verdicts = {**(recorded.verdicts() if recorded else {}), **own}
         last = own[max(own)] if own else None
-        if last and last.action == "stop" and last.settings == self._settings:
+        overruled = last and any(row["step"] > last.last for row in self.past)
+        if last and last.action == "stop" and last.settings == self._settings and not overruled:
             reader = recorded or self.journal.reader
             raise GuardStop(stop_message(last, reader.record(reader.batch_of(last.step).name)))
 
@@ -78,14 +80,18 @@ class Watch:
         """Return the limits of a batch that begins with ``step``."""
         train = self.config.train
         back = [v.last for v in self.verdicts.values() if v.action == "roll_back" and v.step < step]
-        ahead = train.max_staleness * train.updates_per_batch
+        resamples = (
+            self.config.algorithm.advantage.zero_variance == "resample"
+        )  # its surplus is of a batch before
+        ahead = (train.max_staleness + resamples) * train.updates_per_batch
+        old = max(back) + ahead if back else 0
         return guards.limits(
             self.config.guards,
             self.config.reward.max_error_frac,
             self.past,
             rewarded=rewarded,
-            rolled_back=max(back, default=0),
-            quiet=bool(back) and step <= max(back) + ahead,
+            rolled_back=old,
+            quiet=step <= old,
         )
 
     def orders(self, batch: Batch, step: int, reported: bool) -> dict[str, bool]:

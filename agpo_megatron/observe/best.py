@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from agpo_megatron.config import Config, ConfigError
@@ -47,8 +48,9 @@ def split_evaluation(name: str) -> tuple[str, str]:
     return chosen, score
 
 
-def best_checkpoint(folder: RunFolder, keep_best: str) -> int | None:
-    """The step of the complete checkpoint with the best value; of equals, the newest. None where none has a value."""
+def best_checkpoint(folder: RunFolder, keep_best: str, updates: int = 1) -> int | None:
+    """The step of the complete checkpoint with the best value; of equals, the newest. None where none has a value.
+    ``updates``: optimizer steps of a batch, of which some metrics stand with one only."""
     if not keep_best:
         return None
     name, sign = keep_best.removeprefix("-"), -1.0 if keep_best.startswith("-") else 1.0
@@ -57,9 +59,17 @@ def best_checkpoint(folder: RunFolder, keep_best: str) -> int | None:
         values = {step: _evaluated(folder.evaluation(step), name) for step in steps}
     else:
         rows = {int(row["step"]): row for row in read_metrics(folder.path)}
-        values = {step: rows.get(step, {}).get(name, math.nan) for step in steps}
+        values = {step: _of_batch(rows, step, name, updates) for step in steps}
     known = [(sign * value, step) for step, value in values.items() if math.isfinite(value)]
     return max(known)[1] if known else None
+
+
+def _of_batch(rows: Mapping[int, Mapping[str, float]], step: int, name: str, updates: int) -> float:
+    """The value at a step, or the newest before it in its batch."""
+    for earlier in range(step, step - 1 - (step - 1) % updates, -1):
+        if name in rows.get(earlier, {}):
+            return rows[earlier][name]
+    return math.nan
 
 
 def _evaluated(path: Path, name: str) -> float:

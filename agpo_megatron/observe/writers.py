@@ -225,12 +225,12 @@ class MlflowWriter:
                 experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
             )
             run = self._client.create_run(number, run_name=run_dir.name).info.run_id
-            params = [Param(_mlflow_name(k), str(v)[:500]) for k, v in config.items()]
-            for first in range(0, len(params), 100):  # MLflow's limit of one call
-                self._client.log_batch(run, params=params[first : first + 100])
-            self._kept.keep(run, 0)
+            self._kept.keep(run, 0)  # before anything else can fail: a second try goes on with it
         else:
             self._client.update_run(self._kept.run, status="RUNNING")
+        params = [Param(_mlflow_name(k), str(v)[:500]) for k, v in config.items()]
+        for first in range(0, 0 if self.last else len(params), 100):  # MLflow's limit of one call
+            self._client.log_batch(self._kept.run, params=params[first : first + 100])
         self._begun = self.last + 1
 
     @property
@@ -240,9 +240,10 @@ class MlflowWriter:
     def write(self, row: Row) -> None:
         now, step, run = int(time.time() * 1000), int(row["step"]), self._kept.run
         values = {_mlflow_name(k): v for k, v in row.items() if k != "step"}
-        if step == self._begun:  # an earlier start may have been killed while it wrote this one
+        if step == self._begun:  # it may have been written already, and nobody heard of it
             values = {k: v for k, v in values.items() if not self._holds(k, step)}
         metrics = [self._metric(key, value, now, step) for key, value in values.items()]
+        self._begun = step
         self._client.log_batch(run, metrics=metrics)
         self._kept.keep(run, step)
 

@@ -5,11 +5,10 @@ Needs neither Megatron nor process groups; ``checkpoint`` writes the folders of 
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import zlib
 from collections.abc import Mapping
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,13 @@ def check_file(folder: Path, name: str, promised: list[int]) -> None:
     path = folder / name
     if not path.is_file():
         raise CheckpointDamaged(f"checkpoint {folder} is damaged: {name} is missing")
-    if digest(path) != promised:
+    try:
+        found = digest(path)
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ESTALE):
+            raise
+        raise CheckpointDamaged(f"checkpoint {folder} is damaged: {name}: {error}") from error
+    if found != promised:
         raise CheckpointDamaged(
             f"checkpoint {folder} is damaged: {name} is not what was written; use an earlier checkpoint"
         )
@@ -81,11 +86,10 @@ def check_file(folder: Path, name: str, promised: list[int]) -> None:
 
 def digest(path: Path) -> list[int]:
     """[size, CRC-32] of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for start in range(0, size, WINDOW):  # mapped: no copy of what is only looked at
-            length = min(WINDOW, size - start)
-            with mmap(file.fileno(), length, access=ACCESS_READ, offset=start) as window:
-                crc = zlib.crc32(window, crc)
+    size = crc = 0
+    window = memoryview(bytearray(min(WINDOW, max(1, path.stat().st_size))))
+    # Read, not mapped: a page that a failing file system cannot give would be a signal.
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(window):
+            size, crc = size + count, zlib.crc32(window[:count], crc)
     return [size, crc]

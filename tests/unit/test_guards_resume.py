@@ -103,6 +103,8 @@ def test_a_stopped_run_stays_stopped_until_its_guards_change(tmp_path: Path) -> 
     changed = GuardedTrainer(SPIKES)
     go(tmp_path, changed, "guards.grad_norm=51")
     assert changed.taken == [*range(1, 9), 14] and changed.step == 14
+    # The settings of the stop again: others have let the run go on since.
+    go(tmp_path, GuardedTrainer(SPIKES))
     assert actions(tmp_path) == {10: "warn", 11: "skip", 12: "roll_back", 13: "stop"}
 
 
@@ -113,6 +115,33 @@ def test_behind_a_stop_that_was_overruled_the_ladder_begins_anew(tmp_path: Path)
     trainer = GuardedTrainer(spikes)
     go(tmp_path, trainer, "guards.grad_norm=51")
     assert actions(tmp_path)[14] == "warn" and trainer.taken[-1] == 14
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ahead"),
+    [
+        (["train.max_staleness=8"], 8),
+        (["train.max_staleness=4", "train.updates_per_batch=2"], 8),
+        (["algorithm.preset=dapo"], 1),
+        ([], 0),
+    ],
+)
+def test_nothing_of_rolled_back_weights_is_judged(
+    tmp_path: Path, overrides: list[str], ahead: int
+) -> None:
+    """Groups that were begun ahead, and the surplus of dynamic sampling, are of the weights of before."""
+    watch = run_in(tmp_path, GuardedTrainer({}), STEPS, *overrides).watch  # type: ignore[arg-type]
+    watch.verdicts = {30: StepVerdict(30, "roll_back", [], 21, 30)}
+    watch.past = [{"step": s, "reward/mean": 0.9 if s <= 20 else 0.0} for s in range(1, 31 + ahead)]
+
+    def judged(step: int) -> set[str]:
+        return {limit.guard for limit in watch.limits(step, rewarded=True)}
+
+    assert ahead == 0 or not judged(30 + ahead) & {"logprob_gap", "reward_drop", "truncated"}
+    assert "logprob_gap" in judged(31 + ahead) and "reward_drop" not in judged(31 + ahead)
+    watch.past += [{"step": 31 + ahead + i, "reward/mean": 0.7} for i in range(7)]
+    (floor,) = [x for x in watch.limits(38 + ahead, rewarded=True) if x.guard == "reward_drop"]
+    assert floor.bound < 0, "seven healthy batches: not even a bad one would be a collapse"
 
 
 def kill(run_kills: pytest.MonkeyPatch, point: str) -> None:

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,37 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last.close()
     assert history("lr")[:4] == NOTHING_LEFT_OUT and len(history("lr")) == 5
     assert history("source_accuracy/a_b c_") == [(5, 0.5)]
+
+
+def test_answers_of_mlflow_that_are_lost_leave_one_run_and_no_double_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="mlflow is optional")
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    apply, lost = MlflowClient.log_batch, [True, False, False, True]
+
+    def log_batch(self: MlflowClient, *args: Any, **more: Any) -> None:
+        apply(self, *args, **more)
+        if lost and lost.pop(0):
+            raise ConnectionError("timed out")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    with pytest.raises(ConnectionError):
+        writers.MlflowWriter(tmp_path, {"train.lr": 1e-6})
+    writer = writers.MlflowWriter(tmp_path, {"train.lr": 1e-6})
+    writer.write({"step": 1, "lr": 0.5})
+    with pytest.raises(ConnectionError):
+        writer.write({"step": 2, "lr": 0.25})
+    writer.write({"step": 2, "lr": 0.25})
+    client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name(writers.PROJECT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {"train.lr": "1e-06"}
+    history = client.get_metric_history(run.info.run_id, "lr")
+    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.25)]
 
 
 class Flaky:

@@ -14,7 +14,7 @@ from agpo_megatron.config import ConfigError, load_config
 from agpo_megatron.config.run_folder import RunFolder
 from agpo_megatron.controller import run as run_module
 from agpo_megatron.controller.evaluation import write_scores
-from agpo_megatron.controller.run import StoppedOnRequest
+from agpo_megatron.controller.run import Run, StoppedOnRequest
 from agpo_megatron.journal import JournalError
 from agpo_megatron.observe.best import best_checkpoint, check_keep_best
 from agpo_megatron.observe.metrics import read_metrics
@@ -225,6 +225,63 @@ def test_damage_upon_damage_leads_back_to_the_initial_weights(tmp_path: Path) ->
     names = sorted(p.name for p in run.folder.checkpoints.glob("damaged-*"))
     assert names == [f"damaged-step-0000000{n}{more}" for n in (1, 2, 3) for more in ("", ".2")]
     assert kept(tmp_path) == [1, 2, 3]
+
+
+def test_damage_to_what_a_replay_begins_from_renames_nothing(tmp_path: Path) -> None:
+    trainer, elsewhere = CountingTrainer(), tmp_path / "dump" / "checkpoints" / "step-00000003"
+    elsewhere.mkdir(parents=True)
+    trainer.damaged = {elsewhere}
+    for _ in range(2):
+        run = run_in(tmp_path, trainer, 4)
+        with pytest.raises(JournalError, match="step-00000003 is the checkpoint that this replay"):
+            asyncio.run(run.load(run.journal.reader, (3, elsewhere)))
+    assert elsewhere.is_dir()
+
+
+class Killed(BaseException):
+    """The controller is gone."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "killed_at", "export_every"), [(4, 4, 2), (7, 3, 3)], ids=["at the last", "between"]
+)
+def test_what_a_killed_controller_did_not_save_any_more_the_next_one_saves(
+    tmp_path: Path, steps: int, killed_at: int, export_every: int
+) -> None:
+    """The trainer goes on living, and holds the step."""
+
+    def run_with(trainer: CountingTrainer, folder: Path) -> Run:
+        folder.mkdir(exist_ok=True)
+        return run_in(folder, trainer, steps, f"run.export_every={export_every}")
+
+    trainer, undisturbed = CountingTrainer(), CountingTrainer()
+    killed = run_with(trainer, tmp_path / "killed")
+    save = killed._save_what_is_due
+
+    async def dies() -> None:
+        if killed.version.step == killed_at:
+            raise Killed
+        await save()
+
+    killed._save_what_is_due = dies  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        advance(killed, updates=1)
+    advance(run_with(trainer, tmp_path / "killed"), updates=1)
+    advance(run_with(undisturbed, tmp_path / "undisturbed"), updates=1)
+    assert trainer.saves == undisturbed.saves and trainer.exports == undisturbed.exports
+    assert killed_at in trainer.saves
+
+
+def test_the_best_of_a_batch_is_known_by_its_first_step(tmp_path: Path) -> None:
+    """Four updates a batch, and every checkpoint is at the last of them."""
+    settings = ("run.checkpoint_every=4", "run.keep_best=reward/accuracy")
+    run = run_in(tmp_path, CountingTrainer(), 12, *settings, "train.updates_per_batch=4")
+    advance(run, updates=4)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "reward/accuracy" in row] == [1, 5, 9]
+    assert kept(tmp_path) == [8, 12]
+    assert best_checkpoint(run.folder, "reward/accuracy", 4) == 12
+    assert best_checkpoint(run.folder, "reward/accuracy", 1) is None
 
 
 def test_without_the_journal_in_between_damage_is_refused_and_nothing_renamed(

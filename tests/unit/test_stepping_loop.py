@@ -145,6 +145,18 @@ def test_every_update_of_a_batch_is_a_step_on_its_own_part(tmp_path: Path) -> No
     assert rows[3]["throughput/tokens_per_s"] == pytest.approx(4 * (5 + 6) / whole)
 
 
+def test_no_throughput_is_said_of_a_batch_that_another_start_generated(tmp_path: Path) -> None:
+    trainer = CountingTrainer()
+    run = run_in(tmp_path, trainer, 4)
+    run.stop_requested = lambda: trainer.held == 2
+    with pytest.raises(StoppedOnRequest):
+        advance(run, updates=4)
+    advance(run_in(tmp_path, trainer, 4), updates=4)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert not any("throughput/tokens_per_s" in row for row in read_metrics(tmp_path))
+    assert all("time/step" in row for row in read_metrics(tmp_path))
+
+
 def test_tokens_and_flops_are_those_of_the_sequences_that_are_packed(tmp_path: Path) -> None:
     """Of two groups one has no variance, so no weight; the last update computes nothing."""
     trainer = CountingTrainer()
