@@ -50,7 +50,7 @@ class Instant:
         self._answer = Generation(tokens, np.zeros(8, np.float32), "stop", (span,))
 
     async def generate(
-        self, tokens: Any, sampling: Sampling, n: int = 1, cache: str = ""
+        self, tokens: Any, sampling: Sampling, n: int = 1, cache: str = "", seeds: Any = None
     ) -> list[Generation]:
         await asyncio.sleep(0)
         return [self._answer] * n

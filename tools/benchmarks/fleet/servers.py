@@ -110,6 +110,7 @@ class SimulatedServer:
         sampling: Sampling,
         n: int = 1,
         cache: str = "",
+        seeds: Sequence[int] | None = None,
     ) -> list[Generation]:
         position, prefix = int(prompt_tokens[0]), len(prompt_tokens) - PROMPT
         assert (n == 1) == (prefix > 0), "a group's first request is the one without a prefix"
