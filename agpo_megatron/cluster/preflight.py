@@ -80,11 +80,12 @@ def gather_facts(
     problems: list[str] = []
     ports: dict[str, int] = {}
     names = ["controller", "master"] if roles.controller else []
+    first = config.rollout.port
+    taken = {hello_port, config.observe.prometheus_port, *range(first, first + len(roles.servers))}
     for name in names:
-        ports[name] = free_port(address)
+        ports[name] = free_port(address, {*taken, *ports.values()})
     for local, server in enumerate(roles.servers):
-        first = config.rollout.port
-        port = first + local if first else free_port(address)
+        port = first + local if first else free_port(address, {*taken, *ports.values()})
         try:
             refuse_port_in_use(address, port)
         except OSError as error:

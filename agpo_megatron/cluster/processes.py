@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,15 +25,18 @@ EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 KILL_SECONDS = 60.0  # for two keepers, of whom each waits for a while
 
 
-def free_port(address: str = "127.0.0.1") -> int:
+def free_port(address: str = "127.0.0.1", taken: Collection[int] = ()) -> int:
     """Find a free port of ``address`` that the kernel gives to nobody who asks for any port.
 
     A server binds its port a minute after it was chosen. Meanwhile every outgoing connection takes one from the
-    ephemeral range, so the choice is made below that range. Raises OSError when nothing is free there.
+    ephemeral range, so the choice is made below that range. ``taken``: chosen for something else, and perhaps not bound
+    yet. Raises OSError when nothing is free there.
     """
     lowest_ephemeral = int(EPHEMERAL_RANGE.read_text().split()[0])
     for _ in range(200):
         port = random.randrange(FIRST_PORT, lowest_ephemeral)
+        if port in taken:
+            continue
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):

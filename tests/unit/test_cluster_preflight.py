@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny_run import write_run
 
-from agpo_megatron.cluster import address
+from agpo_megatron.cluster import address, processes
 from agpo_megatron.cluster.address import own_address
 from agpo_megatron.cluster.preflight import (
     Calls,
@@ -77,13 +77,18 @@ def test_the_first_failure_names_node_and_fix() -> None:
     assert verdict(a=replace(GOOD, problems=["x"]), b=small) == "a: x"
 
 
-def test_facts_of_a_real_node(tmp_path: Path) -> None:
-    config = load_config(write_run(tmp_path))
+def test_facts_of_a_real_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(write_run(tmp_path, **{"observe.prometheus_port": 17602}))
     roles = NodeRoles("here", (0, 1), (0,), controller=True)
-    facts = gather_facts(roles, config, "train", "127.0.0.1", "lo", 1)
+    # 17601 is this node's own for the preflight, and nothing is given to two: they are bound a minute later.
+    draws = iter([17601, 17602, 17603, 17603, 17604, 17604, 17603, 17605, *range(17606, 17700)])
+    monkeypatch.setattr(processes.random, "randrange", lambda *_: next(draws))
+    facts = gather_facts(roles, config, "train", "127.0.0.1", "lo", 17601)
+    monkeypatch.undo()
     assert facts.problems == []
     assert set(facts.ports) == {"controller", "master", "rollout server 0"}
     assert len(set(facts.ports.values())) == 3
+    assert not {17601, 17602} & set(facts.ports.values())
     assert {"torch", "sglang", "megatron-core"} <= set(facts.versions["trainer"])
     assert facts.versions["rollout"] == facts.versions["trainer"]
     for weights in (tmp_path / "model").glob("*.safetensors"):
