@@ -78,12 +78,12 @@ def reward_floor(
     """Return the mean reward of the next batch below which the mean of the last ``BATCHES``, it included, is too far
     below the best median of as many, and by more than chance; None while too little is known."""
     rows = [(row["step"], row["reward/mean"]) for row in past if "reward/mean" in row]
-    # Medians: one batch with an absurd reward must not be the best for good.
-    windows = [[r for _, r in rows[i - BATCHES : i]] for i in range(BATCHES, len(rows) + 1)]
-    best = [median(window) for window in windows]
     recent = [reward for step, reward in rows if step > rolled_back][1 - BATCHES :]
-    if settings.reward_drop is None or not best or len(recent) < BATCHES - 1:
+    if settings.reward_drop is None or len(rows) < BATCHES or len(recent) < BATCHES - 1:
         return None
+    windows = [[r for _, r in rows[i - BATCHES : i]] for i in range(BATCHES, len(rows) + 1)]
+    # Medians: one batch with an absurd reward must not be the best for good.
+    best = [median(window) for window in windows]
     highest, largest = max(best), max(map(abs, best))
     first = windows[best.index(highest)]  # later ones may have some of the fall
     spread = stdev([min(max(r, highest - largest), highest + largest) for r in first])

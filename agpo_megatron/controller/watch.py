@@ -80,9 +80,8 @@ class Watch:
         """Return the limits of a batch that begins with ``step``."""
         train = self.config.train
         back = [v.last for v in self.verdicts.values() if v.action == "roll_back" and v.step < step]
-        resamples = (
-            self.config.algorithm.advantage.zero_variance == "resample"
-        )  # its surplus is of a batch before
+        # The surplus of dynamic sampling was begun a batch earlier.
+        resamples = self.config.algorithm.advantage.zero_variance == "resample"
         ahead = (train.max_staleness + resamples) * train.updates_per_batch
         old = max(back) + ahead if back else 0
         return guards.limits(

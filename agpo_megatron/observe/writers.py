@@ -225,12 +225,14 @@ class MlflowWriter:
                 experiment.experiment_id if experiment else self._client.create_experiment(PROJECT)
             )
             run = self._client.create_run(number, run_name=run_dir.name).info.run_id
-            self._kept.keep(run, 0)  # before anything else can fail: a second try goes on with it
+            self._kept.keep(run, -1)  # before its parameters: a second try goes on with this run
         else:
             self._client.update_run(self._kept.run, status="RUNNING")
-        params = [Param(_mlflow_name(k), str(v)[:500]) for k, v in config.items()]
-        for first in range(0, 0 if self.last else len(params), 100):  # MLflow's limit of one call
-            self._client.log_batch(self._kept.run, params=params[first : first + 100])
+        if self.last < 0:
+            params = [Param(_mlflow_name(k), str(v)[:500]) for k, v in config.items()]
+            for first in range(0, len(params), 100):  # MLflow's limit of one call
+                self._client.log_batch(self._kept.run, params=params[first : first + 100])
+            self._kept.keep(self._kept.run, 0)
         self._begun = self.last + 1
 
     @property

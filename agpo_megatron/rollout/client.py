@@ -193,14 +193,14 @@ class ServerClient:
             "stop": list(sampling.stop),
         }
         body: dict[str, object] = {
-            # Samples that SGLang makes of one request share its seed.
-            "input_ids": tokens if seeds is None else [tokens] * n,
-            "sampling_params": params | {"n": n}
-            if seeds is None
-            else [params | {"sampling_seed": seed} for seed in seeds],
+            "input_ids": tokens,
+            "sampling_params": params | {"n": n},
             "return_logprob": True,
             **({"extra_key": cache} if cache else {}),
         }
+        if seeds is not None:  # samples that SGLang makes of one prompt would share one
+            body["input_ids"] = [tokens] * n
+            body["sampling_params"] = [params | {"sampling_seed": seed} for seed in seeds]
         answer = await self._request("/generate", body)
         try:
             parsed = _OUTPUTS.decode(answer)

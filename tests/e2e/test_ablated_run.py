@@ -41,7 +41,7 @@ def write_plan(folder: Path) -> Path:
             "eval.sets": [{"path": str(folder / "eval.jsonl"), "n": 2, "temperature": 1.0}],
             "rollout.server_args": {"enable_deterministic_inference": True},
             "rollout.group_size": 8,
-            "train.prompts_per_batch": 16,  # of a random model one answer in 30 is right
+            "train.prompts_per_batch": 16,  # of a random model few answers are right
         },
     }
     path = folder / "plan.yaml"

@@ -59,8 +59,8 @@ def as_bytes(groups: list[Group]) -> dict[int, list[tuple[bytes, bytes]]]:
 def test_a_sample_is_the_same_alone_and_in_any_company(server: LiveServer) -> None:
     together = as_bytes(generated(server, PROMPTS))
     alone = as_bytes(generated(server, *([p] for p in PROMPTS)))
-    in_pairs = as_bytes(generated(server, PROMPTS[4:], PROMPTS[:3], PROMPTS[3:4]))
-    assert together == alone == in_pairs
+    in_parts = as_bytes(generated(server, PROMPTS[4:], PROMPTS[:3], PROMPTS[3:4]))
+    assert together == alone == in_parts
     texts = [tokens for samples in together.values() for tokens, _ in samples]
     assert len(set(texts)) == len(texts), "each sample has a seed of its own"
 

@@ -16,13 +16,18 @@ pytestmark = pytest.mark.full
 
 
 @pytest.mark.timeout(900)
-def test_every_cell_is_an_element(tmp_path: Path) -> None:
+def test_every_cell_is_an_element_and_a_start_that_fails_holds_up_its_own_only(
+    tmp_path: Path,
+) -> None:
     config = write_run(tmp_path, **{"train.steps": 2, "policy.tensor_parallel": 1})
     plan = {
         "config": str(config),
         "base": "grpo",
         "seeds": [1],
-        "tasks": {"sums": {}},
+        "tasks": {
+            "impossible": {"prepare": {"recipe": "tiny_sums", "train_problems": 10**6}},
+            "sums": {},
+        },
         "arms": {arm: {"algorithm.preset": arm} for arm in ("grpo", "agpo_v1")},
     }
     (tmp_path / "plan.yaml").write_text(json.dumps(plan))
@@ -38,9 +43,10 @@ def test_every_cell_is_an_element(tmp_path: Path) -> None:
 
         wait_for(ended, f"arrays {starts} and {cells}", 600)
         outputs = "".join(p.read_text() for p in (tmp_path / "out" / "slurm").glob("*.out"))
-        assert set(states_of(cluster.control("show", "job", "-o", cells))) == {"COMPLETED"}, outputs
+        states = sorted(states_of(cluster.control("show", "job", "-o", cells)))
+        assert states == ["COMPLETED"] * 2 + ["FAILED"] * 2, outputs
     report = subprocess.run([*line, "--report"], capture_output=True, text=True, timeout=120)
-    assert "2 of 2 cells" in report.stdout, report.stderr + outputs
+    assert "2 of 4 cells" in report.stdout, report.stderr + outputs
 
 
 def states_of(shown: str) -> list[str]:

@@ -81,9 +81,11 @@ class TestOneRun:
         job.cluster.crash(lost)
         next_start(job, 3)
         assert lost not in hosts(job, 3)
+        job.wait_phase(3, "generate step 8")
+        replayed = [p for p in job.phases(3) if p.startswith("replay")]
+        assert replayed[:6] == [f"replay step {s}" for s in range(1, 7)]
 
     def test_sigterm_saves_and_requeues(self, job: Job) -> None:
-        job.wait_phase(3, "generate step 8")
         job.cluster.command("scancel", "--batch", "--signal=TERM", job.id)
         next_start(job, 4)
         job.wait_phase(4, f"generate step {saved_step(job, 3) + 1}")

@@ -22,9 +22,17 @@ sys.path.insert(0, str(REPO / "tools"))
 import ablate  # noqa: E402
 from ablation.comparison import compare, decide, paired_interval  # noqa: E402
 from ablation.measures import HeldOut, Measured, curves_of, held_out  # noqa: E402
-from ablation.plan import Cell, Plan, read_plan  # noqa: E402
+from ablation.plan import Cell, Plan, PlanError, read_plan  # noqa: E402
 from ablation.report import write_report  # noqa: E402
-from ablation.running import Job, is_finished, locked, note, run_cells, startable  # noqa: E402
+from ablation.running import (  # noqa: E402
+    Job,
+    has_ended,
+    is_finished,
+    locked,
+    note,
+    run_cells,
+    startable,
+)
 from ablation.slurm_array import script  # noqa: E402
 
 STEP = {
@@ -339,7 +347,7 @@ def test_a_folder_of_other_settings_is_refused(
 ) -> None:
     plan = plan_of(tmp_path)
     for start in plan.starts():
-        note(plan, start, True, 1.0)
+        note(plan, start, plan.base_settings(), True, 1.0)
     plan_of(tmp_path, settings={"train.steps": 4})
     assert ablate.main([str(tmp_path / "plan.yaml"), "--out", str(plan.out)]) == 2
     assert "train.steps=3, train.steps=4); use another --out" in capsys.readouterr().err
@@ -351,11 +359,23 @@ def test_a_folder_from_another_run_configuration_is_refused(
     config = tmp_path / "run.yaml"
     config.write_text((REPO / "configs" / "tiny_cpu.yaml").read_text())
     plan = plan_of(tmp_path, config=str(config))
-    note(plan, plan.cells()[0], True, 1.0)
-    assert is_finished(plan, plan.cells()[0])
+    first, second = plan.cells()[:2]
+    note(plan, first, plan.base_settings(), True, 1.0)
+    assert is_finished(plan, first)
+    runs = Job(second, [], plan.base_settings())
+    plan.run_dir(second).mkdir(parents=True)
     config.write_text(config.read_text().replace("group_size: 8", "group_size: 4"))
+    assert has_ended(plan, runs, {})  # with what it began with
+    for cell in (first, second):
+        with pytest.raises(PlanError, match=f"{cell.arm} was made from another {config}"):
+            is_finished(plan, cell)
     assert ablate.main([str(plan.path), "--out", str(plan.out), "--report"]) == 2
     assert f"was made from another {config}" in capsys.readouterr().err
+    # As an earlier release of the tool left it.
+    note_of_first = plan.run_dir(first) / "cell.json"
+    note_of_first.write_text('{"settings": [], "finished": true, "seconds": 1.0}')
+    with pytest.raises(PlanError, match="was made from another"):
+        is_finished(plan, first)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,8 @@ def test_the_state_of_a_run(tmp_path: Path) -> None:
     write_json(run.done, {"mode": "train", "steps": 2})  # before train.steps was raised
     extended = report(run)["facts"]
     assert (extended["state"], extended["steps"]) == ("failed", 4)
+    write_json(run.done, {"mode": "replay", "steps": 2})  # of a dump of step 2
+    assert report(run)["facts"]["state"] == "done"
     write_json(run.done, {"mode": "train", "steps": 4})
     assert report(run)["facts"]["state"] == "done"
 

@@ -29,10 +29,11 @@ PATIENCE = 120.0
 @dataclass
 class Job:
     """A cell that is being run: commands still to come, the process of the present one, and the lock that keeps other
-    calls of the tool away."""
+    calls of the tool away. ``config``: digest of the run configuration when it began."""
 
     cell: Cell
     commands: list[str]
+    config: str = ""
     lock: BinaryIO | None = None
     process: subprocess.Popen[bytes] | None = None
     began: float = field(default_factory=time.monotonic)
@@ -45,7 +46,7 @@ def is_finished(plan: Plan, cell: Cell) -> bool:
     if not note.exists():
         return False
     made = json.loads(note.read_text())
-    if made["config"] != plan.base_settings():
+    if made.get("config") != plan.base_settings():
         raise PlanError(
             f"{folder.path} was made from another {plan.run_config()}; use another --out, or put back what changed"
         )
@@ -57,12 +58,13 @@ def is_finished(plan: Plan, cell: Cell) -> bool:
     return bool(made["finished"])
 
 
-def note(plan: Plan, cell: Cell, finished: bool, seconds: float) -> None:
-    """Write ``cell.json``: what the run is, whether it has ended, and how long its last start took."""
+def note(plan: Plan, cell: Cell, config: str, finished: bool, seconds: float) -> None:
+    """Write ``cell.json``: what the run is, whether it has ended, and how long its last start took. ``config``: the
+    digest of its run configuration."""
     folder = plan.run_dir(cell)
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "config": plan.base_settings(),
+        "config": config,
         "settings": plan.chosen(cell),
         "finished": finished,
         "seconds": round(seconds, 1),
@@ -145,9 +147,9 @@ def release(job: Job) -> None:
 
 
 def begin(plan: Plan, cell: Cell, lock: BinaryIO) -> Job:
-    note(plan, cell, False, 0.0)
+    job = Job(cell, commands_of(plan, cell), plan.base_settings(), lock)
+    note(plan, cell, job.config, False, 0.0)
     print(f"{cell}: begun", flush=True)
-    job = Job(cell, commands_of(plan, cell), lock)
     launch(plan, job)
     return job
 
@@ -205,7 +207,7 @@ def has_ended(plan: Plan, job: Job, failed: dict[Cell, str]) -> bool:
         launch(plan, job)
         return False
     seconds = time.monotonic() - job.began
-    note(plan, job.cell, True, seconds)
+    note(plan, job.cell, job.config, True, seconds)
     print(f"{job.cell}: {seconds:.0f} s", flush=True)
     return True
 

@@ -47,9 +47,8 @@ def facts(run: RunFolder, launches: Sequence[Launch], steps_done: int) -> Facts:
         )
     config = _config(run)
     done = _json(run.done)
-    asked = _at(config, "sft" if done.get("mode") == "sft" else "train", "steps")
-    if isinstance(asked, int) and done.get("steps", asked) < asked:
-        done = {}  # of before train.steps was raised
+    if done.get("mode") == "train" and done["steps"] < (_at(config, "train", "steps") or 0):
+        done = {}  # of before train.steps was raised; a replay of a dump ends where the dump does
     modes = [done.get("mode"), _json(run.inputs).get("mode"), *(one.mode for one in launches[-1:])]
     mode = next((mode for mode in modes if mode), "train")
     state, because = _state(done, launches)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 ROWS = 16
-"""A matrix product with fewer rows takes other kernels of the BLAS, which sum in another order."""
+"""A matrix product with fewer rows takes other kernels of the BLAS, which sum in another order: measured with MKL in
+fp32, sums of 128 to 1536 terms. Other precisions were not."""
 
 
 def wanted() -> bool:
@@ -47,11 +48,10 @@ def murmur_hash32(
     sglang/kernels/ops/sampling/murmur_hash.py does on a GPU.
     """
     word = 0xFFFFFFFF
-    seeds = seed.to(torch.int64)
-    blocks = (seeds & word, (seeds >> 32) & word, positions.to(torch.int64), columns[None])
-    found = torch.zeros(len(seeds), 1, dtype=torch.int64)
-    for block in blocks:
-        mixed = _rotated(_times(block if block.dim() > 1 else block[:, None], 0xCC9E2D51), 15)
+    seeds, places = seed.to(torch.int64)[:, None], positions.to(torch.int64)[:, None]
+    found = torch.zeros_like(seeds)
+    for block in (seeds & word, (seeds >> 32) & word, places, columns[None]):
+        mixed = _rotated(_times(block, 0xCC9E2D51), 15)
         found = _rotated(found ^ _times(mixed, 0x1B873593), 13)
         found = (found * 5 + 0xE6546B64) & word
     found = found ^ 16  # bytes hashed
