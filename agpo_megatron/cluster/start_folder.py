@@ -115,7 +115,7 @@ class StartFolder:
         return self.path / f"processes-{host}.json"
 
     def write_memory(self, host: str, roles: Mapping[str, int]) -> None:
-        """Write the host memory of the roles of ``host``, in bytes."""
+        """Write the host memory of the roles of ``host``, in bytes, each when last seen alive."""
         write_json(self.path / "memory" / f"{host}.json", roles)
 
     def memory(self) -> dict[str, int]:

@@ -86,6 +86,7 @@ class Supervisor:
         self._running: list[RunningRole] = []
         self._gone: set[int] = set()  # indices of roles that ended, as they may
         self._looked = self._weighed = 0.0
+        self._memory: dict[str, int] = {}  # of each role when last seen alive
         self._before: set[int] = set()  # children that are not the roles'
 
     def supervise(self, roles: Sequence[Role]) -> Outcome:
@@ -175,8 +176,10 @@ class Supervisor:
         if time.monotonic() - self._weighed >= WEIGH_SECONDS:
             self._weighed = time.monotonic()
             sizes = {r.role.name: resident(r.pid) for r in self._running if r.pid}
+            # A role that has just ended has none; what it last had is worth more to a reader.
+            self._memory |= {name: size for name, size in sizes.items() if size}
             with suppress(OSError):  # a full disk is the journal's to report
-                self._start.write_memory(self._host, sizes)
+                self._start.write_memory(self._host, self._memory)
 
     def _judge(self, index: int, code: int) -> Outcome | None:
         """Decide what the end of a role means; None when the start goes on."""

@@ -85,6 +85,22 @@ def test_host_memory_of_roles_is_that_of_all_their_processes(
     assert memory["trainer rank 0"] > 1.5 * memory["controller"], "it has a child of its size"
 
 
+def test_host_memory_of_a_role_that_has_ended_is_what_it_last_had(
+    start: StartFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def ended_after_the_first_look(pid: int) -> int:
+        seen.append(pid)
+        return 5_000_000 if len(seen) == 1 else 0
+
+    monkeypatch.setattr(supervisor, "WEIGH_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "resident", ended_after_the_first_look)
+    assert supervise([role("controller", "import time; time.sleep(1)")], start) is None
+    assert len(seen) > 1
+    assert start.memory() == {"controller": 5_000_000}
+
+
 def test_a_dead_trainer_ends_the_run_and_is_named_with_its_log(start: StartFolder) -> None:
     log = start.log("trainer rank 1")
     roles = [
