@@ -19,7 +19,7 @@ pytestmark = pytest.mark.full
 CONFIG = server_config(
     server_args={"enable_deterministic_inference": True}, group_size=4, max_in_flight=32
 )
-PROMPTS = [made.prompt(i, [3 + token % 60 for token in range(3 + 5 * i)], "42") for i in range(6)]
+PROMPTS = [made.prompt(i, [3 + token % 60 for token in range(3 + 17 * i)], "42") for i in range(6)]
 
 
 @pytest.fixture(scope="module")

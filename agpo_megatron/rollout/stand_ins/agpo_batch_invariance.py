@@ -1,7 +1,7 @@
 """SGLang's deterministic inference on a CPU: what a sequence computes does not depend on what else is in the batch.
 
 SGLang's own batch-invariant kernels are Triton's, and its seeded sampling needs a hash of the CUDA package. Here are
-plain torch forms of both, and attention sequence by sequence (agpo_batched_attention.py). Active with
+plain torch forms of both; attention is agpo_batched_attention.py's. Active with
 ``--enable-deterministic-inference`` only.
 """
 

@@ -4,6 +4,9 @@ SGLang's ``torch_native`` backend runs one ``scaled_dot_product_attention`` per 
 with 128 sequences that loop is most of a decode step. This subclass computes the same numbers with one call per layer,
 over the sequences' key and value rows padded to the longest and masked. Everything it does not cover (cross attention,
 sliding windows, prefills of very different lengths) goes to SGLang's own code.
+
+Deterministic inference (agpo_batch_invariance.py): a decoding sequence is padded to a length that follows from its own,
+and those padded alike share a call, which computes each by itself. Prefills are SGLang's loop.
 """
 
 from __future__ import annotations
@@ -18,6 +21,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 # Padded key rows gathered at once; bounds the buffers at [ROWS, kv heads, head size] per call.
 ROWS = 65536
+# Deterministic inference pads to multiples of it: whole vectors, so that padding changes no order of summation.
+STEP = 64
+
+Where = slice | torch.Tensor
+"""Sequences of a batch: a run of them, or their indices."""
 
 
 class BatchedAttention(TorchNativeAttnBackend):
@@ -30,35 +38,45 @@ class BatchedAttention(TorchNativeAttnBackend):
         self._extends: list[int] = []
         if forward_batch.forward_mode.is_extend():
             self._extends = forward_batch.extend_seq_lens.tolist()
-        self._plans: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._plans: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parts = self._alike() if batch_invariance_wanted() else self._runs()
 
-    def _slices(self) -> list[tuple[int, int]]:
-        """Cut the batch into runs of sequences whose padded keys fit in ``ROWS`` (at least one sequence each)."""
-        step = max(1, ROWS // max(self._lengths))
-        count = len(self._lengths)
-        return [(i, min(i + step, count)) for i in range(0, count, step)]
+    def _runs(self) -> list[tuple[Where, int]]:
+        """Cut the batch into runs of sequences whose padded keys fit in ``ROWS`` (at least one sequence each); each
+        with the length of its longest."""
+        size = max(1, ROWS // max(self._lengths))
+        starts = range(0, len(self._lengths), size)
+        return [(slice(i, i + size), max(self._lengths[i : i + size])) for i in starts]
+
+    def _alike(self) -> list[tuple[Where, int]]:
+        """Divide the batch into sequences of one padded length, with it; as many at once as fit in ``ROWS``."""
+        padded = torch.tensor(self._lengths).add(STEP - 1).div(STEP, rounding_mode="floor") * STEP
+        parts: list[tuple[Where, int]] = []
+        for width in padded.unique().tolist():
+            members = (padded == width).nonzero().flatten()
+            parts += [(some, width) for some in members.split(max(1, ROWS // width))]
+        return parts
 
     def _plan(
         self,
-        lo: int,
-        hi: int,
+        part: int,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache rows ``[n, L]`` (int64) and additive mask (0 or -inf) of sequences ``lo:hi``; shared by all layers.
+        """Cache rows ``[n, L]`` (int64) and additive mask (0 or -inf) of the sequences of a part; for all layers.
 
         Mask: ``[n, 1, 1, L]`` when decoding, ``[n, 1, T, L]`` in a prefill of at most T new tokens, causal.
         """
-        if (lo, hi) not in self._plans:
-            lengths = torch.tensor(self._lengths[lo:hi])
-            longest = int(lengths.max())
+        if part not in self._plans:
+            where, longest = self._parts[part]
+            lengths = torch.tensor(self._lengths)[where]
             column = torch.arange(longest)
             inside = column < lengths[:, None]
-            rows = req_to_token[req_pool_indices[lo:hi], :longest].long()
+            rows = req_to_token[req_pool_indices[where], :longest].long()
             rows = torch.where(inside, rows, 0)
             if self._extends:
-                extends = torch.tensor(self._extends[lo:hi])
+                extends = torch.tensor(self._extends)[where]
                 query = torch.arange(int(extends.max()))
                 last = (lengths - extends)[:, None] + query  # position of each query token
                 attend = (column <= last[:, :, None])[
@@ -67,8 +85,8 @@ class BatchedAttention(TorchNativeAttnBackend):
             else:
                 attend = inside[:, None, None, :]
             mask = torch.zeros(attend.shape, dtype=dtype).masked_fill(~attend, float("-inf"))
-            self._plans[lo, hi] = rows, mask
-        return self._plans[lo, hi]
+            self._plans[part] = rows, mask
+        return self._plans[part]
 
     def _run_sdpa_forward_decode(
         self,
@@ -92,13 +110,13 @@ class BatchedAttention(TorchNativeAttnBackend):
                 encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
             )  # fmt: skip
         kv_heads = k_cache.shape[1]
-        for lo, hi in self._slices():
-            rows, mask = self._plan(lo, hi, req_to_token, req_pool_indices, query.dtype)
+        for part, (where, _) in enumerate(self._parts):
+            rows, mask = self._plan(part, req_to_token, req_pool_indices, query.dtype)
             # The query heads of a key/value head stand where a prefill has its query tokens: GQA without copies.
-            q = query[lo:hi].unflatten(1, (kv_heads, -1))
+            q = query[where].unflatten(1, (kv_heads, -1))
             k, v = (_gather(cache, rows).to(q.dtype) for cache in (k_cache, v_cache))
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-            output[lo:hi] = out.flatten(1, 2)
+            output[where] = out.flatten(1, 2)
         return output
 
     def _run_sdpa_forward_extend(
@@ -123,17 +141,17 @@ class BatchedAttention(TorchNativeAttnBackend):
         # Padding may at most double the work.
         uneven = count * longest > 2 * sum(self._extends)
         special = encoder_lens is not None or is_cross_attn or sliding_window_size is not None
-        if special or uneven or not causal or count < 2:
+        if special or uneven or not causal or count < 2 or batch_invariance_wanted():
             return super()._run_sdpa_forward_extend(
                 query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens,
                 extend_prefix_lens, extend_seq_lens, encoder_lens, scaling, enable_gqa, causal,
                 is_cross_attn, sliding_window_size,
             )  # fmt: skip
         start = 0
-        for lo, hi in self._slices():
-            extends = self._extends[lo:hi]
+        for part, (where, _) in enumerate(self._parts):
+            extends = self._extends[where]
             tokens = sum(extends)
-            rows, mask = self._plan(lo, hi, req_to_token, req_pool_indices, query.dtype)
+            rows, mask = self._plan(part, req_to_token, req_pool_indices, query.dtype)
             present = torch.arange(max(extends)) < torch.tensor(extends)[:, None]
             q = query.new_zeros(len(extends), max(extends), *query.shape[1:])
             q[present] = query[start : start + tokens]
@@ -153,7 +171,5 @@ def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def activate() -> None:
-    """Put ``BatchedAttention`` in the place of ``torch_native`` (SGLang treats that name specially elsewhere), unless
-    one sequence's numbers must not depend on how far another makes it padded."""
-    if not batch_invariance_wanted():
-        register_attention_backend("torch_native")(BatchedAttention)
+    """Put ``BatchedAttention`` in the place of ``torch_native`` (SGLang treats that name specially elsewhere)."""
+    register_attention_backend("torch_native")(BatchedAttention)
