@@ -1,8 +1,8 @@
 """The command line and environment of one stock SGLang server (0.5.23); starting it is the cluster room's work.
 
 A GPU server runs SGLang as it is. A CPU server gets, through PYTHONPATH and two of SGLang's own hooks, what the
-published wheels lack there (``stand_ins/``): import stand-ins, an attention that is not one call per sequence, and a
-short list of models to import.
+published wheels lack there (``stand_ins/``): import stand-ins, an attention that is not one call per sequence, a quick
+flush of the cache, and a short list of models to import.
 """
 
 from __future__ import annotations
