@@ -25,11 +25,12 @@ def wanted() -> bool:
 def mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left [n, k] @ right [k, m]``, each row as in a product of any number of rows."""
     count = len(left)
-    if count < ROWS:
-        left = torch.cat([left, left.new_zeros(ROWS - count, left.shape[1])])
-    out = left.new_empty(len(left), right.shape[1])
+    # Always a copy: where a view begins in memory, and its strides, change the sums of the BLAS too.
+    padded = left.new_zeros(max(count, ROWS), left.shape[1])
+    padded[:count] = left
+    out = left.new_empty(len(padded), right.shape[1])
     # The variant with `out` is another operator, which stays torch's own.
-    return torch.mm(left, right, out=out)[:count]
+    return torch.mm(padded, right, out=out)[:count]
 
 
 def addmm(
