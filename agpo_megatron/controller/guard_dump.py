@@ -1,7 +1,7 @@
 """Dump of a guard's finding, the folder ``RUN/guards/step-N/``: what a replay needs to meet it again.
 
 It is a run folder: configuration, the batches since the checkpoint that the replay begins from, their samples, and
-that checkpoint; all files are hard links, so it costs no space until the run prunes its own.
+that checkpoint; all files are hard links, so it costs no space until the run prunes its own. The newest few stay.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from agpo_megatron.journal import JournalReader, StepVerdict
 from agpo_megatron.journal.reader import ValidFiles, valid_files
 from agpo_megatron.journal.verdicts import encode_verdict
 from agpo_megatron.journal.writer import inventory, owner_name
+
+KEPT = 4
+"""Dumps of a run: a whole ladder of actions. Each may hold the space of a checkpoint that the run has pruned."""
 
 
 def finding_path(folder: Path) -> Path:
@@ -39,7 +42,8 @@ def replay_command(dump: Path) -> str:
 def write_dump(
     run: RunFolder, config: Config, verdict: StepVerdict, checkpoint: tuple[int, Path | None]
 ) -> Path:
-    """Write the dump of ``verdict``, before it is acted on; one that is there already stays.
+    """Write the dump of ``verdict``, before it is acted on; one that is there already stays. Of older ones ``KEPT`` - 1
+    are kept.
 
     ``checkpoint``: step and folder that the replay begins from; None: the initial weights. Raises WriteError.
     """
@@ -53,6 +57,10 @@ def write_dump(
         rename_durably(partial, target)
     except OSError as error:
         raise error if isinstance(error, WriteError) else WriteError(target, error) from error
+    older = [path for path in target.parent.glob("step-*") if path != target]
+    # By age, not by step: after a roll-back steps come again.
+    for path in sorted(older, key=lambda path: path.stat().st_mtime)[: 1 - KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
     return target
 
 

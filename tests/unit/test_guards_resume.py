@@ -314,6 +314,14 @@ def test_a_dump_outlives_what_it_was_made_of(tmp_path: Path) -> None:
     assert actions(tmp_path / "new")[12] == "roll_back"
 
 
+def test_the_newest_four_dumps_of_a_run_are_kept(tmp_path: Path) -> None:
+    spikes = {step: {"grad_norm": 1000.0} for step in range(9, 15)}
+    go(tmp_path, GuardedTrainer(spikes), "guards.actions=[skip]")
+    fired = [step for step, action in actions(tmp_path).items() if action == "skip"]
+    dumps = sorted(int(p.name.removeprefix("step-")) for p in (tmp_path / "guards").iterdir())
+    assert len(fired) > 4 and dumps == fired[-4:]
+
+
 def test_what_is_known_before_the_update_holds_all_updates_of_the_batch(tmp_path: Path) -> None:
     """Two batches of four updates: the second breaks a limit of its rewards, which counts once."""
     trainer = GuardedTrainer({})
