@@ -128,9 +128,19 @@ def test_a_controller_that_fails_because_of_a_trainer_names_the_trainer(start: S
 def test_the_rank_that_was_killed_is_named_not_the_one_that_failed_with_it(
     start: StartFolder,
 ) -> None:
+    pid = start.path / "pid"  # of the one that is killed; the other fails when that one has ended
+    wait = (
+        f"import pathlib, psutil, time\npid = pathlib.Path({str(pid)!r})\n"
+        "while not pid.exists(): time.sleep(.001)\n"
+        "while psutil.Process(int(pid.read_text())).status() != 'zombie': time.sleep(.001)\n"
+    )
+    killed = (
+        f"import os, pathlib; new = pathlib.Path({str(pid) + '.new'!r}); new.write_text(str(os.getpid()))\n"
+        f"new.rename({str(pid)!r}); os.kill(os.getpid(), 9)"
+    )
     roles = [
-        role("trainer rank 0", "import time; time.sleep(.32); raise SystemExit(1)"),
-        role("trainer rank 1", "import os, time; time.sleep(.3); os.kill(os.getpid(), 9)"),
+        role("trainer rank 0", wait + "raise SystemExit(1)"),
+        role("trainer rank 1", killed),
         role("controller", SLEEP),
     ]
     culprit = supervise(roles, start)
