@@ -3,8 +3,8 @@
 All presets set the same keys, so that the resolved configuration says where each value came from and two presets can be
 compared line by line.
 
-- ``agpo``: v3's mask and clip with v1's length reward. The length reward acts in mixed groups only, so zero-variance
-  groups still have zero variance and are left to the mask.
+- ``agpo``: v3's mask with v1's length reward, without v3's clip: chosen by measurement (docs/results.md). The length
+  reward acts in mixed groups only, so zero-variance groups still have zero variance and are left to the mask.
 - ``agpo_v1``: arXiv:2503.15952 v1: +1 / -1 for groups that are all right / all wrong (eq. A1), length reward (A2).
 - ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
 - ``agpo_v3_authors``: the same as in the authors' code: samples with advantage 0 are masked, each micro-batch is
@@ -40,6 +40,7 @@ def _switches(
     mask: bool = False,
     criterion: str = "group",
     clip: str = "none",
+    when_clipped: str = "skip_step",
     scope: str = "batch",
     tie: str = "zero",
     kl: float = 0.0,
@@ -54,18 +55,24 @@ def _switches(
             "dual_clip": dual_clip,
             "aggregation": aggregation,
             "mask": {"zero_variance": mask, "criterion": criterion},
-            "clip": {"kind": clip, "scope": scope, "tie": tie},
+            "clip": {"kind": clip, "when_clipped": when_clipped, "scope": scope, "tie": tie},
             "kl": {"coef": kl},
         },
     }
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "agpo": _switches(length="agpo", mask=True, clip="max0", clip_high=0.28),
+    "agpo": _switches(length="agpo", mask=True, clip_high=0.28),
     "agpo_v1": _switches(length="agpo", zero_variance="constant"),
     "agpo_v3": _switches(mask=True, clip="max0", clip_high=0.28),
     "agpo_v3_authors": _switches(
-        mask=True, criterion="sample", clip="max0", scope="micro_batch", tie="half", dual_clip=3.0
+        mask=True,
+        criterion="sample",
+        clip="max0",
+        when_clipped="step",
+        scope="micro_batch",
+        tie="half",
+        dual_clip=3.0,
     ),
     "agpo_exp": _switches(mask=True, clip="exp", clip_high=0.28),
     "grpo": _switches(),

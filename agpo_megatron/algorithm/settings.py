@@ -94,7 +94,7 @@ class ClipSettings(Section):
     """The policy loss alone, or with KL and entropy terms."""
     tie: Tie = "zero"
     """Gradient of ``max0`` exactly at the bound."""
-    when_clipped: WhenClipped = "step"
+    when_clipped: WhenClipped = "skip_step"
     """A closed gate gives a zero gradient: let the optimizer step on it (momentum still moves), or skip the step."""
 
     @property

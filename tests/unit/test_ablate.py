@@ -297,6 +297,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
         "| `v3` | 66.7 ± 0.0 | +8.3 [+0.0, +16.7] | 30.0 ± 0.0 | -5.00 [-10.00, +0.00] | +20.0 % | 4 | 2 |"
         in text
     )
+    assert "| arm | sums | needed | seeds |" in text
+    assert "| `v3` | +8.3, +20.0 % | -8.3, +0.0 % | 1 |" in text
     page = (plan.out / "results.html").read_text()
     assert 'src="data:image/png;base64,' in page and "http" not in page
     assert "<code>python tools/ablate.py" in page and "--only v3,sums,1 --out DIR" in page

@@ -303,12 +303,15 @@ def test_every_contradiction_is_reported_at_once(tmp_path: Path) -> None:
             ["algorithm={preset: agpo_v1, loss: {clip: {kind: max0}}}"],
             "closes on most steps",
         ),
-        (["algorithm.loss.aggregation=seq_mean_token_mean"], "acts on rounding noise"),
+        (
+            ["algorithm={preset: agpo_v3, loss: {aggregation: seq_mean_token_mean}}"],
+            "acts on rounding noise",
+        ),
         (["algorithm={preset: agpo_v1, length_reward: {groups: all}}"], "hardly a group is left"),
         (["algorithm.advantage.zero_variance=resample"], "resample_factor runs out only"),
         (
             [
-                "algorithm={preset: agpo, loss: {aggregation: seq_mean_token_mean, clip: {scope: group}}}"
+                "algorithm={preset: agpo_v3, loss: {aggregation: seq_mean_token_mean, clip: {scope: group}}}"
             ],
             "acts on rounding noise",
         ),
@@ -322,10 +325,16 @@ def test_every_contradiction_is_reported_at_once(tmp_path: Path) -> None:
             ["algorithm={preset: grpo, advantage: {estimator: batch_norm, length_projection: 1}}"],
             "length_projection within a group only",
         ),
-        (["algorithm.loss.clip.scope=token"], "training on mistakes only"),
+        (
+            ["algorithm={preset: agpo_v3, loss: {clip: {scope: token}}}"],
+            "training on mistakes only",
+        ),
         (["algorithm.preset=agpo_v3_authors"], "depends on train.micro_batch_tokens"),
         (["algorithm.loss.mask.criterion=sample"], "exactly at the mean"),
-        (["algorithm.loss.entropy.coef=0.01"], "KL and entropy terms still train"),
+        (
+            ["algorithm={preset: agpo_v3, loss: {entropy: {coef: 0.01}}}"],
+            "KL and entropy terms still train",
+        ),
         (["algorithm={preset: grpo, loss: {kl: {coef: 0.1, estimator: k1}}}"], "k1 estimate"),
         (["algorithm={preset: grpo, loss: {kl: {coef: 0.1, place: reward}}}"], "not k3"),
         (["algorithm={preset: dapo, loss: {mask: {truncated: true}}}"], "baseline of the others"),

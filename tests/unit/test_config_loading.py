@@ -76,7 +76,7 @@ def test_an_empty_override_is_empty_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "length", "zero_variance", "mask", "clip", "low", "high"),
     [
-        ("agpo", "agpo", "zero", True, True, 0.2, 0.28),
+        ("agpo", "agpo", "zero", True, False, 0.2, 0.28),
         ("agpo_v1", "agpo", "constant", False, False, 0.2, 0.2),
         ("agpo_v3", "none", "zero", True, True, 0.2, 0.28),
         ("grpo", "none", "zero", False, False, 0.2, 0.2),
@@ -165,12 +165,12 @@ def test_presets_differ(tmp_path: Path) -> None:
 
 
 def test_a_written_switch_wins_over_the_preset_and_leaves_the_rest(tmp_path: Path) -> None:
-    text = MINIMAL + "algorithm: {preset: agpo, loss: {mask: {zero_variance: false}}}\n"
+    text = MINIMAL + "algorithm: {preset: agpo_v3, loss: {mask: {zero_variance: false}}}\n"
     config, origin = resolve_config(written(tmp_path, text))
     assert config.algorithm.loss.mask.zero_variance is False
     assert config.algorithm.loss.clip.kind == "max0"
     assert origin["algorithm.loss.mask.zero_variance"] == "file"
-    assert origin["algorithm.loss.clip.kind"] == "preset agpo"
+    assert origin["algorithm.loss.clip.kind"] == "preset agpo_v3"
 
 
 @pytest.mark.parametrize(

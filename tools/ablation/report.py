@@ -67,7 +67,7 @@ def write_report(plan: Plan, results: Results, seconds: dict[str, float]) -> str
     """Write all files to ``plan.out`` from the finished cells; return the Markdown. ``seconds``: by cell."""
     compared = compare(plan, results)
     decision = decide(plan, compared)
-    tables = [decision_table(plan, decision)]
+    tables = [decision_table(plan, decision), overview(plan, compared)]
     for task in plan.file.tasks:
         mine = [c for c in compared if c.task == task]
         if mine:
@@ -125,6 +125,19 @@ def decision_table(plan: Plan, decision: Sequence[dict[str, Any]]) -> Table:
     return Table(
         title, ["arm", "worst difference, points", "passes", "right tokens saved", ""], rows
     )
+
+
+def overview(plan: Plan, compared: Sequence[Compared]) -> Table:
+    """The table of all arms on all tasks, and how many seeds stand behind a row at least."""
+    tasks = [task for task in plan.file.tasks if any(c.task == task for c in compared)]
+    found = {(c.arm, c.task): c for c in compared}
+    rows = []
+    for arm in dict.fromkeys(c.arm for c in compared):
+        mine = [found.get((arm, task)) for task in tasks]
+        cells = [f"{100 * c.accuracy.mean:+.1f}, {percent(c.saved)}" if c else "" for c in mine]
+        rows.append([f"`{arm}`", *cells, str(min(len(c.seeds) if c else 0 for c in mine))])
+    title = "Tasks at a glance: difference in points, right tokens saved"
+    return Table(title, ["arm", *tasks, "seeds"], rows)
 
 
 def endpoints(task: str, compared: Sequence[Compared]) -> Table:
