@@ -68,13 +68,16 @@ def config(tmp_path: Path) -> Config:
     return load_config(FILE["config"], ["train.prompts_per_batch=8"], str(tmp_path))
 
 
-def test_the_ablation_of_this_project_is_a_plan(tmp_path: Path) -> None:
+def test_the_ablations_of_this_project_are_plans(tmp_path: Path) -> None:
     plan = read_plan(REPO / "configs" / "ablation.yaml", tmp_path)
     assert len(plan.cells()) == len(plan.arms) * 4 * 5
     config = plan.config(Cell("clip_significant", "tiny_sums_needed", 4))
     assert (config.algorithm.loss.clip.kind, config.algorithm.loss.clip.min) == ("max0_se", -2)
     assert (config.prepare.recipe, config.seed, config.eval.sets[0].n) == ("tiny_sums_needed", 4, 4)
     assert config.algorithm.length_reward.kind == "agpo"
+    real = read_plan(REPO / "configs" / "ablation_smollm2.yaml", tmp_path)
+    assert len(real.cells()) == len(real.arms) * 3
+    assert real.config(Cell("agpo_v1", "sums", 1)).policy.dtype == "fp32"
 
 
 def test_arms_of_a_task_and_seed_share_data_and_cold_start(tmp_path: Path) -> None:
