@@ -200,7 +200,7 @@ def test_on_total_gates_everything(policy: Any) -> None:
     assert total < plain["loss/unclipped"] < 0 and sum(weights) == pytest.approx(1)
     assert stats["loss/clip_gate"] == pytest.approx(math.exp(total), rel=1e-5)
     assert same(adapted, math.exp(total) * gradient)
-    closed, nothing = run(policy, [work], adaptive="max0", on="total", **terms)
+    closed, nothing = run(policy, [work], adaptive="max0", on="total", when_clipped="step", **terms)
     assert closed["loss/clip_gate"] == 0 and not nothing.any()
 
 
