@@ -42,7 +42,7 @@ def replay_command(dump: Path) -> str:
 def write_dump(
     run: RunFolder, config: Config, verdict: StepVerdict, checkpoint: tuple[int, Path | None]
 ) -> Path:
-    """Write the dump of ``verdict``, before it is acted on; one that is there already stays. Of older ones ``KEPT`` - 1
+    """Write the dump of ``verdict``, before it is acted on; one that is there already stays. The newest ``KEPT``
     are kept.
 
     ``checkpoint``: step and folder that the replay begins from; None: the initial weights. Raises WriteError.
@@ -57,9 +57,8 @@ def write_dump(
         rename_durably(partial, target)
     except OSError as error:
         raise error if isinstance(error, WriteError) else WriteError(target, error) from error
-    older = [path for path in target.parent.glob("step-*") if path != target]
-    # By age, not by step: after a roll-back steps come again.
-    for path in sorted(older, key=lambda path: path.stat().st_mtime)[: 1 - KEPT]:
+    dumps = target.parent.glob("step-*")
+    for path in sorted(dumps, key=lambda path: int(path.name.removeprefix("step-")))[:-KEPT]:
         shutil.rmtree(path, ignore_errors=True)
     return target
 

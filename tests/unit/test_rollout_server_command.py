@@ -103,3 +103,18 @@ def test_a_server_of_a_converted_model_begins_with_random_weights(tmp_path: Path
     (tmp_path / "complete.json").write_text("{}")
     found = flags(server_command(config(), str(tmp_path), port=1).argv)
     assert found["--load-format"] == "dummy"
+
+
+@pytest.mark.processes
+def test_a_flush_on_a_cpu_leaves_garbage_to_python() -> None:
+    """What the stand-in replaces is there in the pinned SGLang, and is replaced."""
+    code = (
+        "import gc, agpo_quick_flush\n"
+        "from sglang.srt.platforms.cpu import CpuDeviceMixin\n"
+        "walks = []\ngc.collect = lambda *_: walks.append(1)\n"
+        "CpuDeviceMixin().empty_cache()\nagpo_quick_flush.activate()\n"
+        "CpuDeviceMixin().empty_cache()\nassert len(walks) == 1, walks\n"
+    )
+    env = {**os.environ, **server_command(config("cpu"), "m", port=1).env}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -68,10 +68,9 @@ def write_report(plan: Plan, results: Results, seconds: dict[str, float]) -> str
     compared = compare(plan, results)
     decision = decide(plan, compared)
     tables = [decision_table(plan, decision), overview(plan, compared)]
-    for task in plan.file.tasks:
+    for task in seen_tasks(plan, compared):
         mine = [c for c in compared if c.task == task]
-        if mine:
-            tables += [endpoints(task, mine), course(task, mine)]
+        tables += [endpoints(task, mine), course(task, mine)]
     tables.append(cell_table(plan, results, seconds))
     done, all_cells = len(results), len(plan.cells())
     title = f"Ablation: {plan.path.name}, {done} of {all_cells} cells, base arm {plan.file.base}"
@@ -129,7 +128,7 @@ def decision_table(plan: Plan, decision: Sequence[dict[str, Any]]) -> Table:
 
 def overview(plan: Plan, compared: Sequence[Compared]) -> Table:
     """The table of all arms on all tasks, and how many seeds stand behind a row at least."""
-    tasks = [task for task in plan.file.tasks if any(c.task == task for c in compared)]
+    tasks = seen_tasks(plan, compared)
     found = {(c.arm, c.task): c for c in compared}
     rows = []
     for arm in dict.fromkeys(c.arm for c in compared):
@@ -138,6 +137,11 @@ def overview(plan: Plan, compared: Sequence[Compared]) -> Table:
         rows.append([f"`{arm}`", *cells, str(min(len(c.seeds) if c else 0 for c in mine))])
     title = "Tasks at a glance: difference in points, right tokens saved"
     return Table(title, ["arm", *tasks, "seeds"], rows)
+
+
+def seen_tasks(plan: Plan, compared: Sequence[Compared]) -> list[str]:
+    """Return the tasks on which a cell has ended, in the file's order."""
+    return [task for task in plan.file.tasks if any(c.task == task for c in compared)]
 
 
 def endpoints(task: str, compared: Sequence[Compared]) -> Table:
@@ -230,7 +234,7 @@ def percent(share: float) -> str:
 
 def frontier(plan: Plan, compared: Sequence[Compared]) -> bytes:
     """Draw held-out accuracy over mean tokens, a panel per task, a point per arm; bars are deviations over seeds."""
-    tasks = [task for task in plan.file.tasks if any(c.task == task for c in compared)]
+    tasks = seen_tasks(plan, compared)
     figure, grid = plt.subplots(
         1, max(1, len(tasks)), figsize=(5 * max(1, len(tasks)), 5), squeeze=False
     )
