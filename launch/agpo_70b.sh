@@ -156,18 +156,21 @@ while kill -0 "$trainers" 2>/dev/null && [ $SECONDS -lt $deadline ]; do
 done
 trap - USR1 TERM
 
+await_end() { # SECONDS PID...: until none of them is left
+    local end=$((SECONDS + $1))
+    shift
+    while kill -0 "$@" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 0.2; done
+}
 verdict=0
 if kill -0 "$trainers" 2>/dev/null; then
     echo "agpo_70b.sh: the step under way did not end in time; it is trained from the journal at the next start"
     verdict=75
 else
     control conclude "$start" || verdict=$? # also tells the servers' nodes to stop
-    for _ in $(seq 60); do
-        kill -0 "${servers[@]}" 2>/dev/null || break
-        sleep 0.5
-    done
+    await_end 30 "${servers[@]}"
 fi
 kill ${watch:+"$watch"} "${servers[@]}" 2>/dev/null || true
+await_end 10 ${watch:+"$watch"} "${servers[@]}" # an srun that outlives this script is nobody's
 
 [ "$verdict" -eq 75 ] || exit "$verdict"
 # After scancel the job must not come back, after preemption Slurm brings it back itself.
@@ -176,4 +179,4 @@ if [ -n "$terminated" ]; then
 fi
 echo "agpo_70b.sh: requeueing job $SLURM_JOB_ID"
 scontrol requeue "$SLURM_JOB_ID"
-sleep 600 # until Slurm ends this script
+exec sleep 600 # until Slurm ends it; as a child it could be missed

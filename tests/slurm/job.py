@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from slurm_cluster import SlurmCluster, wait_for
 
 from agpo_megatron.config.run_folder import RunFolder
@@ -92,8 +94,11 @@ class Job:
         os.kill(pid, signal.SIGKILL)
 
     def check_nothing_left(self) -> None:
-        wait_for(
-            lambda: not list(self.cluster.processes()),
-            "the job's processes to be gone",
-            seconds=20,
-        )
+        deadline = time.monotonic() + 60  # an srun without answer waits for its step for 32 s
+        while left := list(self.cluster.processes()):
+            names = []
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    names.append(str(process.as_dict(["pid", "ppid", "status", "cmdline"])))
+            assert time.monotonic() < deadline, "the job left:\n" + "\n".join(names)
+            time.sleep(0.1)
