@@ -114,7 +114,7 @@ def step_advantages(
 def without_length(advantages: Sequence[float], counts: Sequence[int], share: float) -> list[float]:
     """Return the advantages of a group without what they owe to length alone, where that is a reward of length::
 
-        A' = A - s max(0, sum(d A) / sum(d^2)) d,    d = n - mean(n)                                     (G4)
+        A' = A - s max(0, sum(d A) / sum(d^2)) d,    d = n - mean(n)                                     (G3)
 
     The slope is that of the regression of A on n in the group; a negative one, short answers being the better ones, is
     left alone. A' still adds up to what A did, and at s = 1 its covariance with length is 0 where it was positive.

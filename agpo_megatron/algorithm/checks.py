@@ -54,11 +54,6 @@ def _contradictions(algorithm: AlgorithmSettings, limit: int) -> list[tuple[bool
             "batch and on policy",
         ),
         (
-            clip.kind == "max0_se" and clip.min >= 0,
-            f"algorithm.loss.clip: min {clip.min:g} with kind max0_se closes steps that chance put there; it counts "
-            "standard errors below 0: set -2",
-        ),
-        (
             loss.policy == "nll",
             "algorithm.loss: policy nll imitates whatever was sampled, right or wrong; it is what "
             "`agpo-megatron sft` uses",
@@ -125,7 +120,7 @@ def _doubts_about_rewards(algorithm: AlgorithmSettings) -> list[tuple[bool, str]
             f"{advantage.estimator} says of zero-variance groups anyway",
         ),
         (
-            constant and loss.clip.kind in ("max0", "max0_se"),
+            constant and loss.clip.kind == "max0",
             "algorithm: +1 for groups that are all right makes the loss strongly negative, and loss.clip then closes "
             "on most steps",
         ),
@@ -161,7 +156,7 @@ def _doubts_about_staleness(loss: LossSettings, cause: str) -> list[tuple[bool, 
 
 def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str]]:
     loss, length = algorithm.loss, algorithm.length_reward
-    bound = loss.clip.kind in ("max0", "max0_se")
+    bound = loss.clip.kind == "max0"
     return [
         (
             bound
@@ -175,10 +170,6 @@ def _doubts_about_the_loss(algorithm: AlgorithmSettings) -> list[tuple[bool, str
             bound and loss.clip.scope in ("sequence", "token") and loss.clip.min >= 0,
             f"algorithm: loss.clip with scope {loss.clip.scope} and min {loss.clip.min:g} drops every positive "
             "advantage: training on mistakes only",
-        ),
-        (
-            loss.clip.kind == "max0_se" and -2 < loss.clip.min < 0,
-            f"algorithm: loss.clip.min {loss.clip.min:g} with kind max0_se closes many steps by chance; set -2",
         ),
         (
             algorithm.advantage.length_projection > 0 and not has_group_baseline(algorithm),

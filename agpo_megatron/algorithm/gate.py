@@ -10,9 +10,9 @@ so its only effect on a step is one factor on the gradient, the gain phi'(L)::
     softplus  tau log(1 + exp(L / tau))         gain sigmoid(L / tau)
 
 max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
-named in its limitations, whose form is not published. A running tau, and the gates max0_se and
-random, which are not the paper's, get a number of the controller's for each step (gate_levels.py):
-tau, the bound c, and the gain itself.
+named in its limitations, whose form is not published. A running tau, and the gate random,
+which are not the paper's, get a number of the controller's for each step (gate_levels.py):
+tau, and the gain itself.
 
 Input of the gate. It is decided on the policy loss at ratio 1, also where ratios and corrections
 are not 1,
@@ -73,7 +73,7 @@ class Adaptive:
     @staticmethod
     def of(clip: ClipSettings) -> Adaptive:
         """Return phi of a step. Raises ValueError when the controller's level is missing."""
-        if clip.tau is None or clip.kind == "max0_se":
+        if clip.tau is None:
             raise ValueError(
                 f"loss.clip.kind {clip.kind} needs the level that the batch record has for this step"
             )
@@ -93,7 +93,7 @@ class Adaptive:
         match self.kind:
             case "none":
                 return losses
-            case "max0" | "max0_se":
+            case "max0":
                 return losses.where(losses > self.minimum + TIE * scales, self.minimum)
             case "exp":
                 capped = x.clamp(max=self.max_exponent)
@@ -111,7 +111,7 @@ class Adaptive:
         match self.kind:
             case "none":
                 return torch.ones_like(losses)
-            case "max0" | "max0_se":
+            case "max0":
                 above, tied = losses - self.minimum, {"zero": 0.0, "half": 0.5, "full": 1.0}
                 gate = (above > TIE * scales).to(losses.dtype)
                 return gate.where(above.abs() > TIE * scales, tied[self.tie])

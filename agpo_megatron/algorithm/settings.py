@@ -18,7 +18,7 @@ Estimator = Literal[
     "group_norm", "group_center", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_norm"
 ]
 ZeroVariance = Literal["zero", "constant", "resample"]
-AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus", "max0_se", "random"]
+AdaptiveKind = Literal["none", "max0", "exp", "elu", "softplus", "random"]
 Scope = Literal["batch", "micro_batch", "group", "sequence", "token"]
 Tie = Literal["zero", "half", "full"]
 WhenClipped = Literal["step", "skip_step"]
@@ -65,7 +65,7 @@ class AdvantageSettings(Section):
     earliest zero-variance groups fill it."""
     length_projection: float = Field(0.0, ge=0, le=1)
     """Share that is removed of what an advantage owes to length alone, where the longer answers of a group have the
-    higher advantages (eq. G4; this project's own); 0: nothing, 1: all of it."""
+    higher advantages (eq. G3; this project's own); 0: nothing, 1: all of it."""
 
 
 class MaskSettings(Section):
@@ -82,10 +82,10 @@ class MaskSettings(Section):
 class ClipSettings(Section):
     kind: AdaptiveKind = "none"
     """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4); ``exp``, ``elu``, ``softplus``: eq. 1d.
-    This project's own: ``max0_se`` closes only where the loss is below 0 by more than chance (eq. G2); ``random``
-    closes as often as ``max0`` would, on steps drawn at random (eq. G3), as a control for comparisons."""
+    ``random``, this project's own, closes as often as ``max0`` would, on steps drawn at random (eq. G2), as a control
+    for comparisons."""
     min: float = 0.0
-    """The bound of ``max0``; that of ``max0_se``, in standard errors of the loss (-2, for instance)."""
+    """The bound of ``max0``."""
     tau: float | None = Field(1.0, gt=0)
     """Scale of ``exp``, ``elu`` and ``softplus``; null: the running standard deviation of the loss (eq. G1)."""
     scope: Scope = "batch"
@@ -101,7 +101,7 @@ class ClipSettings(Section):
     def has_level(self) -> bool:
         """Return whether the controller decides a number for each step, its level (``gate_levels.py``)."""
         exponential = self.kind in ("exp", "elu", "softplus")
-        return self.kind in ("max0_se", "random") or (exponential and self.tau is None)
+        return self.kind == "random" or (exponential and self.tau is None)
 
 
 class KlSettings(Section):
@@ -205,14 +205,8 @@ class LossSettings(Section):
         controller has decided (``gate_levels.py``); they are empty where the gate has none."""
         if not self.clip.has_level:
             return self
-        change: dict[str, Any] = {"tau": levels[update]}
-        if self.clip.kind == "random":
-            change = {"min": levels[update]}
-        elif (
-            self.clip.kind == "max0_se"
-        ):  # at the bound it is open: only what is below it is significant
-            change = {"kind": "max0", "min": levels[update], "tie": "full"}
-        return self.model_copy(update={"clip": self.clip.model_copy(update=change)})
+        name = "min" if self.clip.kind == "random" else "tau"
+        return self.model_copy(update={"clip": self.clip.model_copy(update={name: levels[update]})})
 
 
 class AlgorithmSettings(Section):

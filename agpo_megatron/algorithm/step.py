@@ -143,7 +143,7 @@ def decide(groups: Sequence[Group], request: StepRequest) -> Decision:
         metrics["loss/entropy_coef"] = applied
     levels, gate_state = gate_levels(
         loss.clip,
-        *_group_sums(groups, columns, request.updates),
+        _step_losses(columns, request.updates),
         request.gate_state,
         seed=request.seed,
         first_step=request.first_step,
@@ -263,22 +263,14 @@ def _weights(
     return weights
 
 
-def _group_sums(
-    groups: Sequence[Group], columns: Mapping[str, Sequence[Any]], updates: int
-) -> tuple[list[dict[str, float]], list[float]]:
-    """Return, for each optimizer step, S = -sum w n A of each group that trains in it (eq. 1c), and sum |w n A|: what
-    the trainers' gate adds up too (``gate.on_policy_parts``)."""
-    sums: list[dict[str, float]] = [{} for _ in range(updates)]
-    sizes: list[list[float]] = [[] for _ in range(updates)]
-    rows = zip(
-        *(columns[n] for n in ("loss_weight", "trained", "advantage", "update")), strict=True
-    )
-    for group, mine in zip(groups, _by_group(list(rows), groups), strict=True):
-        terms = [-w * n * a for w, n, a, _ in mine if w and n]
-        if terms:
-            sums[mine[0][3]][group.group_id] = math.fsum(terms)
-            sizes[mine[0][3]] += map(abs, terms)
-    return sums, [math.fsum(size) for size in sizes]
+def _step_losses(columns: Mapping[str, Sequence[Any]], updates: int) -> list[tuple[float, float]]:
+    """Return, for each optimizer step, L = -sum w n A (eq. 1c) and sum |w n A|: what the trainers' gate adds up too
+    (``gate.on_policy_parts``)."""
+    terms: list[list[float]] = [[] for _ in range(updates)]
+    names = ("loss_weight", "trained", "advantage", "update")
+    for w, n, a, update in zip(*(columns[name] for name in names), strict=True):
+        terms[update].append(-w * n * a)
+    return [(math.fsum(step), math.fsum(map(abs, step))) for step in terms]
 
 
 def _entropy_coefficient(request: StepRequest) -> tuple[float, float]:

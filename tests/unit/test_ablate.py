@@ -71,8 +71,8 @@ def config(tmp_path: Path) -> Config:
 def test_the_ablations_of_this_project_are_plans(tmp_path: Path) -> None:
     plan = read_plan(REPO / "configs" / "ablation.yaml", tmp_path)
     assert len(plan.cells()) == len(plan.arms) * 4 * 5
-    config = plan.config(Cell("clip_significant", "tiny_sums_needed", 4))
-    assert (config.algorithm.loss.clip.kind, config.algorithm.loss.clip.min) == ("max0_se", -2)
+    config = plan.config(Cell("exp_running", "tiny_sums_needed", 4))
+    assert (config.algorithm.loss.clip.kind, config.algorithm.loss.clip.tau) == ("exp", None)
     assert (config.prepare.recipe, config.seed, config.eval.sets[0].n) == ("tiny_sums_needed", 4, 4)
     assert config.algorithm.length_reward.kind == "agpo"
     real = read_plan(REPO / "configs" / "ablation_smollm2.yaml", tmp_path)
@@ -119,7 +119,7 @@ def test_learning_rates_are_further_arms_each_with_a_base_of_its_own(tmp_path: P
         ({"seeds": [1, 1]}, "seeds: each once"),
         ({"arms": {"grpo": {}, "a/b": {}}}, "letters, digits"),
         ({"arms": {"grpo": {"algorithm.presets": "grpo"}}}, "algorithm.presets"),
-        ({"arms": {"grpo": {"algorithm.loss.clip": {"kind": "max0_se"}}}}, "set -2"),
+        ({"arms": {"grpo": {"algorithm.loss.policy": "nll"}}}, "policy nll imitates"),
         ({"settings": {"eval.sets": []}}, "eval.sets is not set"),
     ],
 )
