@@ -23,7 +23,7 @@ import ablate  # noqa: E402
 from ablation.comparison import compare, decide, paired_interval  # noqa: E402
 from ablation.measures import HeldOut, Measured, curves_of, held_out  # noqa: E402
 from ablation.plan import Cell, Plan, PlanError, read_plan  # noqa: E402
-from ablation.report import write_report  # noqa: E402
+from ablation.report import frontier, write_report  # noqa: E402
 from ablation.running import (  # noqa: E402
     Job,
     has_ended,
@@ -310,6 +310,21 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     (mine,) = [c for c in numbers["cells"] if c["cell"] == "v3,sums,1"]
     assert (mine["seconds"], mine["KL"]) == (61.0, None)
     assert (plan.out / "frontier.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_picture_shows_the_paired_differences(
+    tmp_path: Path, results: dict[Cell, Measured]
+) -> None:
+    plan = plan_of(tmp_path)
+    panels = frontier(plan, compare(plan, results)).axes
+    points = {
+        (axes.get_title(), bars.get_label()): [float(x[0]) for x in bars.lines[0].get_data()]
+        for axes in panels
+        for bars in axes.containers
+    }
+    assert points["sums", "grpo"] == [0, 0]
+    assert points["sums", "v3"] == pytest.approx([-5, 100 / 12])
+    assert points["needed", "v3"] == pytest.approx([0, -100 / 12])
 
 
 def test_cells_wait_for_their_own_start_only() -> None:

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from ablation.comparison import Compared, Estimate, Results, compare, decide
 from ablation.plan import Plan
+from matplotlib.figure import Figure
 
 from agpo_megatron.files import write_durably
 
@@ -74,7 +75,7 @@ def write_report(plan: Plan, results: Results, seconds: dict[str, float]) -> str
     tables.append(cell_table(plan, results, seconds))
     done, all_cells = len(results), len(plan.cells())
     title = f"Ablation: {plan.path.name}, {done} of {all_cells} cells, base arm {plan.file.base}"
-    picture = frontier(plan, compared)
+    picture = png(frontier(plan, compared))
     write_durably(plan.out / "frontier.png", picture)
     content = {
         "file": plan.file.model_dump(),
@@ -232,22 +233,24 @@ def percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share + 0.0:+.1f} %"
 
 
-def frontier(plan: Plan, compared: Sequence[Compared]) -> bytes:
-    """Draw held-out accuracy over mean tokens, a panel per task, a point per arm; bars are deviations over seeds."""
+def frontier(plan: Plan, compared: Sequence[Compared]) -> Figure:
+    """Draw both endpoints against the base arm, a panel per task: points of pass@1 over tokens of right answers, with
+    their intervals. Paired like the tables, so that arms with other seeds can be in one picture."""
     tasks = seen_tasks(plan, compared)
-    figure, grid = plt.subplots(
-        1, max(1, len(tasks)), figsize=(5 * max(1, len(tasks)), 5), squeeze=False
-    )
+    size = (5 * max(1, len(tasks)), 5)
+    figure, grid = plt.subplots(1, max(1, len(tasks)), figsize=size, squeeze=False)
     colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     look = {arm: (colors[i % 20], "osD^v"[i % 5]) for i, arm in enumerate(plan.arms)}
     for axes, task in zip(grid.flat, tasks, strict=False):
+        axes.axhline(0, color="0.8", linewidth=1, zorder=0)
+        axes.axvline(0, color="0.8", linewidth=1, zorder=0)
         for c in (c for c in compared if c.task == task):
             color, marker = look[c.arm]
-            bars = {"xerr": c.deviations["tokens"], "yerr": 100 * c.deviations["accuracy"]}
             axes.errorbar(
-                c.means["tokens"],
-                100 * c.means["accuracy"],
-                **{name: None if math.isnan(bar) else bar for name, bar in bars.items()},
+                c.tokens.mean,
+                100 * c.accuracy.mean,
+                xerr=bar(c.tokens),
+                yerr=bar(c.accuracy, 100),
                 color=color,
                 marker=marker,
                 capsize=2,
@@ -255,11 +258,24 @@ def frontier(plan: Plan, compared: Sequence[Compared]) -> bytes:
                 label=c.arm,
             )
         axes.set_title(task)
-        axes.set_xlabel("tokens of a response")
-    grid[0][0].set_ylabel("held-out pass@1 (%)")
+        axes.set_xlabel("tokens of a right answer, difference")
+    grid[0][0].set_ylabel("held-out pass@1, difference in points")
     figure.tight_layout(rect=(0, 0.16, 1, 1))
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=6, fontsize=8)
+    named = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(named.values()), list(named), loc="lower center", ncol=6, fontsize=8)
+    return figure
+
+
+def bar(of: Estimate, factor: float = 1.0) -> list[list[float]]:
+    """Return the interval as matplotlib wants it: how far it reaches below and above the mean."""
+    return [[factor * max(0.0, of.mean - of.low)], [factor * max(0.0, of.high - of.mean)]]
+
+
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
