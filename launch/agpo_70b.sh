@@ -170,7 +170,9 @@ else
     await_end 30 "${servers[@]}"
 fi
 kill ${watch:+"$watch"} "${servers[@]}" 2>/dev/null || true
-await_end 10 ${watch:+"$watch"} "${servers[@]}" # an srun that outlives this script is nobody's
+# An srun that outlives this script is nobody's; one without an answer waits for its step for 32 s. After SIGTERM there
+# is no time for that: Slurm ends everything itself, 30 s later.
+[ -n "$terminated" ] || await_end 40 ${watch:+"$watch"} "${servers[@]}"
 
 [ "$verdict" -eq 75 ] || exit "$verdict"
 # After scancel the job must not come back, after preemption Slurm brings it back itself.

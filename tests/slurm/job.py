@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from slurm_cluster import SlurmCluster, wait_for
 
 from agpo_megatron.config.run_folder import RunFolder
@@ -94,11 +92,10 @@ class Job:
         os.kill(pid, signal.SIGKILL)
 
     def check_nothing_left(self) -> None:
-        deadline = time.monotonic() + 60  # an srun without answer waits for its step for 32 s
-        while left := list(self.cluster.processes()):
-            names = []
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    names.append(str(process.as_dict(["pid", "ppid", "status", "cmdline"])))
-            assert time.monotonic() < deadline, "the job left:\n" + "\n".join(names)
-            time.sleep(0.1)
+        gone = "the job's processes to be gone"
+        try:
+            wait_for(lambda: not list(self.cluster.processes()), gone, seconds=20)
+        except AssertionError as error:
+            for process in self.cluster.processes():
+                error.add_note(f"{process} {process.cmdline()}")
+            raise

@@ -325,6 +325,9 @@ def test_the_picture_shows_the_paired_differences(
     assert points["sums", "grpo"] == [0, 0]
     assert points["sums", "v3"] == pytest.approx([-5, 100 / 12])
     assert points["needed", "v3"] == pytest.approx([0, -100 / 12])
+    (v3,) = (b for b in panels[0].containers if b.get_label() == "v3")
+    across, upright = (bars.get_segments()[0] for bars in v3.lines[2])
+    assert across[:, 0] == pytest.approx([-10, 0]) and upright[:, 1] == pytest.approx([0, 100 / 6])
 
 
 def test_cells_wait_for_their_own_start_only() -> None:

@@ -104,6 +104,7 @@ def test_a_step_that_trains_nothing_says_nothing_of_the_scale() -> None:
     decided = step([nothing], how, gate_state=(2.0, 0.1, 0.5))
     assert decided.gate_levels == [0.5]
     assert list(decided.gate_state) == [2.0, 0.1, 0.5]
+    assert list(step([nothing], settings(kind="random"), gate_state=(10, 5)).gate_state) == [10, 5]
 
 
 def test_losses_that_never_differ_have_no_scale_and_leave_the_gate_open() -> None:
