@@ -115,7 +115,8 @@ def loss_metrics(
         "tokens/trained": totals["tokens"],
     }
     if tokens := totals["tokens"]:
-        metrics["loss/clip_gate"] = mean_gain
+        if clip.kind != "none":
+            metrics["loss/clip_gate"] = mean_gain
         metrics["policy/entropy"] = totals["entropy"] / tokens
         if settings.kl_coef > 0:
             metrics["loss/kl"] = totals["kl"]

@@ -118,18 +118,18 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _clip_gate(axes: Axes, metrics: Steps) -> None:
-    """Draw the loss before the clip, coloured by what the gate did with it."""
+    """Draw the loss before the clip, coloured by what the gate did with it; without a clip there is nothing to say."""
     steps, values = _series(metrics, "loss/unclipped")
-    gates = {row["step"]: row.get("loss/clip_gate", 1.0) for row in metrics}
-    closed = [gates[step] == 0 for step in steps]
-    share = f" ({sum(closed) / len(closed):.0%} of steps closed)" if closed else ""
-    axes.set_title(f"Loss and clip gate{share}")
+    gates = {row["step"]: row["loss/clip_gate"] for row in metrics if "loss/clip_gate" in row}
+    closed = [gates.get(step) == 0 for step in steps]
+    share = f" and clip gate ({sum(closed) / len(closed):.0%} of steps closed)" if gates else ""
+    axes.set_title(f"Loss{share}")
     for state, color, label in ((False, _BLUE, "gate open"), (True, _ORANGE, "gate closed")):
         points = [(s, v) for s, v, c in zip(steps, values, closed, strict=True) if c is state]
         if points:
             x, y = zip(*points, strict=True)
             axes.vlines(x, 0, y, color=color, alpha=0.45, linewidth=1.2)
-            axes.scatter(x, y, s=16, color=color, label=label, zorder=3)
+            axes.scatter(x, y, s=16, color=color, label=label if gates else None, zorder=3)
     if values:
         axes.axhline(0, color="#8a909b", linewidth=1)
         axes.margins(y=0.2)  # room for the legend

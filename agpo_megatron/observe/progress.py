@@ -145,7 +145,7 @@ def plain_line(metrics: Mapping[str, float], total_steps: int, slowest: str = ""
 
     ``slowest``: the bottleneck.
     """
-    width = len(str(total_steps))
+    width, gate = len(str(total_steps)), _gate(metrics)
     get = metrics.get
     answers = (
         f"  accuracy {_number(get('reward/accuracy'), '.3f')}"
@@ -156,7 +156,7 @@ def plain_line(metrics: Mapping[str, float], total_steps: int, slowest: str = ""
         f"step {int(metrics['step']):>{width}}/{total_steps}"
         f"{answers if 'reward/accuracy' in metrics else ''}"
         f"  loss {_number(get('loss/policy'), '+.4f')}"
-        f"{' gate ' + _gate(metrics) if 'reward/accuracy' in metrics else ''}"
+        f"{gate and f' gate {gate}'}"
         f"  {_number(get('throughput/tokens_per_s'), '.0f')} tok/s"
         f"  {_number(get('time/step'), '.1f')} s"
         f"{slowest and f' ({slowest})'}"
@@ -206,5 +206,6 @@ def _guards(metrics: Mapping[str, float]) -> str:
 
 
 def _gate(metrics: Mapping[str, float]) -> str:
-    gate = metrics.get("loss/clip_gate")
-    return "-" if gate is None or math.isnan(gate) else ("open" if gate > 0 else "closed")
+    """Say what the clip did in this step; "" where there is none."""
+    gate = metrics.get("loss/clip_gate", math.nan)
+    return "" if math.isnan(gate) else "open" if gate > 0 else "closed"

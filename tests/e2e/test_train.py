@@ -37,7 +37,7 @@ PLUS_MINUS_ONE = {  # advantages of +-1: every group has weight; the correction 
 EXPECTED = {  # every key that applies to on-policy AGPO without KL
     "step reward/mean reward/accuracy reward/length response/tokens_mean response/truncated_frac",
     "group/zero_variance_frac group/all_correct_frac group/all_wrong_frac group/cov_length_advantage",
-    "mask/kept_tokens mask/kept_groups loss/policy loss/unclipped loss/clip_gate policy/entropy",
+    "mask/kept_tokens mask/kept_groups loss/policy loss/unclipped policy/entropy",
     "policy/ratio_mean policy/clip_frac grad_norm lr rollout/logprob_abs_diff_mean",
     "rollout/logprob_abs_diff_max rollout/staleness_mean tokens/trained tokens/skipped time/rollout",
     "time/reward time/update time/publish time/step throughput/tokens_per_s busy/trainer_frac",

@@ -47,7 +47,7 @@ def test_without_a_terminal_a_step_is_one_plain_line() -> None:
         progress.step(STEP)
         nobody_right = {"reward/accuracy": 0.0, "response/tokens_correct_mean": math.nan}
         progress.step({"step": 8, "loss/clip_gate": 1.0, **nobody_right})
-        progress.step({"step": 9, "loss/clip_gate": 1.0, "loss/policy": 0.5})
+        progress.step({"step": 9, "loss/policy": 0.5})
     assert stream.getvalue().splitlines() == [
         "tiny_cpu: 60 steps",
         "step  7/60  accuracy 0.625  tokens 41.2 (correct 33.5)  loss +0.0000 gate closed  812 tok/s  3.2 s",
@@ -123,6 +123,11 @@ def test_the_picture_shows_what_was_recorded(tmp_path: Path) -> None:
         ("whole", rows, both),
         ("no_summary", rows, None),
         ("all_open", [row | {"loss/clip_gate": 1.0} for row in rows], None),
+        (
+            "no_clip",
+            [{k: v for k, v in row.items() if k != "loss/clip_gate"} for row in rows],
+            None,
+        ),
         ("one_step", [{"step": 1, "reward/accuracy": 0.5}], {}),
         ("gaps", [*rows, {"step": 31, "reward/accuracy": math.nan}], None),
     ):
@@ -132,7 +137,7 @@ def test_the_picture_shows_what_was_recorded(tmp_path: Path) -> None:
             assert (image.format, image.size) == ("PNG", (1440, 792))
             pictures[name] = image.convert("RGB").tobytes()
     assert pictures["gaps"] == pictures["no_summary"]
-    assert len(set(pictures.values())) == 4
+    assert len(set(pictures.values())) == 5
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:

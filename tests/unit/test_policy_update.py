@@ -42,7 +42,7 @@ def test_on_policy_statistics(folder: Path) -> None:
     assert stats["policy/ratio_mean"] == 1.0
     assert stats["policy/clip_frac"] == 0.0
     assert stats["tokens/trained"] == sum(len(s.trained()) for s in batch)
-    assert stats["loss/clip_gate"] == 1.0
+    assert "loss/clip_gate" not in stats, "there is no clip"
     assert stats["grad_norm"] > 0
     assert len(scores) == 3
 
