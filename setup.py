@@ -28,6 +28,7 @@ setup(
         "requests",
         "numpy",
         "pandas",
+        "scipy",
         "rich",
         "matplotlib",
         "plotly==7.1.0",

@@ -68,6 +68,17 @@ def config(tmp_path: Path) -> Config:
     return load_config(FILE["config"], ["train.prompts_per_batch=8"], str(tmp_path))
 
 
+def test_the_commands_of_the_documentation_are_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    lines = (REPO / "docs" / "ablation.md").read_text().splitlines()
+    commands = [shlex.split(s, comments=True) for s in lines if s.startswith("python tools/ablate")]
+    assert len(commands) == 5
+    for command in commands:
+        arguments, _ = ablate.parse_arguments(command[2:])
+        plan = ablate.plan_of(arguments)
+        assert plan.cells() and (arguments.only is None or plan.cell(arguments.only))
+
+
 def test_the_ablations_of_this_project_are_plans(tmp_path: Path) -> None:
     plan = read_plan(REPO / "configs" / "ablation.yaml", tmp_path)
     assert len(plan.cells()) == len(plan.arms) * 4 * 5
@@ -191,6 +202,55 @@ def test_with_several_updates_a_batch_is_generated_once(config: Config) -> None:
     assert list(curves["training accuracy"]) == [0.5, 0.5]
 
 
+def test_the_numbers_of_a_cell(config: Config) -> None:
+    """Ten steps; late are the last two of them."""
+    norms = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.5, 0.0, 2.0]
+    rows = [
+        {
+            "step": s,
+            **STEP,
+            "reward/accuracy": s / 10,
+            "policy/entropy": 0.1 * abs(s - 4) + 0.05,
+            "loss/unclipped": float(s),
+            "loss/kl": s / 100,
+            "group/zero_variance_frac": s / 20,
+            "grad_norm": norm,
+            "tokens/trained": 100 * norm,
+            "loss/clip_gate": float(norm > 0),
+        }
+        for s, norm in enumerate(norms, 1)
+    ]
+    held = held_out(
+        pd.DataFrame(
+            [(0, True, 10, "stop"), (0, False, 30, "length")],
+            columns=["problem", "correct", "tokens", "finish_reason"],
+        )
+    )
+    found = Measured(held, held, curves_of(rows, config)).summary()
+    up_to_nine, all_ten = np.array(norms[:9]), np.array(norms)
+    assert found == pytest.approx(
+        {
+            "accuracy": 0.5,
+            "accuracy before": 0.5,
+            "tokens": 20,
+            "tokens before": 20,
+            "gap before": -20,
+            "truncated": 0.5,
+            "training accuracy, late": 0.95,
+            "loss fluctuation, late": (math.sqrt(60 / 8) + math.sqrt(82.5 / 9)) / 2,
+            "gradient fluctuation, late": np.mean(
+                [x.std(ddof=1) / x.mean() for x in (up_to_nine, all_ten)]
+            ),
+            "wasted samples, late": (1.0 + 0.5) / 2,
+            "entropy floor": 0.05,
+            "closed gates": 0.1,
+            "gradient spikes": 0.1,
+            "KL": 0.055,
+            "generated tokens": 10 * 30 * 8 * 8,
+        }
+    )
+
+
 def test_held_out_samples_by_problem() -> None:
     rows = [
         (0, True, 10),
@@ -215,17 +275,31 @@ def test_the_interval_knows_seeds_and_problems() -> None:
     one = paired_interval([rng.normal(0.5, 1.0, 400)])
     assert one.high - one.low == pytest.approx(2 * 1.96 / 20, rel=0.1)
     assert one.low < 0.5 < one.high
+    reach = 4.302653 * 0.2 / math.sqrt(3)  # t of two degrees of freedom, standard error
     seeds = paired_interval([np.full(50, 0.1), np.full(50, -0.1), np.full(50, 0.3)])
-    assert (seeds.mean, seeds.low, seeds.high) == pytest.approx((0.1, -0.1, 0.3)), (
+    assert (seeds.mean, seeds.low, seeds.high) == pytest.approx((0.1, 0.1 - reach, 0.1 + reach)), (
         "no problem differs, seeds do"
     )
-    # Seeds that do not differ: a seed drawn twice draws its problems twice (else 1.6 times as wide).
-    noise = [paired_interval(list(rng.normal(0, 1, (5, 200)))) for _ in range(40)]
-    nominal = 2 * 1.96 / math.sqrt(5 * 200)
-    assert 1.2 < np.mean([i.high - i.low for i in noise]) / nominal < 1.42
+    # A seed counts as often as it has pairs.
+    uneven = paired_interval([np.full(30, 1.0), np.full(10, 0.0)])
+    error = math.sqrt(2 * ((0.75 * 0.25) ** 2 + (0.25 * 0.75) ** 2))
+    assert (uneven.mean, uneven.high) == pytest.approx((0.75, 0.75 + 12.7062 * error))
     gaps = paired_interval([np.array([1.0, np.nan, 1.0]), np.array([np.nan, np.nan, np.nan])])
     assert (gaps.mean, gaps.low, gaps.high) == (1.0, 1.0, 1.0)
     assert math.isnan(paired_interval([]).mean)
+    single = paired_interval([np.array([np.nan, 2.0])])
+    assert single.mean == 2.0 and math.isnan(single.low) and math.isnan(single.high)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1], ids=["seeds agree", "seeds differ"])
+def test_the_interval_holds_the_truth_in_95_of_100_ablations(spread: float) -> None:
+    """Three seeds of 200 problems; the noise of their mean is 0.02."""
+    rng = np.random.default_rng(0)
+    intervals = [
+        paired_interval([rng.normal(rng.normal(0, spread), 0.3, 200) for _ in range(3)])
+        for _ in range(2000)
+    ]
+    assert 0.93 < np.mean([i.low <= 0 <= i.high for i in intervals]) < 0.97
 
 
 def cell(
@@ -267,8 +341,8 @@ def test_arms_are_compared_on_the_same_problems(
     assert (v3.seeds, v3.deviations["accuracy"]) == ([1, 2], 0.0)
     assert v3.means["generated tokens"] == 20 * 64 * 3
     # when v3 has ended, grpo has generated two thirds: step 2
-    assert v3.at_tokens == pytest.approx(0.4)
-    assert compared["grpo", "sums"].at_tokens == pytest.approx(0.3)
+    assert v3.at_tokens.mean == v3.at_tokens.high == pytest.approx(0.4 - 0.3)
+    assert compared["grpo", "sums"].at_tokens.mean == 0.0
     assert compared["grpo", "sums"].accuracy.mean == 0.0
 
 
@@ -290,18 +364,19 @@ def test_the_decision_follows_the_rule_of_the_file(
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(
-    tmp_path: Path, results: dict[Cell, Measured]
+    tmp_path: Path, results: dict[Cell, Measured], config: Config
 ) -> None:
     plan = plan_of(tmp_path)
+    results[Cell("v3", "sums", 2)] = cell(config, [0.5, 1.0, 0.25], [20, 30, 50])
     plan.out.mkdir()
     text = write_report(plan, results, {"v3,sums,1": 61.0})
     assert "7 of 8 cells" in text
     assert (
-        "| `v3` | 66.7 ± 0.0 | +8.3 [+0.0, +16.7] | 30.0 ± 0.0 | -5.00 [-10.00, +0.00] | +20.0 % | 4 | 2 |"
+        "| `v3` | 62.5 ± 5.9 | +4.2 [-48.8, +57.1] | 31.7 ± 2.4 | -2.50 [-34.27, +29.27] | +10.0 % | 4 | 2 |"
         in text
     )
     assert "| arm | sums | needed | seeds |" in text
-    assert "| `v3` | +8.3, +20.0 % | -8.3, +0.0 % | 1 |" in text
+    assert "| `v3` | +4.2, +10.0 % | -8.3, +0.0 % | 1 |" in text
     page = (plan.out / "results.html").read_text()
     assert 'src="data:image/png;base64,' in page and "http" not in page
     assert "<code>python tools/ablate.py" in page and "--only v3,sums,1 --out DIR" in page
@@ -313,9 +388,10 @@ def test_the_report_is_one_page_that_needs_nothing_else(
 
 
 def test_the_picture_shows_the_paired_differences(
-    tmp_path: Path, results: dict[Cell, Measured]
+    tmp_path: Path, results: dict[Cell, Measured], config: Config
 ) -> None:
     plan = plan_of(tmp_path)
+    results[Cell("v3", "sums", 2)] = cell(config, [0.5, 1.0, 0.25], [20, 30, 50])
     panels = frontier(plan, compare(plan, results)).axes
     points = {
         (axes.get_title(), bars.get_label()): [float(x[0]) for x in bars.lines[0].get_data()]
@@ -323,11 +399,13 @@ def test_the_picture_shows_the_paired_differences(
         for bars in axes.containers
     }
     assert points["sums", "grpo"] == [0, 0]
-    assert points["sums", "v3"] == pytest.approx([-5, 100 / 12])
+    assert points["sums", "v3"] == pytest.approx([-2.5, 100 / 24])
     assert points["needed", "v3"] == pytest.approx([0, -100 / 12])
     (v3,) = (b for b in panels[0].containers if b.get_label() == "v3")
     across, upright = (bars.get_segments()[0] for bars in v3.lines[2])
-    assert across[:, 0] == pytest.approx([-10, 0]) and upright[:, 1] == pytest.approx([0, 100 / 6])
+    t = 12.7062  # of one degree of freedom; the means of the two seeds are the ends of mean -+ standard error
+    assert across[:, 0] == pytest.approx([-2.5 - 2.5 * t, -2.5 + 2.5 * t])
+    assert upright[:, 1] == pytest.approx([100 / 24 * (1 - t), 100 / 24 * (1 + t)])
 
 
 def test_cells_wait_for_their_own_start_only() -> None:

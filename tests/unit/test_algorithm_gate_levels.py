@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import made
@@ -171,6 +172,16 @@ def test_the_projection_takes_out_the_slope_on_length() -> None:
     assert advantages([group], 1.0) == pytest.approx([0.1, -0.3, 0.3, -0.1])
     assert advantages([group], 0.5) == pytest.approx([-0.2, -0.4, 0.4, 0.2])
     assert advantages([group], 0.0) == [-0.5, -0.5, 0.5, 0.5]
+
+
+def test_the_projection_counts_trained_tokens() -> None:
+    """The right answers are the long responses, but what makes them long the environment wrote."""
+    group = grouped([10, 20, 30, 40], [0, 0, 1, 1])
+    masks = [np.arange(len(s.response_tokens)) < 10 for s in group.samples]
+    samples = [
+        replace(s, loss_mask=m.astype(np.uint8)) for s, m in zip(group.samples, masks, strict=True)
+    ]
+    assert advantages([Group(group.prompt, samples)], 1.0) == [-0.5, -0.5, 0.5, 0.5]
 
 
 def test_the_projection_leaves_short_right_answers_and_equal_lengths_alone() -> None:

@@ -1,7 +1,8 @@
-"""Comparison of arms with the base arm: paired over problems and seeds, with bootstrap intervals, and the decision."""
+"""Comparison of arms with the base arm: paired over problems and seeds, with intervals, and the decision."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 from ablation.measures import Measured, nanmean
 from ablation.plan import Cell, Plan
+from scipy.stats import t as student_t
 
-RESAMPLES = 4000
 Results = Mapping[Cell, Measured]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; all NaN where nothing was measured."""
+    """A mean with its 95 % interval; NaN where nothing was measured."""
 
     mean: float
     low: float
@@ -27,8 +28,8 @@ class Estimate:
 class Compared:
     """An arm on a task. ``seeds``: those finished; ``means``, ``deviations``: of ``Measured.summary`` over them.
     Against the base arm, on the seeds that both have: ``accuracy``; ``tokens``, of right answers on problems that both
-    solve, absolute, and ``saved`` as a share of the base arm's; ``solved``: the number of those problems.
-    ``at_tokens``: training accuracy when each arm has generated as many tokens as the thriftiest one in all."""
+    solve, absolute, and ``saved`` as a share of the base arm's; ``solved``: the number of those problems;
+    ``at_tokens``: training accuracy when each of the two has generated as many tokens as the thriftier one in all."""
 
     arm: str
     task: str
@@ -39,46 +40,38 @@ class Compared:
     tokens: Estimate
     saved: float
     solved: int
-    at_tokens: float
+    at_tokens: Estimate
 
 
-def paired_interval(differences: Sequence[np.ndarray], seed: int = 0) -> Estimate:
+def paired_interval(differences: Sequence[np.ndarray]) -> Estimate:
     """Estimate the mean of paired differences, an array [P] for each seed of the runs, NaN where there is no pair.
 
-    The 95 % interval is that of a bootstrap in two stages: seeds with replacement, then problems within each; so it
-    holds for other seeds and other problems. With a single seed it says nothing of other seeds. It errs on the wide
-    side: noise of problems is in the seeds' means too, so where seeds do not differ it is up to 1.4 times too wide.
+    The 95 % interval is Student's t over the means d_s of the S seeds, each weighted with its n_s pairs of N::
+
+        m = sum_s n_s d_s / N,   se^2 = S / (S - 1) sum_s (n_s (d_s - m) / N)^2,   m -+ t(.975, S - 1) se
+
+    A seed's mean carries the noise of its problems, so the interval holds for other seeds and other problems. Of a
+    single seed it is that over problems and says nothing of other seeds; of a single pair there is none (NaN).
     """
+    nan = float("nan")
     known = [d[~np.isnan(d)] for d in differences]
     known = [d for d in known if len(d)]
     if not known:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    rng = np.random.Generator(np.random.PCG64(seed))
-    sizes = np.array([len(d) for d in known], dtype=float)
-    drawn = rng.integers(0, len(known), (RESAMPLES, len(known)))
-    values = np.empty(drawn.shape)
-    for number, d in enumerate(known):  # a seed drawn twice has its problems drawn twice
-        mine = drawn == number
-        values[mine] = d[rng.integers(0, len(d), (int(mine.sum()), len(d)))].mean(1)
-    totals = (values * sizes[drawn]).sum(1) / sizes[drawn].sum(1)
-    low, high = np.percentile(totals, [2.5, 97.5])
-    return Estimate(float(np.concatenate(known).mean()), float(low), float(high))
+        return Estimate(nan, nan, nan)
+    several = len(known) > 1
+    values = np.array([d.mean() for d in known]) if several else known[0]
+    shares = np.array([len(d) for d in known], dtype=float) if several else np.ones(len(values))
+    shares /= shares.sum()
+    mean, count = float(shares @ values), len(values)
+    if count == 1:
+        return Estimate(mean, nan, nan)
+    error = math.sqrt(count / (count - 1) * float(np.sum((shares * (values - mean)) ** 2)))
+    reach = float(student_t.ppf(0.975, count - 1)) * error
+    return Estimate(mean, mean - reach, mean + reach)
 
 
 def compare(plan: Plan, results: Results) -> list[Compared]:
     """Compare every arm that has a finished cell, task by task."""
-    budget = {
-        (task, seed): min(
-            (
-                m.curves["generated tokens"].sum()
-                for c, m in results.items()
-                if (c.task, c.seed) == (task, seed)
-            ),
-            default=0.0,
-        )
-        for task in plan.file.tasks
-        for seed in plan.file.seeds
-    }
     found = []
     for task in plan.file.tasks:
         for arm in plan.arms:
@@ -90,7 +83,8 @@ def compare(plan: Plan, results: Results) -> list[Compared]:
                 for c, m in results.items()
                 if (c.arm, c.task) == (plan.base_of(arm), task)
             }
-            pairs = [(mine[seed].after, base[seed].after) for seed in mine if seed in base]
+            runs = [(mine[seed], base[seed]) for seed in mine if seed in base]
+            pairs = [(one.after, other.after) for one, other in runs]
             summaries = [m.summary() for m in mine.values()]
             names = list(summaries[0])
             columns = {name: np.array([s[name] for s in summaries]) for name in names}
@@ -111,12 +105,16 @@ def compare(plan: Plan, results: Results) -> list[Compared]:
                     tokens,
                     -tokens.mean / nanmean(np.concatenate(theirs)) if pairs else float("nan"),
                     sum(int((~np.isnan(d)).sum()) for d in both),
-                    nanmean(
-                        np.array([m.accuracy_at(budget[task, seed]) for seed, m in mine.items()])
-                    ),
+                    paired_interval([np.array([at_equal_tokens(*run)]) for run in runs]),
                 )
             )
     return found
+
+
+def at_equal_tokens(one: Measured, other: Measured) -> float:
+    """Return the difference of training accuracy when both have generated as many tokens as the thriftier in all."""
+    budget = min(m.curves["generated tokens"].sum() for m in (one, other))
+    return one.accuracy_at(budget) - other.accuracy_at(budget)
 
 
 def deviation(values: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from agpo_megatron.controller.evaluation import samples_path
 from agpo_megatron.data.rows import read_arrow
 from agpo_megatron.observe.metrics import read_metrics
 
-WINDOW = 10  # steps over which fluctuation is measured
+WINDOW = 10  # steps whose standard deviation is the fluctuation at the last of them
 SPIKE = 3.0  # gradient norms above this multiple of their median are spikes
 SMOOTH = 5  # steps over which training accuracy is averaged
 
@@ -54,6 +54,7 @@ class Measured:
             "truncated": self.after.truncated,
             "training accuracy, late": float(late["training accuracy"]),
             "loss fluctuation, late": float(late["loss fluctuation"]),
+            "gradient fluctuation, late": float(late["gradient fluctuation"]),
             "wasted samples, late": float(late["wasted samples"]),
             "entropy floor": float(self.curves["entropy"].min()),
             "closed gates": float(self.curves["closed"].mean()),
@@ -121,6 +122,7 @@ def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFra
         wasted *= 0.0
     samples = config.train.prompts_per_batch * config.rollout.group_size * (1.0 + replaced)
     entropy = metric("policy/entropy", float("nan"))
+    norms = metric("grad_norm", float("nan"))
     return pd.DataFrame(
         {
             "training accuracy": steps["reward/accuracy"],
@@ -130,10 +132,13 @@ def curves_of(rows: Sequence[Mapping[str, float]], config: Config) -> pd.DataFra
             .rolling(WINDOW, min_periods=1)
             .std()
             .fillna(0.0),
+            # Of its size, since arms divide by other numbers of tokens.
+            "gradient fluctuation": norms.rolling(WINDOW, min_periods=2).std()
+            / norms.rolling(WINDOW, min_periods=2).mean(),
             "entropy": entropy.where(metric("tokens/trained", 0.0) > 0),
             "wasted samples": wasted.mask(closed, 1.0),
             "closed": closed.astype(float),
-            "grad norm": metric("grad_norm", float("nan")),
+            "grad norm": norms,
             "KL": metric("loss/kl", float("nan")),
         }
     )

@@ -23,12 +23,14 @@ from agpo_megatron.files import write_durably
 
 NOTES = (
     "Held-out numbers are those after the last step. ±: standard deviation over seeds. [ ]: 95 % interval of the "
-    "paired difference to the base arm, by a bootstrap over seeds and problems; with one seed it holds for other "
-    "problems only. Right tokens: of right answers, on problems that both arms solve (at least one right sample each).",
+    "paired difference to the base arm, by Student's t over seeds; with one seed it is over problems and says nothing "
+    "of other seeds. Right tokens: of right answers, on problems that both arms solve (one right sample of each).",
     "Late: mean of the last fifth of the steps. Wasted: samples that cost a rollout and gave the policy loss nothing. "
+    "Fluctuation: standard deviation within ten steps, of the gradient norm as a share of their mean. "
     "Spikes: steps whose gradient norm exceeds three times the run's median. Entropy floor: the lowest of any step. "
-    "Equal tokens: training accuracy when each arm had generated as many tokens as the thriftiest one in all. Gap: "
-    "tokens of right minus wrong samples of a problem before training.",
+    "KL: weighted as the loss, over the tokens that it trains. Equal tokens: difference of training accuracy, points, "
+    "when arm and base arm had generated as many tokens as the thriftier of them in all. Gap: tokens of right minus "
+    "wrong samples of a problem before training.",
 )
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1500px;margin:2em auto;padding:0 1em;color:#222}"
@@ -183,6 +185,7 @@ def course(task: str, compared: Sequence[Compared]) -> Table:
         "training accuracy, late": 3,
         "wasted samples, late": 3,
         "loss fluctuation, late": 4,
+        "gradient fluctuation, late": 3,
         "closed gates": 3,
         "entropy floor": 3,
         "gradient spikes": 3,
@@ -194,7 +197,7 @@ def course(task: str, compared: Sequence[Compared]) -> Table:
         [
             f"`{c.arm}`",
             *(spread(c, name, 1, digits) for name, digits in columns.items()),
-            f"{c.at_tokens:.3f}",
+            interval(c.at_tokens, 100, 1),
         ]
         for c in compared
     ]
@@ -225,8 +228,8 @@ def spread(of: Compared, name: str, factor: float, digits: int) -> str:
 def interval(of: Estimate, factor: float, digits: int) -> str:
     if math.isnan(of.mean):
         return "–"
-    mean, low, high = (factor * x for x in (of.mean, of.low, of.high))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    mean, *ends = (f"{factor * x:+.{digits}f}" for x in (of.mean, of.low, of.high))
+    return mean if math.isnan(of.low) else f"{mean} [{', '.join(ends)}]"
 
 
 def percent(share: float) -> str:
