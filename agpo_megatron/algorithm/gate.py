@@ -9,10 +9,10 @@ so its only effect on a step is one factor on the gradient, the gain phi'(L)::
     elu       L + tau if L > 0, else as exp     gain min(1, exp(L / tau))
     softplus  tau log(1 + exp(L / tau))         gain sigmoid(L / tau)
 
-max0 is the paper's loss clip (v3); the other three are readings of the "exponential normalisation"
-named in its limitations, whose form is not published. A running tau, and the gate random,
-which are not the paper's, get a number of the controller's for each step (gate_levels.py):
-tau, and the gain itself.
+max0 is the loss clip of the paper's v3, reconstructed (docs/algorithm.md, section 5); the other three
+are readings of the "exponential normalisation" named in its limitations, whose form is not
+published. A running tau, and the gate random, which are not the paper's, get a number of the
+controller's for each step (gate_levels.py): tau, and the gain itself.
 
 Input of the gate. It is decided on the policy loss at ratio 1, also where ratios and corrections
 are not 1,

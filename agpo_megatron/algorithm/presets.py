@@ -6,7 +6,8 @@ compared line by line.
 - ``agpo``: v3's mask with v1's length reward, without v3's clip: chosen by measurement (docs/results.md). The length
   reward acts in mixed groups only, so zero-variance groups still have zero variance and are left to the mask.
 - ``agpo_v1``: arXiv:2503.15952 v1: +1 / -1 for groups that are all right / all wrong (eq. A1), length reward (A2).
-- ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4), no length reward.
+- ``agpo_v3``: arXiv:2503.15952 v3: loss mask (A3) and loss clip (A4, reconstructed; on the whole step: our reading), no
+  length reward.
 - ``agpo_v3_authors``: the same as in the authors' code: samples with advantage 0 are masked, each micro-batch is
   clipped by itself, dual clip, half the gradient at a tie. Its result depends on the micro-batch size.
 - ``grpo_authors``: the GRPO baseline of the authors' scripts: dual clip, and a small KL term in the loss.

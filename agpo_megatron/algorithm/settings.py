@@ -81,7 +81,8 @@ class MaskSettings(Section):
 
 class ClipSettings(Section):
     kind: AdaptiveKind = "none"
-    """Function on the policy loss: ``max0`` is AGPO v3's lower bound (eq. A4); ``exp``, ``elu``, ``softplus``: eq. 1d.
+    """Function on the policy loss: ``max0`` is AGPO v3's lower bound, reconstructed (eq. A4); ``exp``, ``elu``,
+    ``softplus``: eq. 1d.
     ``random``, this project's own, closes as often as ``max0`` would, on steps drawn at random (eq. G2), as a control
     for comparisons."""
     min: float = 0.0
